@@ -1,0 +1,102 @@
+use super::*;
+
+fn alone(last_index: u64, last_term: u64) -> Group {
+    let hard_state = HardState { term: last_term, vote: 1, commit: 0 };
+    Group::start(&GroupStart { node_id: 1, voters: vec![1], hard_state, last_index, last_term, seed: 7 }).unwrap()
+}
+
+/// Stores everything at once and returns (entries stored, highest committed index).
+fn drain(group: &mut Group) -> (Vec<Entry>, u64) {
+    let (mut stored, mut committed) = (Vec::new(), 0);
+    while let Some(outputs) = group.take_outputs() {
+        stored.extend(outputs.entries.iter().cloned());
+        committed = outputs.committed_index.unwrap_or(committed).max(committed);
+        if outputs.must_persist() || outputs.number > 0 {
+            group.on_persisted(outputs.number);
+        }
+    }
+    (stored, committed)
+}
+
+#[test]
+fn a_group_of_one_leads_after_campaign_and_commits_its_noop() {
+    let mut group = alone(0, 0);
+    group.campaign().unwrap();
+    assert!(group.is_leader());
+    assert_eq!(group.leader_epoch(), 1);
+    let (stored, committed) = drain(&mut group);
+    assert_eq!(stored.len(), 1);
+    assert!(stored[0].data.is_empty());
+    assert_eq!(committed, 1);
+}
+
+#[test]
+fn proposals_take_consecutive_indexes_and_keep_their_buffer() {
+    let mut group = alone(0, 0);
+    group.campaign().unwrap();
+    drain(&mut group);
+    let payload = Bytes::from(vec![9u8; 100]);
+    let (a, term) = group.propose(payload.clone()).unwrap();
+    let (b, _) = group.propose(payload.clone()).unwrap();
+    assert_eq!((a, b, term), (2, 3, 1));
+    let (stored, committed) = drain(&mut group);
+    assert_eq!(stored.len(), 2);
+    assert_eq!(stored[0].data.as_ptr(), payload.as_ptr(), "the payload must not be copied");
+    assert_eq!(committed, 3);
+}
+
+#[test]
+fn nothing_commits_before_it_is_persisted() {
+    let mut group = alone(0, 0);
+    group.campaign().unwrap();
+    drain(&mut group);
+    group.propose(Bytes::from_static(b"x")).unwrap();
+    let first = group.take_outputs().unwrap();
+    assert_eq!(first.entries.len(), 1);
+    assert_eq!(first.committed_index, None);
+    assert!(group.take_outputs().is_none_or(|o| o.committed_index.is_none()));
+    group.on_persisted(first.number);
+    let second = group.take_outputs().unwrap();
+    assert_eq!(second.committed_index, Some(2));
+}
+
+#[test]
+fn a_restart_goes_on_after_the_last_index_in_a_higher_term() {
+    let mut group = alone(41, 6);
+    group.campaign().unwrap();
+    assert_eq!(group.leader_epoch(), 7);
+    let (stored, committed) = drain(&mut group);
+    assert_eq!(stored[0].index, 42);
+    assert_eq!(committed, 42);
+    assert_eq!(group.propose(Bytes::from_static(b"x")).unwrap(), (43, 7));
+}
+
+#[test]
+fn several_outputs_may_be_in_flight_and_commit_in_order() {
+    let mut group = alone(0, 0);
+    group.campaign().unwrap();
+    drain(&mut group);
+    let mut numbers = Vec::new();
+    for i in 0..8u8 {
+        group.propose(Bytes::from(vec![i])).unwrap();
+        numbers.push(group.take_outputs().unwrap().number);
+    }
+    group.on_persisted(numbers[3]);
+    assert_eq!(group.take_outputs().unwrap().committed_index, Some(5));
+    group.on_persisted(numbers[7]);
+    assert_eq!(group.take_outputs().unwrap().committed_index, Some(9));
+}
+
+#[test]
+fn a_follower_refuses_to_propose() {
+    let start = GroupStart {
+        node_id: 1,
+        voters: vec![1, 2, 3],
+        hard_state: HardState::default(),
+        last_index: 0,
+        last_term: 0,
+        seed: 1,
+    };
+    let mut group = Group::start(&start).unwrap();
+    assert_eq!(group.propose(Bytes::from_static(b"x")), Err(ProposeError::NotLeader));
+}
