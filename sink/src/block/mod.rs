@@ -6,7 +6,8 @@
 //! info: varint columns, varint rows, then per column name, type, data). It does not decide when a block is
 //! full, and does not send.
 
-pub(crate) mod cell;
+pub(crate) mod leaf;
+pub(crate) mod node;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +17,8 @@ use crate::json::{self, FieldOrder, code};
 use crate::mapping::{RowMapping, Source};
 
 pub use crate::json::RowError;
-use cell::{Node, Rules, put_text, put_varint};
+use leaf::{Rules, put_text, put_varint};
+use node::Node;
 
 /// What a record brings besides its value.
 #[derive(Clone, Copy, Debug)]

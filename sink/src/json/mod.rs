@@ -2,7 +2,7 @@
 //!
 //! Owns the walk over one record: which field goes to which column, duplicates, what is missing, syntax. Pure,
 //! any thread. Every field's value is taken as its raw text (serde_json checks it) and decoded exactly by the
-//! column (`block/cell`), so no number passes through a float on its way. Invariants: a record never causes a
+//! column (`block/leaf`), so no number passes through a float on its way. Invariants: a record never causes a
 //! panic; the stack is bounded by the depth of the column types, since serde_json skips values iteratively;
 //! error messages carry types and limits, never values. It does not undo a half-written row: the block
 //! builder does.
@@ -16,7 +16,8 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::block::cell::{CellError, Node, Rules};
+use crate::block::leaf::{CellError, Rules};
+use crate::block::node::Node;
 use crate::mapping::{RowMapping, Source, UnknownFields};
 
 /// Why a record does not fit the table: its reason in the dead-letter headers.
