@@ -78,6 +78,8 @@ pub struct MappedColumn {
     /// The type in the block (LowCardinality is sent plain).
     pub wire: ColumnType,
     pub source: Source,
+    /// The table has a DEFAULT for it, which only `server_default_columns` brings into play.
+    pub has_default: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -140,6 +142,7 @@ impl RowMapping {
                 declared: column.ty.clone(),
                 wire: column.ty.wire(),
                 source,
+                has_default: column.default_kind == DefaultKind::Default,
             });
         }
         if columns.is_empty() {
@@ -183,8 +186,8 @@ impl RowMapping {
         crc32c::crc32c(text.as_bytes())
     }
 
-    /// The quoted column list of the INSERT, without parentheses. The statement must carry it, or the server
-    /// would fill left-out columns the same way but also accept a block of another table.
+    /// The quoted column list of the INSERT, without parentheses. With it in the statement, a column that has
+    /// since been dropped is an error there, not a column of the block that the server ignores.
     pub fn insert_columns(&self) -> String {
         let quoted: Vec<String> = self.inner.columns.iter().map(|c| quote_ident(&c.name)).collect();
         quoted.join(", ")

@@ -14,7 +14,7 @@ mod tests;
 use bytes::Bytes;
 
 use crate::json::{self, FieldOrder, code};
-use crate::mapping::{RowMapping, Source};
+use crate::mapping::{MappedColumn, RowMapping, Source};
 
 pub use crate::json::RowError;
 use leaf::{Rules, put_text, put_varint};
@@ -87,11 +87,7 @@ impl BlockBuilder {
             let pushed = match column.source {
                 Source::Json => {
                     if !complete && !self.order.was_seen(at) && !node.push_missing() {
-                        return Err(RowError::new(
-                            code::MISSING_FIELD,
-                            Some(&column.name),
-                            format!("the record has no such field, and {} cannot be null", column.declared),
-                        ));
+                        return Err(missing_field(column));
                     }
                     Ok(())
                 }
@@ -142,4 +138,12 @@ impl BlockBuilder {
         self.nodes.iter_mut().for_each(Node::clear);
         self.rows = 0;
     }
+}
+
+fn missing_field(column: &MappedColumn) -> RowError {
+    let mut message = format!("the record has no such field, and {} cannot be null", column.declared);
+    if column.has_default {
+        message.push_str("; to let the server's DEFAULT fill it, name it in server_default_columns");
+    }
+    RowError::new(code::MISSING_FIELD, Some(&column.name), message)
 }

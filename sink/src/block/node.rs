@@ -14,6 +14,8 @@ use crate::json::{code, for_each_element, for_each_entry};
 /// Elements of one array column in one row: guards against `FixedString(65536)` arrays of empty strings, where
 /// a small record would become gigabytes.
 const MAX_ROW_BYTES: usize = 64 << 20;
+/// Kept per column between blocks, whatever the last one held: less would only be allocated again.
+const MIN_CAPACITY: usize = 4096;
 
 #[derive(Debug)]
 enum Kind {
@@ -222,7 +224,10 @@ impl Node {
     }
 
     pub(crate) fn clear(&mut self) {
+        // The next block is likely as large as this one; what a surge needed is given back after it.
+        let keep = (self.data.len() * 2).max(MIN_CAPACITY);
         self.data.clear();
+        self.data.shrink_to(keep);
         self.committed = 0;
         match &mut self.kind {
             Kind::Leaf(_) => {}

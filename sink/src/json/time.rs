@@ -100,7 +100,7 @@ impl Timestamp {
         let precision = u32::from(precision.min(9));
         let drop = 10u32.pow(9 - precision);
         let ticks = i128::from(self.seconds) * 10i128.pow(precision) + i128::from(self.nanos / drop);
-        (ticks, self.finer_than_nanos || self.nanos % drop != 0)
+        (ticks, self.finer_than_nanos || !self.nanos.is_multiple_of(drop))
     }
 }
 
