@@ -31,10 +31,6 @@ impl<'a> Reader<'a> {
         self.bytes.len()
     }
 
-    pub(crate) fn rest(&self) -> &'a [u8] {
-        self.bytes
-    }
-
     pub(crate) fn take(&mut self, n: usize) -> Result<&'a [u8], WireError> {
         let (head, tail) = self.bytes.split_at_checked(n).ok_or(WireError::Truncated)?;
         self.bytes = tail;
