@@ -198,10 +198,8 @@ mod tests {
         // Metadata v1 claiming 2^31-1 topics.
         let claim = [0x7f, 0xff, 0xff, 0xff];
         assert_eq!(check_request(3, 1, &claim), Err(GuardError::Truncated { field: "topics" }));
-        assert_eq!(
-            check_request(3, 1, &[0, 0, 0, 1, 0xff, 0xff]),
-            Err(GuardError::Malformed { field: "name" })
-        );
+        let null_group = [0, 0, 0, 1, 0xff, 0xff];
+        assert_eq!(check_request(15, 0, &null_group), Err(GuardError::Malformed { field: "groups" }));
         assert_eq!(check_request(3, 1, &[0, 0, 0, 0, 9]), Err(GuardError::TrailingBytes(1)));
         assert_eq!(check_request(3, 1, &[0xff; 4]), Ok(()));
     }

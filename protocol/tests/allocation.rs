@@ -1,0 +1,314 @@
+//! Hostile input against every reader in the crate, under an allocator that counts.
+//!
+//! Asserts what the crate promises: no panic, no error past the guard, and a peak below a small multiple of the frame.
+#![allow(unsafe_code)]
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use bytes::{Bytes, BytesMut};
+use flumen_protocol::compression::Compression;
+use flumen_protocol::frame::FrameAssembler;
+use flumen_protocol::record::{BatchBuilder, decode_records};
+use flumen_protocol::{guard, header, produce, record_batch};
+use kafka_protocol::messages::{ApiKey, ProduceRequest, RequestKind, TopicName};
+use kafka_protocol::protocol::Encodable;
+use support::{default_request, encode, guarded_versions, mutate, rich_request};
+
+/// The promised bound.
+const PER_BYTE_MAX: usize = 16;
+const FREE_BYTES: usize = 64 << 10;
+
+struct Counting;
+
+thread_local! {
+    static LIVE: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(change: isize) {
+    let live = LIVE.get() + change;
+    LIVE.set(live);
+    PEAK.set(PEAK.get().max(live));
+}
+
+// SAFETY: every call is passed on unchanged to the system allocator; counting touches only thread-local cells that
+// need neither allocation nor destruction.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as isize);
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count(-(layout.size() as isize));
+        // SAFETY: the pointer came from `alloc` above, which is the system's.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // A moving reallocation holds both for a moment.
+        count(new_size as isize);
+        count(-(layout.size() as isize));
+        // SAFETY: as for `dealloc`.
+        unsafe { System.realloc(pointer, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Runs `work` and returns how far allocation rose above where it started.
+fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    LIVE.set(0);
+    PEAK.set(0);
+    let value = work();
+    (value, PEAK.get().max(0) as usize)
+}
+
+fn bound(frame_bytes: usize) -> usize {
+    frame_bytes * PER_BYTE_MAX + FREE_BYTES
+}
+
+fn check_guarded(key: i16, version: i16, body: &[u8]) {
+    let mut bytes = Bytes::copy_from_slice(body);
+    let (accepted, peak) = peak_of(|| {
+        let verdict = guard::check_request(key, version, &bytes);
+        verdict.is_ok().then(|| {
+            let api_key = ApiKey::try_from(key).expect("known key");
+            RequestKind::decode(api_key, &mut bytes, version).map(drop).is_ok()
+        })
+    });
+    assert!(peak < bound(body.len()), "{key} v{version}: {peak} bytes for {} {body:x?}", body.len());
+    assert_ne!(accepted, Some(false), "{key} v{version}: accepted but not decodable {body:x?}");
+    assert!(accepted.is_none() || bytes.is_empty(), "{key} v{version}: accepted but not consumed {body:x?}");
+}
+
+#[test]
+fn guarded_requests() {
+    for (key, version) in guarded_versions() {
+        let seed = (key as u64) << 16 | version as u64;
+        mutate(&encode(&rich_request(key, version), version), seed, 1000, |body| {
+            check_guarded(key, version, body)
+        });
+        mutate(&encode(&default_request(key), version), seed, 200, |body| check_guarded(key, version, body));
+    }
+}
+
+/// Bodies of nothing but tiny values: the densest things a decoder can be asked to build.
+#[test]
+fn guarded_requests_of_repeated_bytes() {
+    for (key, version) in guarded_versions() {
+        for length in [64, 4096, 65_536] {
+            for byte in [0, 1, 2, 0xff] {
+                for claim in support::CLAIMS {
+                    let mut body = claim.to_vec();
+                    body.resize(length, byte);
+                    check_guarded(key, version, &body);
+                }
+            }
+            for head in 0..24 {
+                // A group name or the like first, then as many elements as the rest can hold.
+                let mut body = vec![1; length];
+                let count = (length as u32 / 2).to_be_bytes();
+                body[head..head + 4].copy_from_slice(&count);
+                check_guarded(key, version, &body);
+                body[head..head + 3].copy_from_slice(&[0xff, 0x7f, 1]);
+                check_guarded(key, version, &body);
+            }
+        }
+    }
+}
+
+#[test]
+fn request_headers() {
+    for (key, version) in guarded_versions() {
+        let mut frame = Vec::new();
+        frame.extend_from_slice(&key.to_be_bytes());
+        frame.extend_from_slice(&version.to_be_bytes());
+        frame.extend_from_slice(&[0, 0, 0, 5, 0, 6]);
+        frame.extend_from_slice(b"client\x02\x00\x03abc\x64\x01z rest of the body");
+        mutate(&frame, 11, 500, |frame| {
+            let (parsed, peak) = peak_of(|| header::parse_request_header(frame));
+            assert!(peak < bound(frame.len()));
+            if let Ok(parsed) = parsed {
+                assert!(parsed.body_offset <= frame.len());
+                let first = header::peek(frame);
+                assert_eq!(first, Some((parsed.api_key, parsed.api_version, parsed.correlation_id)));
+            }
+        });
+    }
+}
+
+#[test]
+fn frame_assembler() {
+    let mut stream = Vec::new();
+    for payload in [&b"12345678"[..], &[7; 300], &[0; 5000], b"abcd"] {
+        stream.extend_from_slice(&(payload.len() as i32).to_be_bytes());
+        stream.extend_from_slice(payload);
+    }
+    for piece in [1, 7, 1000, usize::MAX] {
+        // A prefix of the stream keeps the number of positions small; the long frame is then always cut.
+        for end in [40, 400] {
+            mutate(&stream[..end], 13, 2000, |bytes| {
+                let (frames, peak) = peak_of(|| {
+                    let mut assembler = FrameAssembler::new(100 << 20);
+                    let mut out = Vec::new();
+                    for chunk in bytes.chunks(piece) {
+                        if assembler.push(chunk, &mut out).is_err() {
+                            break;
+                        }
+                    }
+                    out.iter().map(|frame| frame.len() + 4).sum::<usize>()
+                });
+                assert!(frames <= bytes.len());
+                assert!(peak < bound(bytes.len()), "{peak} for {}", bytes.len());
+            });
+        }
+    }
+}
+
+fn batch(codec: Compression) -> BytesMut {
+    let mut builder = BatchBuilder::new();
+    builder.compression(codec).producer(7, 1, 100);
+    for n in 0..6 {
+        let value = format!("value {n} value value value value");
+        let key = (n % 2 == 0).then_some(&b"key"[..]);
+        builder.append(1000 + n, key, Some(value.as_bytes()), &[("h", Some(b"1")), ("empty", None)]);
+    }
+    builder.append(5, None, None, &[]);
+    builder.build(40)
+}
+
+fn produce_body(version: i16) -> Bytes {
+    use kafka_protocol::messages::produce_request::{PartitionProduceData, TopicProduceData};
+    let tag = Bytes::from_static(b"tagged");
+    let partition = |index, records| {
+        PartitionProduceData::default()
+            .with_index(index)
+            .with_records(records)
+            .with_unknown_tagged_field(100, tag.clone())
+    };
+    let topic = |name: &str| {
+        let records = batch(Compression::None).freeze().slice(..64);
+        let mut topic = TopicProduceData::default()
+            .with_partition_data(vec![partition(0, Some(records)), partition(1, None)])
+            .with_unknown_tagged_field(100, tag.clone());
+        if version >= 13 {
+            topic = topic.with_topic_id(uuid::Uuid::from_u128(77));
+        } else {
+            topic = topic.with_name(TopicName(support::s(name)));
+        }
+        topic
+    };
+    let mut body = BytesMut::new();
+    ProduceRequest::default()
+        .with_acks(-1)
+        .with_timeout_ms(1000)
+        .with_topic_data(vec![topic("clicks"), topic("o")])
+        .with_unknown_tagged_field(100, tag.clone())
+        .encode(&mut body, version)
+        .expect("encodes");
+    body.freeze()
+}
+
+fn check_produce(version: i16, body: &[u8]) {
+    // The frame itself is there before decoding; only what decoding adds is counted.
+    let frame = BytesMut::from(body);
+    let (decoded, peak) = peak_of(|| produce::decode_produce(frame, 0, version));
+    assert!(peak < bound(body.len()), "v{version}: {peak} bytes for {}", body.len());
+    if let Ok(request) = decoded {
+        let records: usize = request.partitions.iter().map(|partition| partition.records.len()).sum();
+        assert!(records <= body.len());
+        assert!(request.partitions.iter().all(|partition| (partition.topic as usize) < request.topics.len()));
+        let (_, peak) = peak_of(|| {
+            for partition in &request.partitions {
+                let _ = record_batch::validate_produced(&partition.records);
+            }
+        });
+        assert_eq!(peak, 0, "validation allocates nothing");
+    }
+}
+
+#[test]
+fn produce_requests() {
+    for version in 3..=13 {
+        mutate(&produce_body(version), version as u64, 20_000, |body| check_produce(version, body));
+    }
+}
+
+/// Many topics with few partitions each, and few with many: the densest frames that are well formed.
+#[test]
+fn produce_requests_of_tiny_partitions() {
+    fn uvarint(body: &mut Vec<u8>, mut value: usize) {
+        while value >= 0x80 {
+            body.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        body.push(value as u8);
+    }
+    for per_topic in [0usize, 1, 2, 3, 10, 100, 20_000] {
+        for topics in [1usize, 2, 3, 100, 5000] {
+            let mut body = vec![0, 0, 1, 0, 0, 0, 1];
+            uvarint(&mut body, topics + 1);
+            for _ in 0..topics {
+                body.extend_from_slice(&[2, b'a']);
+                uvarint(&mut body, per_topic + 1);
+                for _ in 0..per_topic.min(2_000_000 / topics) {
+                    body.extend_from_slice(&[0, 0, 0, 0, 0, 0]);
+                }
+                body.push(0);
+            }
+            body.push(0);
+            check_produce(9, &body);
+        }
+    }
+}
+
+/// What decompression may write in these tests.
+const DECOMPRESSED_MAX: usize = 1 << 16;
+
+fn check_records(batch: &[u8]) {
+    let (_, peak) = peak_of(|| {
+        let mut scratch = Vec::new();
+        if let Ok(records) = decode_records(batch, &mut scratch, DECOMPRESSED_MAX) {
+            let mut count = 0;
+            for record in records.flatten() {
+                count += 1 + record.headers.count();
+            }
+            assert!(count <= DECOMPRESSED_MAX + batch.len());
+        }
+        assert!(scratch.len() <= DECOMPRESSED_MAX);
+    });
+    // Growing the scratch buffer holds the old and the new for a moment.
+    assert!(peak < bound(batch.len()) + 2 * DECOMPRESSED_MAX, "{peak} for {}", batch.len());
+    let (_, peak) = peak_of(|| {
+        let _ = record_batch::validate_produced(batch);
+        record_batch::batches(batch).count()
+    });
+    assert_eq!(peak, 0);
+}
+
+const CODECS: [Compression; 5] =
+    [Compression::None, Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
+
+#[test]
+fn record_batches_of_every_codec() {
+    for codec in CODECS {
+        mutate(&batch(codec), 17, 20_000, check_records);
+    }
+}
+
+#[test]
+fn record_batches_under_the_wrong_codec() {
+    for codec in CODECS {
+        for claimed in 0..8u8 {
+            let mut bytes = batch(codec).to_vec();
+            bytes[22] = bytes[22] & !7 | claimed;
+            mutate(&bytes, 19 + u64::from(claimed), 500, check_records);
+        }
+    }
+}
