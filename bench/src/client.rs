@@ -1,0 +1,185 @@
+//! The slow path: one request at a time, for topics, offsets and producer ids. Hot paths write their own frames.
+//!
+//! Runs on the caller's tokio runtime. Does not retry on its own; the few waits here are bounded by name.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::{BufMut, Bytes, BytesMut};
+use kafka_protocol::ResponseError;
+use kafka_protocol::messages::create_topics_request::{CreatableTopic, CreatableTopicConfig};
+use kafka_protocol::messages::list_offsets_request::{ListOffsetsPartition, ListOffsetsTopic};
+use kafka_protocol::messages::metadata_request::MetadataRequestTopic;
+use kafka_protocol::messages::{
+    BrokerId, CreateTopicsRequest, InitProducerIdRequest, ListOffsetsRequest, MetadataRequest, RequestHeader,
+    ResponseHeader, TopicName,
+};
+use kafka_protocol::protocol::{Decodable, Encodable, HeaderVersion, Request, StrBytes};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+const METADATA_VERSION: i16 = 12;
+const CREATE_TOPICS_VERSION: i16 = 7;
+const INIT_PRODUCER_ID_VERSION: i16 = 4;
+const LIST_OFFSETS_VERSION: i16 = 7;
+
+/// No honest answer to these requests is larger; a larger length means the peer does not speak Kafka.
+const FRAME_BYTES_MAX: usize = 64 << 20;
+/// How often a fresh topic is asked for its leaders, 20 ms apart, before the broker is called broken.
+const LEADER_TRIES_MAX: u32 = 1_500;
+const LEADER_WAIT: Duration = Duration::from_millis(20);
+
+pub const CLIENT_ID: &str = "flumen-bench";
+pub const EARLIEST: i64 = -2;
+pub const LATEST: i64 = -1;
+
+pub struct Client {
+    stream: TcpStream,
+    correlation_id: i32,
+}
+
+pub fn error_name(code: i16) -> String {
+    match ResponseError::try_from_code(code) {
+        Some(e) => format!("{code} {e:?}"),
+        None => format!("{code}"),
+    }
+}
+
+fn topic_name(name: &str) -> TopicName {
+    TopicName(StrBytes::from_string(name.to_string()))
+}
+
+impl Client {
+    pub async fn connect(bootstrap: &str) -> Result<Self> {
+        let stream =
+            TcpStream::connect(bootstrap).await.with_context(|| format!("cannot connect to {bootstrap}"))?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, correlation_id: 0 })
+    }
+
+    /// Sends one frame (length included) and returns the answer without its length.
+    pub async fn exchange(&mut self, frame: &[u8]) -> Result<Bytes> {
+        self.stream.write_all(frame).await?;
+        let len = self.stream.read_i32().await.context("the broker closed the connection")?;
+        ensure!((4..=FRAME_BYTES_MAX as i32).contains(&len), "an answer claims {len} bytes");
+        let mut body = BytesMut::zeroed(len as usize);
+        self.stream.read_exact(&mut body).await?;
+        Ok(body.freeze())
+    }
+
+    pub async fn call<R: Request>(&mut self, request: &R, version: i16) -> Result<R::Response> {
+        self.correlation_id += 1;
+        let header = RequestHeader::default()
+            .with_request_api_key(R::KEY)
+            .with_request_api_version(version)
+            .with_correlation_id(self.correlation_id)
+            .with_client_id(Some(StrBytes::from_static_str(CLIENT_ID)));
+        let mut frame = BytesMut::new();
+        frame.put_i32(0);
+        header.encode(&mut frame, R::header_version(version))?;
+        request.encode(&mut frame, version)?;
+        crate::wire::finish_frame(&mut frame, 0, 0);
+        let mut body = self.exchange(&frame).await?;
+        let header = ResponseHeader::decode(&mut body, R::Response::header_version(version))?;
+        ensure!(header.correlation_id == self.correlation_id, "answer to another request");
+        R::Response::decode(&mut body, version)
+    }
+
+    /// Partitions of a topic that have a leader, or `None` when it does not exist.
+    async fn led_partitions(&mut self, topic: &str) -> Result<Option<usize>> {
+        let request = MetadataRequest::default()
+            .with_topics(Some(vec![MetadataRequestTopic::default().with_name(Some(topic_name(topic)))]))
+            .with_allow_auto_topic_creation(false);
+        let response = self.call(&request, METADATA_VERSION).await?;
+        let Some(t) = response.topics.first() else { return Ok(None) };
+        match t.error_code {
+            0 => Ok(Some(t.partitions.iter().filter(|p| p.error_code == 0 && p.leader_id.0 >= 0).count())),
+            3 => Ok(None),
+            // Leaders are still being chosen.
+            5 => Ok(Some(0)),
+            code => bail!("Metadata for {topic}: {}", error_name(code)),
+        }
+    }
+
+    /// Creates the topic when it is absent and waits until every partition has a leader.
+    pub async fn ensure_topic(
+        &mut self,
+        topic: &str,
+        partitions: usize,
+        configs: &[(String, String)],
+    ) -> Result<()> {
+        if self.led_partitions(topic).await?.is_none() {
+            let configs = configs
+                .iter()
+                .map(|(k, v)| {
+                    CreatableTopicConfig::default()
+                        .with_name(StrBytes::from_string(k.clone()))
+                        .with_value(Some(StrBytes::from_string(v.clone())))
+                })
+                .collect();
+            let request = CreateTopicsRequest::default()
+                .with_topics(vec![
+                    CreatableTopic::default()
+                        .with_name(topic_name(topic))
+                        .with_num_partitions(partitions as i32)
+                        .with_replication_factor(1)
+                        .with_configs(configs),
+                ])
+                .with_timeout_ms(30_000);
+            let response = self.call(&request, CREATE_TOPICS_VERSION).await?;
+            let t = response.topics.first().context("CreateTopics answered no topic")?;
+            // 36: someone else was faster.
+            if t.error_code != 0 && t.error_code != 36 {
+                let why = t.error_message.as_ref().map(|m| m.as_str()).unwrap_or_default();
+                bail!("CreateTopics {topic}: {} {why}", error_name(t.error_code));
+            }
+        }
+        for _ in 0..LEADER_TRIES_MAX {
+            if let Some(led) = self.led_partitions(topic).await? {
+                if led >= partitions {
+                    return Ok(());
+                }
+            }
+            tokio::time::sleep(LEADER_WAIT).await;
+        }
+        bail!("{topic} did not get {partitions} led partitions in time (a topic of another size may exist)")
+    }
+
+    pub async fn producer_id(&mut self) -> Result<(i64, i16)> {
+        let request = InitProducerIdRequest::default()
+            .with_transactional_id(None)
+            .with_transaction_timeout_ms(60_000)
+            .with_producer_id((-1).into())
+            .with_producer_epoch(-1);
+        let r = self.call(&request, INIT_PRODUCER_ID_VERSION).await?;
+        ensure!(r.error_code == 0, "InitProducerId: {}", error_name(r.error_code));
+        Ok((r.producer_id.0, r.producer_epoch))
+    }
+
+    /// The offset of each partition at `at` ([`EARLIEST`] or [`LATEST`]).
+    pub async fn offsets(&mut self, topic: &str, partitions: usize, at: i64) -> Result<Vec<i64>> {
+        let request = ListOffsetsRequest::default().with_replica_id(BrokerId(-1)).with_topics(vec![
+            ListOffsetsTopic::default().with_name(topic_name(topic)).with_partitions(
+                (0..partitions as i32)
+                    .map(|p| {
+                        ListOffsetsPartition::default()
+                            .with_partition_index(p)
+                            .with_current_leader_epoch(-1)
+                            .with_timestamp(at)
+                    })
+                    .collect(),
+            ),
+        ]);
+        let r = self.call(&request, LIST_OFFSETS_VERSION).await?;
+        let mut out = vec![0; partitions];
+        for t in &r.topics {
+            for p in &t.partitions {
+                ensure!(p.error_code == 0, "ListOffsets: {}", error_name(p.error_code));
+                if let Some(slot) = usize::try_from(p.partition_index).ok().and_then(|i| out.get_mut(i)) {
+                    *slot = p.offset;
+                }
+            }
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,82 @@
+//! `flumen-bench`: load generator, null broker, consumer, and the comparison with Apache Kafka.
+//!
+//! Every subcommand runs on threads of its own and says on stdout what it measured; raw figures go to `--json`.
+#![forbid(unsafe_code)]
+
+mod batch;
+mod client;
+mod consume;
+mod load;
+mod null;
+mod outbox;
+mod pace;
+mod plan;
+mod stats;
+mod wire;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+#[derive(Parser)]
+#[command(
+    name = "flumen-bench",
+    version,
+    about = "Load generator and comparison for brokers that speak Kafka"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// A broker that acknowledges and stores nothing: the floor of every figure.
+    Null(null::NullConfig),
+    /// Produce pre-encoded batches over many connections.
+    Load {
+        #[command(flatten)]
+        config: load::LoadConfig,
+        /// Write every figure here as JSON.
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Fetch, tailing or draining.
+    Consume {
+        #[command(flatten)]
+        config: consume::ConsumeConfig,
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+}
+
+fn write_json(path: Option<&Path>, value: &impl Serialize) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Null(config) => null::run(&config),
+        Command::Load { config, json } => {
+            let result = load::run(&config, None)?;
+            load::print(&result);
+            write_json(json.as_deref(), &result)
+        }
+        Command::Consume { config, json } => {
+            let r = consume::run(&config, None)?;
+            println!(
+                "{:.1} MB/s  {} records  {:.0} bytes/fetch  {:.2} s",
+                r.mb_per_s, r.records, r.mean_fetch_bytes, r.seconds
+            );
+            if let Some(c) = r.broker_cpu_s_per_gb {
+                println!("broker {c:.3} CPU-s per GB");
+            }
+            write_json(json.as_deref(), &r)
+        }
+    }
+}
