@@ -380,6 +380,16 @@ fn what_the_engine_casts_silently_is_refused_here() {
         assert_eq!(error.code, code);
     }
     assert_eq!(builder.rows(), 0);
+
+    // A column dropped after the mapping was made is an error of the statement, not a column silently ignored.
+    let stale = schema("silent", &[("c".into(), "Int16".into()), ("gone".into(), "Int16".into())]);
+    let mapping = RowMapping::new(&stale, &MappingOptions::default()).expect("mapping");
+    let mut builder = BlockBuilder::new(&mapping);
+    builder.push_json(&meta(0), Some(b"{\"c\":1,\"gone\":1}")).expect("row");
+    let sql = format!("INSERT INTO silent ({}) FORMAT Native", mapping.insert_columns());
+    let error = engine.query(&sql, "TabSeparated", Some(&builder.finish())).expect_err("no such column");
+    assert!(error.to_string().contains("gone"), "{error}");
+    assert_eq!(run(&engine, "SELECT count() FROM silent"), "1\n");
 }
 
 #[test]
