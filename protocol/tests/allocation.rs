@@ -123,6 +123,142 @@ fn guarded_requests_of_repeated_bytes() {
     }
 }
 
+/// Requests that are well formed and nothing but the smallest elements: the most memory a byte can ask for.
+fn dense_requests(n: usize, tagged: bool) -> Vec<(i16, RequestKind)> {
+    use flumen_protocol::api;
+    use kafka_protocol::messages::*;
+    fn many<T: Clone>(element: T, n: usize) -> Vec<T> {
+        vec![element; n]
+    }
+    macro_rules! element {
+        ($kind:ty) => {{
+            let element = <$kind>::default();
+            if tagged { element.with_unknown_tagged_field(0x70, Bytes::new()) } else { element }
+        }};
+    }
+    vec![
+        (
+            api::METADATA,
+            RequestKind::Metadata(MetadataRequest::default().with_topics(Some(many(
+                element!(metadata_request::MetadataRequestTopic).with_name(Some(Default::default())),
+                n,
+            )))),
+        ),
+        (
+            api::FIND_COORDINATOR,
+            RequestKind::FindCoordinator(
+                FindCoordinatorRequest::default().with_coordinator_keys(many(Default::default(), n)),
+            ),
+        ),
+        (
+            api::JOIN_GROUP,
+            RequestKind::JoinGroup(
+                JoinGroupRequest::default()
+                    .with_protocols(many(element!(join_group_request::JoinGroupRequestProtocol), n)),
+            ),
+        ),
+        (
+            api::LEAVE_GROUP,
+            RequestKind::LeaveGroup(
+                LeaveGroupRequest::default()
+                    .with_members(many(element!(leave_group_request::MemberIdentity), n)),
+            ),
+        ),
+        (
+            api::OFFSET_FETCH,
+            RequestKind::OffsetFetch(
+                OffsetFetchRequest::default()
+                    .with_groups(many(element!(offset_fetch_request::OffsetFetchRequestGroup), n)),
+            ),
+        ),
+        (
+            api::CREATE_TOPICS,
+            RequestKind::CreateTopics(CreateTopicsRequest::default().with_topics(vec![
+                create_topics_request::CreatableTopic::default()
+                    .with_configs(many(element!(create_topics_request::CreatableTopicConfig), n)),
+            ])),
+        ),
+        (
+            api::CREATE_PARTITIONS,
+            RequestKind::CreatePartitions(CreatePartitionsRequest::default().with_topics(vec![
+                create_partitions_request::CreatePartitionsTopic::default().with_assignments(Some(many(
+                    element!(create_partitions_request::CreatePartitionsAssignment),
+                    n,
+                ))),
+            ])),
+        ),
+        (
+            api::DELETE_GROUPS,
+            RequestKind::DeleteGroups(
+                DeleteGroupsRequest::default().with_groups_names(many(Default::default(), n)),
+            ),
+        ),
+        (
+            api::FETCH,
+            RequestKind::Fetch(
+                FetchRequest::default().with_topics(many(element!(fetch_request::FetchTopic), n)),
+            ),
+        ),
+        (
+            api::DESCRIBE_TOPIC_PARTITIONS,
+            RequestKind::DescribeTopicPartitions(
+                DescribeTopicPartitionsRequest::default()
+                    .with_topics(many(element!(describe_topic_partitions_request::TopicRequest), n)),
+            ),
+        ),
+    ]
+}
+
+#[test]
+fn guarded_requests_of_empty_elements() {
+    let (mut accepted, mut refused) = (0, 0);
+    for n in [10, 100, 300, 600, 1000, 2000, 5000, 50_000] {
+        for tagged in [false, true] {
+            for (key, request) in dense_requests(n, tagged) {
+                for (_, version) in guarded_versions().filter(|&(other, _)| other == key) {
+                    let mut body = BytesMut::new();
+                    if request.encode(&mut body, version).is_err() {
+                        continue;
+                    }
+                    check_guarded(key, version, &body);
+                    match guard::check_request(key, version, &body) {
+                        Ok(()) => accepted += 1,
+                        Err(_) => refused += 1,
+                    }
+                }
+            }
+        }
+    }
+    assert!(
+        accepted > 100 && refused > 100,
+        "{accepted} accepted, {refused} refused: the test misses the boundary"
+    );
+}
+
+/// One struct with very many unknown tagged fields.
+#[test]
+fn guarded_requests_of_many_tags() {
+    for n in [1usize, 10, 100, 400, 600, 2000, 16_000] {
+        // ListGroups v3 has no fields but these.
+        let mut body = Vec::new();
+        put_uvarint(&mut body, n);
+        for tag in 0..n {
+            put_uvarint(&mut body, tag * 7);
+            body.push(0);
+        }
+        check_guarded(flumen_protocol::api::LIST_GROUPS, 3, &body);
+        check_guarded(flumen_protocol::api::API_VERSIONS, 3, &[&[1, 1][..], &body].concat());
+    }
+}
+
+fn put_uvarint(body: &mut Vec<u8>, mut value: usize) {
+    while value >= 0x80 {
+        body.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    body.push(value as u8);
+}
+
 #[test]
 fn request_headers() {
     for (key, version) in guarded_versions() {
@@ -243,20 +379,13 @@ fn produce_requests() {
 /// Many topics with few partitions each, and few with many: the densest frames that are well formed.
 #[test]
 fn produce_requests_of_tiny_partitions() {
-    fn uvarint(body: &mut Vec<u8>, mut value: usize) {
-        while value >= 0x80 {
-            body.push(value as u8 | 0x80);
-            value >>= 7;
-        }
-        body.push(value as u8);
-    }
     for per_topic in [0usize, 1, 2, 3, 10, 100, 20_000] {
         for topics in [1usize, 2, 3, 100, 5000] {
             let mut body = vec![0, 0, 1, 0, 0, 0, 1];
-            uvarint(&mut body, topics + 1);
+            put_uvarint(&mut body, topics + 1);
             for _ in 0..topics {
                 body.extend_from_slice(&[2, b'a']);
-                uvarint(&mut body, per_topic + 1);
+                put_uvarint(&mut body, per_topic + 1);
                 for _ in 0..per_topic.min(2_000_000 / topics) {
                     body.extend_from_slice(&[0, 0, 0, 0, 0, 0]);
                 }
