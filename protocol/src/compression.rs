@@ -309,3 +309,126 @@ fn unzstd(input: &[u8], out: &mut Vec<u8>, max_bytes: usize) -> Result<(), Compr
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CODECS: [Compression; 5] =
+        [Compression::None, Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
+
+    /// Neither all alike nor random: text with numbers.
+    fn sample(bytes: usize) -> Vec<u8> {
+        (0u32..)
+            .flat_map(|n| format!("line {n} of {} ", n.wrapping_mul(2_654_435_761)).into_bytes())
+            .take(bytes)
+            .collect()
+    }
+
+    #[test]
+    fn round_trips_at_exactly_the_limit_and_not_below() {
+        for codec in CODECS {
+            for size in [0, 1, 100, 32_768, 32_769, 65_536, 1_000_000] {
+                let input = sample(size);
+                let compressed = compress(codec, &input);
+                let mut out = b"left over".to_vec();
+                assert_eq!(decompress(codec, &compressed, &mut out, size), Ok(()), "{codec:?} {size}");
+                assert_eq!(out, input);
+                if size > 0 {
+                    let error = Err(CompressionError::TooLarge { max_bytes: size - 1 });
+                    assert_eq!(decompress(codec, &compressed, &mut out, size - 1), error, "{codec:?} {size}");
+                    assert!(out.is_empty());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bombs_stop_at_the_limit() {
+        let zeros = vec![0; 20 << 20];
+        for codec in CODECS {
+            let bomb = compress(codec, &zeros);
+            let mut out = Vec::new();
+            let error = Err(CompressionError::TooLarge { max_bytes: 100_000 });
+            assert_eq!(decompress(codec, &bomb, &mut out, 100_000), error, "{codec:?}");
+            assert!(out.capacity() <= 400_000, "{codec:?} {}", out.capacity());
+        }
+    }
+
+    #[test]
+    fn snappy_is_read_raw_and_framed_and_concatenated() {
+        let input = sample(50_000);
+        let mut out = Vec::new();
+        let raw = snap::raw::Encoder::new().compress_vec(&input).expect("compresses");
+        assert_eq!(decompress(Compression::Snappy, &raw, &mut out, 50_000), Ok(()));
+        assert_eq!(out, input);
+        let framed = compress(Compression::Snappy, &input);
+        let twice = [framed.as_slice(), &framed].concat();
+        assert_eq!(decompress(Compression::Snappy, &twice, &mut out, 100_000), Ok(()));
+        assert_eq!(out, [input.as_slice(), &input].concat());
+    }
+
+    #[test]
+    fn lz4_frames_of_every_kind_are_read() {
+        use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
+        let input = sample(700_000);
+        for mode in [BlockMode::Independent, BlockMode::Linked] {
+            for size in [BlockSize::Max64KB, BlockSize::Max256KB, BlockSize::Max4MB] {
+                for checks in [false, true] {
+                    let info = FrameInfo::new()
+                        .block_mode(mode)
+                        .block_size(size)
+                        .block_checksums(checks)
+                        .content_checksum(checks)
+                        .content_size(checks.then_some(700_000));
+                    let mut encoder = FrameEncoder::with_frame_info(info, Vec::new());
+                    encoder.write_all(&input).expect("compresses");
+                    let compressed = encoder.finish().expect("compresses");
+                    let mut out = Vec::new();
+                    assert_eq!(decompress(Compression::Lz4, &compressed, &mut out, 700_000), Ok(()));
+                    assert_eq!(out, input);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn lz4_written_here_is_read_by_the_library() {
+        let input = sample(300_000);
+        let compressed = compress(Compression::Lz4, &input);
+        let mut out = Vec::new();
+        lz4_flex::frame::FrameDecoder::new(compressed.as_slice()).read_to_end(&mut out).expect("valid frame");
+        assert_eq!(out, input);
+    }
+
+    #[test]
+    fn zstd_streams_without_a_size_are_read() {
+        let input = sample(3_000_000);
+        let compressed = zstd::stream::encode_all(input.as_slice(), 19).expect("compresses");
+        assert_eq!(
+            zstd_safe::get_frame_content_size(&compressed).ok().flatten(),
+            None,
+            "as Java writes them"
+        );
+        let mut out = Vec::new();
+        assert_eq!(decompress(Compression::Zstd, &compressed, &mut out, 3_000_000), Ok(()));
+        assert_eq!(out, input);
+    }
+
+    #[test]
+    fn garbage_is_corrupt() {
+        for codec in &CODECS[1..] {
+            let mut out = Vec::new();
+            let error = Err(CompressionError::Corrupt(*codec));
+            assert_eq!(decompress(*codec, b"no codec wrote this", &mut out, 1000), error);
+        }
+    }
+
+    #[test]
+    fn ids_and_names_agree() {
+        for (id, codec) in CODECS.into_iter().enumerate() {
+            assert_eq!((Compression::from_id(id as i16), codec.id()), (Some(codec), id as i16));
+        }
+        assert_eq!(Compression::from_id(5), None);
+    }
+}

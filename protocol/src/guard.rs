@@ -162,16 +162,13 @@ impl Walk<'_> {
 
     fn tagged_fields(&mut self, message: &'static Message, name: &'static str) -> Result<(), GuardError> {
         let count = self.reader.uvarint().map_err(at(name))?;
-        let mut unknown = 0;
+        let mut tag_decoded_bytes = FIRST_TAG_DECODED_BYTES;
         for _ in 0..count {
             let tag = self.reader.uvarint().map_err(at(name))?;
             let size = self.reader.uvarint().map_err(at(name))? as usize;
             let Some((_, field)) = message.tagged.iter().find(|(known, _)| *known == tag) else {
-                self.charge(
-                    if unknown == 0 { FIRST_TAG_DECODED_BYTES } else { MORE_TAG_DECODED_BYTES },
-                    name,
-                )?;
-                unknown += 1;
+                self.charge(tag_decoded_bytes, name)?;
+                tag_decoded_bytes = MORE_TAG_DECODED_BYTES;
                 self.skip(size, name)?;
                 continue;
             };

@@ -432,3 +432,59 @@ impl BatchBuilder {
         batch
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn varint_sizes_are_what_is_written() {
+        for value in [0, -1, 1, 63, 64, -64, -65, 8191, 8192, i64::from(i32::MAX), i64::MAX, i64::MIN] {
+            let mut buf = Vec::new();
+            put_varlong(&mut buf, value);
+            assert_eq!(buf.len(), varlong_bytes(value), "{value}");
+            assert_eq!(Cursor { bytes: &buf }.varlong(), Some(value));
+        }
+        assert_eq!(Cursor { bytes: &[0xff; 10] }.varlong(), None);
+        assert_eq!(Cursor { bytes: &[0xff, 0xff, 0xff, 0xff, 0x1f] }.varint(), None);
+    }
+
+    #[test]
+    fn compacted_batches_keep_their_offsets() {
+        let mut builder = BatchBuilder::new();
+        builder.append_at(2, 10, Some(b"a"), Some(b"1"), std::iter::empty());
+        builder.append_at(7, 12, Some(b"b"), Some(b"2"), [(&b"h"[..], None)].into_iter());
+        builder.last_offset_delta(9);
+        assert_eq!(builder.size_bytes(), builder.build(0).len());
+        let batch = builder.build(100);
+        let header = record_batch::parse(&batch).expect("valid");
+        assert_eq!((header.record_count, header.last_offset()), (2, 109));
+        let mut buf = RecordsBuf::new();
+        let records: Vec<_> =
+            buf.decode(&batch, 0).expect("opens").map(|record| record.expect("decodes")).collect();
+        assert_eq!(records.iter().map(|record| record.offset).collect::<Vec<_>>(), [102, 107]);
+        assert_eq!(records[1].headers.clone().collect::<Vec<_>>(), [(&b"h"[..], None)]);
+        assert_eq!(records[1].headers.len(), 1);
+    }
+
+    #[test]
+    fn a_batch_without_records_is_empty() {
+        let batch = BatchBuilder::new().build(5);
+        let mut scratch = Vec::new();
+        assert_eq!(decode_records(&batch, &mut scratch, 0).expect("opens").count(), 0);
+    }
+
+    #[test]
+    fn too_few_and_too_many_records_are_errors() {
+        let mut builder = BatchBuilder::new();
+        builder.append(1, None, Some(b"v"), &[]).append(2, None, Some(b"w"), &[]);
+        let good = builder.build(0);
+        let mut scratch = Vec::new();
+        for (count, error) in [(1, RecordError::TrailingBytes(8)), (3, RecordError::Malformed)] {
+            let mut bytes = good.to_vec();
+            bytes[60] = count;
+            let results: Vec<_> = decode_records(&bytes, &mut scratch, 0).expect("opens").collect();
+            assert_eq!(results.last().and_then(|last| last.as_ref().err()), Some(&error));
+        }
+    }
+}

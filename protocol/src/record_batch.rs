@@ -302,3 +302,104 @@ impl<'a> Iterator for Batches<'a> {
 }
 
 impl std::iter::FusedIterator for Batches<'_> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::BatchBuilder;
+
+    fn batch() -> Vec<u8> {
+        let mut builder = BatchBuilder::new();
+        builder.producer(9, 1, 5);
+        builder.append(10, Some(b"k"), Some(b"v"), &[]).append(11, None, Some(b"w"), &[]);
+        builder.build(0).to_vec()
+    }
+
+    /// Changes the batch and makes its checksum right again.
+    fn changed(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+        let mut bytes = batch();
+        change(&mut bytes);
+        write_crc(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn a_good_batch_is_accepted_and_headers_round_trip() {
+        let bytes = batch();
+        let header = validate_produced(&bytes).expect("valid");
+        assert_eq!(header.total_bytes(), bytes.len());
+        assert_eq!(header.to_bytes(), bytes[..HEADER_BYTES]);
+        assert_eq!(
+            (header.last_sequence(), header.has_producer_id(), header.is_transactional()),
+            (6, true, false)
+        );
+    }
+
+    #[test]
+    fn each_fault_has_its_error_and_code() {
+        let count =
+            |record_count, last_offset_delta| BatchError::BadCount { record_count, last_offset_delta };
+        let attributes = |low: u8| move |bytes: &mut Vec<u8>| bytes[22] = low;
+        let cases: Vec<(Vec<u8>, BatchError, ErrorCode)> = vec![
+            (vec![], BatchError::Empty, ErrorCode::INVALID_RECORD),
+            (
+                batch()[..60].to_vec(),
+                BatchError::Truncated { need: 61, have: 60 },
+                ErrorCode::CORRUPT_MESSAGE,
+            ),
+            (changed(|b| b[16] = 1), BatchError::BadMagic(1), ErrorCode::INVALID_RECORD),
+            (changed(|b| b[8] = 0xff), BatchError::BadLength(-16_777_142), ErrorCode::CORRUPT_MESSAGE),
+            (changed(attributes(0x20)), BatchError::ControlBatch, ErrorCode::INVALID_RECORD),
+            (changed(attributes(5)), BatchError::UnknownCodec(5), ErrorCode::UNSUPPORTED_COMPRESSION_TYPE),
+            (changed(|b| b[60] = 3), count(3, 1), ErrorCode::INVALID_RECORD),
+            (changed(|b| b[60] = 0), count(0, 1), ErrorCode::INVALID_RECORD),
+            (changed(|b| b[57] = 0x80), count(i32::MIN + 2, 1), ErrorCode::INVALID_RECORD),
+            (changed(|b| b[53] = 0xff), BatchError::BadProducer, ErrorCode::INVALID_RECORD),
+        ];
+        for (bytes, error, code) in cases {
+            let got = validate_produced(&bytes).expect_err("refused");
+            match (got, error) {
+                (BatchError::BadLength(_), BatchError::BadLength(_)) => {}
+                _ => assert_eq!(got, error),
+            }
+            assert_eq!(got.code(), code, "{got}");
+        }
+        let mut flipped = batch();
+        *flipped.last_mut().expect("not empty") ^= 1;
+        assert_eq!(validate_produced(&flipped), Err(BatchError::BadCrc));
+        let two = [batch(), batch()].concat();
+        assert_eq!(validate_produced(&two), Err(BatchError::TrailingBytes(two.len() / 2)));
+        let short = &batch()[..batch().len() - 1];
+        assert!(matches!(validate_produced(short), Err(BatchError::Truncated { .. })));
+    }
+
+    #[test]
+    fn a_transaction_needs_a_producer() {
+        let mut builder = BatchBuilder::new();
+        builder.transactional().append(1, None, None, &[]);
+        assert_eq!(validate_produced(&builder.build(0)), Err(BatchError::BadProducer));
+        builder.producer(1, 0, 0);
+        assert!(validate_produced(&builder.build(0)).is_ok());
+    }
+
+    #[test]
+    fn sequences_wrap() {
+        let mut header = parse(&batch()).expect("valid");
+        header.base_sequence = i32::MAX;
+        assert_eq!(header.last_sequence(), 0);
+        header.base_sequence = i32::MAX - 1;
+        assert_eq!(header.last_sequence(), i32::MAX);
+        header.base_sequence = -1;
+        assert_eq!(header.last_sequence(), -1);
+    }
+
+    #[test]
+    fn batches_are_walked_up_to_the_first_fault() {
+        let whole = [batch(), batch(), batch()].concat();
+        assert_eq!(batches(&whole).filter_map(Result::ok).count(), 3);
+        let cut = &whole[..whole.len() - 1];
+        let walked: Vec<_> = batches(cut).collect();
+        assert_eq!(walked.len(), 3);
+        assert!(walked[0].is_ok() && walked[1].is_ok() && walked[2].is_err());
+    }
+}
