@@ -66,22 +66,39 @@ impl From<WireError> for DecodeError {
     }
 }
 
-/// The frame, from whose front fields are read and records are split off.
+/// The frame, from whose front records are split off. Fields are read at a position that runs ahead, so that the buffer
+/// itself is moved once per partition and not once per field.
 struct Frame {
     bytes: BytesMut,
+    position: usize,
 }
 
 impl Frame {
-    /// Reads with `read` and drops what it consumed.
+    #[inline]
     fn read<T>(
         &mut self,
         read: impl FnOnce(&mut Reader<'_>) -> Result<T, DecodeError>,
     ) -> Result<T, DecodeError> {
-        let mut reader = Reader::new(&self.bytes);
+        let mut reader = Reader::new(&self.bytes[self.position..]);
         let value = read(&mut reader)?;
-        let consumed = self.bytes.len() - reader.remaining();
-        self.bytes.advance(consumed);
+        self.position = self.bytes.len() - reader.remaining();
         Ok(value)
+    }
+
+    fn remaining(&self) -> usize {
+        self.bytes.len() - self.position
+    }
+
+    /// Splits off the next `length` bytes, which the caller has seen to be there.
+    #[inline]
+    fn split(&mut self, length: usize) -> BytesMut {
+        // An empty split would still take a reference to the frame.
+        if length == 0 {
+            return BytesMut::new();
+        }
+        self.bytes.advance(self.position);
+        self.position = 0;
+        self.bytes.split_to(length)
     }
 }
 
@@ -101,8 +118,7 @@ pub fn decode_produce(
     if body_offset > frame.len() {
         return Err(DecodeError::Truncated);
     }
-    frame.advance(body_offset);
-    let mut frame = Frame { bytes: frame };
+    let mut frame = Frame { bytes: frame, position: body_offset };
     let flexible = version >= 9;
     let by_id = version >= 13;
     // The smallest encodings: name or id, array count, tagged fields; and index, records length, tagged fields.
@@ -135,14 +151,13 @@ pub fn decode_produce(
             Ok((topic, count))
         })?;
         topics.push(topic);
-        reserve_bounded(&mut partitions, partition_count, frame.bytes.len() / partition_bytes_min);
+        reserve_bounded(&mut partitions, partition_count, frame.remaining() / partition_bytes_min);
         for _ in 0..partition_count {
             let (partition, length) = frame.read(|reader| {
                 let partition = reader.i32()?;
                 Ok((partition, reader.nullable_bytes_length(flexible)?.unwrap_or(0)))
             })?;
-            // An empty split would still take a reference to the frame.
-            let records = if length == 0 { BytesMut::new() } else { frame.bytes.split_to(length) };
+            let records = frame.split(length);
             partitions.push(ProducePartition { topic: topic_index as u32, partition, records });
             if flexible {
                 frame.read(|reader| Ok(reader.skip_tagged_fields()?))?;
@@ -155,8 +170,8 @@ pub fn decode_produce(
     if flexible {
         frame.read(|reader| Ok(reader.skip_tagged_fields()?))?;
     }
-    if !frame.bytes.is_empty() {
-        return Err(DecodeError::TrailingBytes(frame.bytes.len()));
+    if frame.remaining() > 0 {
+        return Err(DecodeError::TrailingBytes(frame.remaining()));
     }
     Ok(ProduceRequest { transactional_id, acks, timeout_ms, topics, partitions })
 }

@@ -128,6 +128,7 @@ impl BatchHeader {
     }
 }
 
+#[inline(always)]
 fn field<const N: usize>(header: &[u8; HEADER_BYTES], at: usize) -> [u8; N] {
     // Offsets are constants below, all within the header.
     let mut out = [0; N];

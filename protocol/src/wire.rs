@@ -23,34 +23,41 @@ pub(crate) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
+    #[inline]
     pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Self { bytes }
     }
 
+    #[inline]
     pub(crate) fn remaining(&self) -> usize {
         self.bytes.len()
     }
 
+    #[inline]
     pub(crate) fn take(&mut self, n: usize) -> Result<&'a [u8], WireError> {
         let (head, tail) = self.bytes.split_at_checked(n).ok_or(WireError::Truncated)?;
         self.bytes = tail;
         Ok(head)
     }
 
+    #[inline]
     fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         let (head, tail) = self.bytes.split_first_chunk::<N>().ok_or(WireError::Truncated)?;
         self.bytes = tail;
         Ok(*head)
     }
 
+    #[inline]
     pub(crate) fn u8(&mut self) -> Result<u8, WireError> {
         Ok(self.array::<1>()?[0])
     }
 
+    #[inline]
     pub(crate) fn i16(&mut self) -> Result<i16, WireError> {
         Ok(i16::from_be_bytes(self.array()?))
     }
 
+    #[inline]
     pub(crate) fn i32(&mut self) -> Result<i32, WireError> {
         Ok(i32::from_be_bytes(self.array()?))
     }
@@ -61,7 +68,13 @@ impl<'a> Reader<'a> {
 
     /// At most five bytes, and the fifth may only carry the top four bits: `kafka-protocol` silently cuts a longer
     /// one, so accepting it here would let the two readers disagree about where the next field starts.
+    #[inline]
     pub(crate) fn uvarint(&mut self) -> Result<u32, WireError> {
+        // Nearly every varint on the wire is one byte long.
+        if let Some((&byte @ 0..0x80, tail)) = self.bytes.split_first() {
+            self.bytes = tail;
+            return Ok(u32::from(byte));
+        }
         let mut value = 0u32;
         for shift in [0u32, 7, 14, 21, 28] {
             let byte = self.u8()?;
@@ -77,6 +90,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A varint length written as `n + 1`, with 0 for null.
+    #[inline]
     fn compact_length(&mut self) -> Result<Option<usize>, WireError> {
         Ok((self.uvarint()? as usize).checked_sub(1))
     }
@@ -98,6 +112,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Length of a nullable byte field, proven to fit what remains.
+    #[inline]
     pub(crate) fn nullable_bytes_length(&mut self, flexible: bool) -> Result<Option<usize>, WireError> {
         let length = if flexible {
             self.compact_length()?
@@ -114,6 +129,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Element count of a nullable array, proven to fit what remains at `element_bytes_min` bytes per element.
+    #[inline]
     pub(crate) fn nullable_count(
         &mut self,
         flexible: bool,
@@ -134,6 +150,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Skips a section of tagged fields; each takes at least two bytes (tag, size).
+    #[inline]
     pub(crate) fn skip_tagged_fields(&mut self) -> Result<(), WireError> {
         let count = self.uvarint()? as usize;
         if count > self.remaining() / 2 {
