@@ -108,7 +108,7 @@ fn utf8(bytes: &[u8]) -> Result<Box<str>, DecodeError> {
 
 /// Decodes the body that starts at `body_offset` of a whole frame (no length prefix).
 pub fn decode_produce(
-    mut frame: BytesMut,
+    frame: BytesMut,
     body_offset: usize,
     version: i16,
 ) -> Result<ProduceRequest, DecodeError> {
