@@ -1,0 +1,40 @@
+# Every target installs what it needs; progress goes to standard output.
+SHELL := /bin/bash
+DEMO_SECONDS ?= 60
+KEEP ?=
+
+.PHONY: build engine setup demo test test-full lint bench-smoke clean
+
+build:
+	cargo build --release -p flumen-broker
+
+# The ClickHouse engine (libchdb.so), unless an outside server is named.
+engine:
+	@if [ -n "$$CLICKHOUSE_URL" ]; then echo "using CLICKHOUSE_URL"; else bash sink/embedded/fetch-engine.sh; fi
+
+demo: build engine
+	cargo build --release -p flumen-tests --bin flumen-demo
+	DEMO_SECONDS=$(DEMO_SECONDS) target/release/flumen-demo $(if $(KEEP),--keep,)
+
+# Real clients for the integration tests: Python and Java ones, kcat.
+setup: engine
+	bash tests/setup.sh
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D clippy::correctness -D clippy::suspicious
+
+test: setup
+	bash tests/run.sh
+
+test-full: setup
+	FLUMEN_TEST_FULL=1 bash tests/run.sh
+
+bench-smoke: engine
+	cargo build --release -p flumen-broker -p flumen-bench
+	bash bench/kafka.sh fetch
+	bash bench/smoke.sh
+
+clean:
+	cargo clean
+	rm -rf .cache demo-data

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The test run: the binary, then unit, property, golden and integration tests of every crate.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+echo "== build"
+cargo build -p flumen-broker -p flumen-embedded --examples --bins
+export FLUMEN_BIN="$PWD/target/debug/flumen"
+echo "== no unsafe code outside the two doors"
+if grep -rlE 'unsafe (\{|fn|impl)' --include='*.rs' protocol storage/src broker sink/src bench tests; then
+  echo "unsafe code in a file above" >&2
+  exit 1
+fi
+echo "== tests"
+cargo test --workspace --no-fail-fast -- --test-threads=2

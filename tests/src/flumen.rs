@@ -1,0 +1,120 @@
+//! A running broker and its admin API.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use crate::process::{Process, flumen_binary, free_port};
+
+pub struct Flumen {
+    process: Option<Process>,
+    pub data_dir: PathBuf,
+    pub kafka: String,
+    pub admin: String,
+    arguments: Vec<String>,
+}
+
+impl Flumen {
+    /// Starts a broker on free ports. `settings` are `key=value` pairs for `--set`.
+    pub fn start(data_dir: &Path, settings: &[&str]) -> anyhow::Result<Flumen> {
+        Self::start_at(data_dir, free_port(), free_port(), settings, &[])
+    }
+
+    pub fn start_at(
+        data_dir: &Path,
+        kafka: u16,
+        admin: u16,
+        settings: &[&str],
+        more: &[&str],
+    ) -> anyhow::Result<Flumen> {
+        let mut arguments: Vec<String> = more.iter().map(ToString::to_string).collect();
+        for setting in settings {
+            arguments.push("--set".to_string());
+            arguments.push((*setting).to_string());
+        }
+        let mut flumen = Flumen {
+            process: None,
+            data_dir: data_dir.to_path_buf(),
+            kafka: format!("127.0.0.1:{kafka}"),
+            admin: format!("127.0.0.1:{admin}"),
+            arguments,
+        };
+        flumen.restart()?;
+        Ok(flumen)
+    }
+
+    /// Starts the process again on the same directory and ports.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.process = None;
+        std::fs::create_dir_all(&self.data_dir)?;
+        let mut command = Command::new(flumen_binary()?);
+        command
+            .arg("server")
+            .args(["--data-dir".as_ref(), self.data_dir.join("data").as_os_str()])
+            .args(["--kafka", &self.kafka, "--admin", &self.admin])
+            .args(&self.arguments);
+        let log = self.data_dir.join("broker.log");
+        let (process, _ready) = Process::start("flumen server", command, "flumen ready", &log)?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    pub fn kill_9(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.kill_9();
+        }
+    }
+
+    pub fn stop(&mut self) -> anyhow::Result<std::process::ExitStatus> {
+        self.process.take().context("the broker is not running")?.stop()
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    pub fn get(&self, path: &str) -> anyhow::Result<Value> {
+        self.call("GET", path, None)
+    }
+
+    pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        let (status, text) = http(method, &format!("http://{}{path}", self.admin), body.map(Value::to_string))?;
+        if !(200..300).contains(&status) {
+            bail!("{method} {path}: {status} {text}");
+        }
+        Ok(serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    pub fn create_topic(&self, name: &str, partitions: i32, configs: &Value) -> anyhow::Result<()> {
+        let body = serde_json::json!({ "name": name, "partitions": partitions, "configs": configs });
+        self.call("POST", "/v1/topics", Some(&body)).map(drop)
+    }
+
+    /// High watermark of every partition of a topic.
+    pub fn end_offsets(&self, topic: &str) -> anyhow::Result<Vec<i64>> {
+        let described = self.get(&format!("/v1/topics/{topic}"))?;
+        Ok(described["partition_list"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|p| p["high_watermark"].as_i64())
+            .collect())
+    }
+}
+
+/// One HTTP request; a status is an answer, not an error.
+pub fn http(method: &str, url: &str, body: Option<String>) -> anyhow::Result<(u16, String)> {
+    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    let request = ureq::http::Request::builder()
+        .method(method)
+        .uri(url)
+        .header("content-type", "application/json")
+        .body(body.unwrap_or_default())?;
+    let mut response = agent.run(request)?;
+    let status = response.status().as_u16();
+    // Answers here are counts, lists of ids, statuses: none is larger than this.
+    let text = response.body_mut().with_config().limit(1 << 30).read_to_string()?;
+    Ok((status, text))
+}

@@ -1,0 +1,7 @@
+//! Real processes for tests and the demo: a broker, a ClickHouse, free ports, and the little HTTP that
+//! is needed to ask them. Everything started here is killed when its handle is dropped.
+#![forbid(unsafe_code)]
+
+pub mod clickhouse;
+pub mod flumen;
+pub mod process;

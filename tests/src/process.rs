@@ -1,0 +1,111 @@
+//! A child process that announces itself with a ready line on stdout.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, bail};
+
+pub struct Process {
+    child: Child,
+    name: String,
+}
+
+impl Process {
+    /// Starts `command` and returns the first line of its output that starts with `ready`.
+    pub fn start(name: &str, mut command: Command, ready: &str, log: &Path) -> anyhow::Result<(Process, String)> {
+        let errors = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("cannot start {name}: {command:?}"))?;
+        let stdout = child.stdout.take().context("no stdout")?;
+        let mut lines = BufReader::new(stdout).lines();
+        for line in lines.by_ref() {
+            let line = line?;
+            if line.starts_with(ready) {
+                // The pipe must stay open and be emptied, or the child would stop at a full one.
+                std::thread::spawn(move || lines.for_each(drop));
+                return Ok((Process { child, name: name.to_string() }, line));
+            }
+        }
+        let status = child.wait()?;
+        let tail: Vec<String> = std::fs::read_to_string(log)
+            .unwrap_or_default()
+            .lines()
+            .rev()
+            .take(10)
+            .map(str::to_string)
+            .collect();
+        let tail: Vec<String> = tail.into_iter().rev().collect();
+        bail!("{name} ended with {status} before it was ready:\n{}", tail.join("\n"))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub fn kill_9(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// SIGTERM, and the exit status.
+    pub fn stop(mut self) -> anyhow::Result<std::process::ExitStatus> {
+        let sent = Command::new("kill").arg("-TERM").arg(self.pid().to_string()).status()?;
+        if !sent.success() {
+            bail!("could not signal {}", self.name);
+        }
+        Ok(self.child.wait()?)
+    }
+
+    pub fn wait(&mut self) -> anyhow::Result<std::process::ExitStatus> {
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .map(|a| a.port())
+        .expect("loopback has a free port")
+}
+
+/// `preferred` when nobody listens there, else a free one.
+pub fn port_or_free(preferred: u16) -> u16 {
+    match std::net::TcpListener::bind(("127.0.0.1", preferred)) {
+        Ok(_) => preferred,
+        Err(_) => free_port(),
+    }
+}
+
+/// The `flumen` binary: `FLUMEN_BIN`, or the one built beside the running test.
+pub fn flumen_binary() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("FLUMEN_BIN") {
+        return Ok(path.into());
+    }
+    let mut dir = std::env::current_exe()?;
+    while dir.pop() {
+        let candidate = dir.join("flumen");
+        if candidate.is_file() {
+            return Ok(candidate);
+        }
+    }
+    bail!("no flumen binary beside this test: build it first (cargo build -p flumen-broker), or set FLUMEN_BIN")
+}
+
+/// The top of the repository, seen from this crate.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
+}

@@ -1,0 +1,69 @@
+//! Real clients, each in its own process, against a real broker.
+
+use std::process::Command;
+
+use flumen_tests::flumen::Flumen;
+use flumen_tests::process::repository;
+use serde_json::json;
+
+fn run(name: &str, command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{name} cannot be run ({e}); run `make setup`"));
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{name} failed:\n{text}");
+    text
+}
+
+fn python(script: &str, broker: &Flumen) -> String {
+    let python = repository().join(".cache/venv/bin/python");
+    run(script, Command::new(python).arg(repository().join("tests/clients").join(script)).arg(&broker.kafka))
+}
+
+fn broker() -> (tempfile::TempDir, Flumen) {
+    let dir = tempfile::tempdir().unwrap();
+    let flumen = Flumen::start(dir.path(), &["group.initial.rebalance.delay.ms=0"]).unwrap();
+    (dir, flumen)
+}
+
+#[test]
+fn kafka_python() {
+    let (_dir, flumen) = broker();
+    assert!(python("kafka_python.py", &flumen).contains("kafka-python ok"));
+}
+
+#[test]
+fn confluent_kafka() {
+    let (_dir, flumen) = broker();
+    assert!(python("confluent.py", &flumen).contains("confluent-kafka ok"));
+}
+
+#[test]
+fn java_tools() {
+    if which("java").is_none() || which("mvn").is_none() {
+        println!("no Java and Maven here: the Java tools were not run");
+        return;
+    }
+    let (_dir, flumen) = broker();
+    let script = repository().join("tests/clients/java_tools.sh");
+    assert!(run("java_tools.sh", Command::new("bash").arg(script).arg(&flumen.kafka)).contains("java tools ok"));
+}
+
+#[test]
+fn kcat_round_trip() {
+    let (dir, flumen) = broker();
+    flumen.create_topic("kc", 1, &json!({})).unwrap();
+    let file = dir.path().join("in.txt");
+    let lines: String = (0..500).map(|i| format!("k{i}:v{i}\n")).collect();
+    std::fs::write(&file, &lines).unwrap();
+    run("kcat -P", Command::new("kcat").args(["-b", &flumen.kafka, "-P", "-t", "kc", "-K:", "-l"]).arg(&file));
+    let out = run(
+        "kcat -C",
+        Command::new("kcat").args(["-b", &flumen.kafka, "-C", "-t", "kc", "-e", "-q", "-f", "%k:%s\\n"]),
+    );
+    assert_eq!(out, lines);
+    let listed = run("kcat -L", Command::new("kcat").args(["-b", &flumen.kafka, "-L", "-t", "kc"]));
+    assert!(listed.contains("topic \"kc\" with 1 partitions"), "{listed}");
+}
+
+fn which(program: &str) -> Option<std::path::PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|d| d.join(program)).find(|p| p.is_file())
+}
