@@ -2,6 +2,7 @@
 # Apache Kafka, one node, as the peer of a measurement.
 #   kafka.sh fetch                        get the jars (Maven, once, into .cache/kafka)
 #   kafka.sh start [--port N] [--data DIR] [--set key=value]...   prints "pid=N kafka=HOST:PORT took=SECONDS data=DIR"
+#   kafka.sh run [same arguments]         become the broker: prints "launching kafka=HOST:PORT", logs to DIR/server.log
 #   kafka.sh stop DIR                     stop the node of that data directory
 #   kafka.sh kill DIR                     the same with -9
 # Settings are Kafka's best found for a small machine, not its defaults: one log directory, network and I/O threads
@@ -15,14 +16,17 @@ free_port() {
         || echo $((20000 + RANDOM % 10000))
 }
 
-start() {
-    local port="" data="" sets=()
+port="" data="" format_began="" launch=()
+
+# Reads the arguments, writes the properties, formats the directory, and leaves the command in `launch`.
+prepare() {
+    local sets=()
     while [ $# -gt 0 ]; do
         case $1 in
             --port) port=$2; shift 2 ;;
             --data) data=$2; shift 2 ;;
             --set) sets+=("$2"); shift 2 ;;
-            *) kafka_fail "start: unknown argument $1" ;;
+            *) kafka_fail "unknown argument $1" ;;
         esac
     done
     kafka_fetch
@@ -59,20 +63,31 @@ P
     } >"$data/server.properties"
 
     local cp="$kafka_dir/libs/*" log="-Dlog4j2.configurationFile=$bench_dir/kafka/log4j2.xml"
-    local began
-    began=$(date +%s.%N)
+    format_began=$(date +%s.%N)
     if [ ! -f "$data/logs/meta.properties" ]; then
         local id
         id=$("$java" "$log" -cp "$cp" kafka.tools.StorageTool random-uuid)
         "$java" "$log" -cp "$cp" kafka.tools.StorageTool format -t "$id" -c "$data/server.properties" \
             >"$data/format.log" 2>&1 || { cat "$data/format.log" >&2; kafka_fail "format failed"; }
     fi
+    # shellcheck disable=SC2206
+    launch=("$java" ${KAFKA_HEAP_OPTS:--Xms1g -Xmx1g} -server -XX:+UseG1GC -XX:MaxGCPauseMillis=20
+        -XX:InitiatingHeapOccupancyPercent=35 -XX:+ExplicitGCInvokesConcurrent -Djava.awt.headless=true
+        "$log" -cp "$cp" kafka.Kafka "$data/server.properties")
+}
+
+# In the foreground and under the caller's own process id, for a caller that wants to be its parent.
+run() {
+    prepare "$@"
+    echo "launching kafka=127.0.0.1:$port data=$data"
+    exec "${launch[@]}" >"$data/server.log" 2>&1 </dev/null
+}
+
+start() {
+    prepare "$@"
     local launched
     launched=$(date +%s.%N)
-    # shellcheck disable=SC2086
-    setsid "$java" ${KAFKA_HEAP_OPTS:--Xms1g -Xmx1g} -server -XX:+UseG1GC -XX:MaxGCPauseMillis=20 \
-        -XX:InitiatingHeapOccupancyPercent=35 -XX:+ExplicitGCInvokesConcurrent -Djava.awt.headless=true \
-        "$log" -cp "$cp" kafka.Kafka "$data/server.properties" >"$data/server.log" 2>&1 </dev/null &
+    setsid "${launch[@]}" >"$data/server.log" 2>&1 </dev/null &
     local pid=$!
     echo "$pid" >"$data/pid"
     # Ready means a whole Kafka answer, not an open port; bounded so that a broken node is reported, not waited for.
@@ -86,7 +101,7 @@ P
     local now
     now=$(date +%s.%N)
     disown
-    awk -v p="$pid" -v port="$port" -v d="$data" -v a="$began" -v l="$launched" -v n="$now" \
+    awk -v p="$pid" -v port="$port" -v d="$data" -v a="$format_began" -v l="$launched" -v n="$now" \
         'BEGIN { printf "pid=%d kafka=127.0.0.1:%d took=%.2f format=%.2f data=%s\n", p, port, n - l, l - a, d }'
 }
 
@@ -117,7 +132,8 @@ halt() {
 case ${1:-} in
     fetch) kafka_fetch; echo "$kafka_dir" ;;
     start) shift; start "$@" ;;
+    run) shift; run "$@" ;;
     stop) halt TERM "${2:?usage: kafka.sh stop DIR}" ;;
     kill) halt KILL "${2:?usage: kafka.sh kill DIR}" ;;
-    *) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;;
+    *) sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;;
 esac

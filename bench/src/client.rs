@@ -137,6 +137,8 @@ impl Client {
         for _ in 0..LEADER_TRIES_MAX {
             if let Some(led) = self.led_partitions(topic).await? {
                 if led >= partitions {
+                    // Metadata can name a leader before that leader knows; only an answer from it proves it.
+                    self.offsets(topic, partitions, LATEST).await?;
                     return Ok(());
                 }
             }
@@ -151,35 +153,54 @@ impl Client {
             .with_transaction_timeout_ms(60_000)
             .with_producer_id((-1).into())
             .with_producer_epoch(-1);
-        let r = self.call(&request, INIT_PRODUCER_ID_VERSION).await?;
-        ensure!(r.error_code == 0, "InitProducerId: {}", error_name(r.error_code));
-        Ok((r.producer_id.0, r.producer_epoch))
+        for _ in 0..LEADER_TRIES_MAX {
+            let r = self.call(&request, INIT_PRODUCER_ID_VERSION).await?;
+            match r.error_code {
+                0 => return Ok((r.producer_id.0, r.producer_epoch)),
+                // Loading, not available, moving: all of a broker that has only just started.
+                7 | 14 | 15 | 16 => tokio::time::sleep(LEADER_WAIT).await,
+                code => bail!("InitProducerId: {}", error_name(code)),
+            }
+        }
+        bail!("no producer id in time")
     }
 
-    /// The offset of each partition at `at` ([`EARLIEST`] or [`LATEST`]).
+    /// The offset of each partition at `at` ([`EARLIEST`] or [`LATEST`]); waits for leaders that are not ready.
     pub async fn offsets(&mut self, topic: &str, partitions: usize, at: i64) -> Result<Vec<i64>> {
-        let request = ListOffsetsRequest::default().with_replica_id(BrokerId(-1)).with_topics(vec![
-            ListOffsetsTopic::default().with_name(topic_name(topic)).with_partitions(
-                (0..partitions as i32)
-                    .map(|p| {
-                        ListOffsetsPartition::default()
-                            .with_partition_index(p)
-                            .with_current_leader_epoch(-1)
-                            .with_timestamp(at)
-                    })
-                    .collect(),
-            ),
-        ]);
-        let r = self.call(&request, LIST_OFFSETS_VERSION).await?;
-        let mut out = vec![0; partitions];
-        for t in &r.topics {
-            for p in &t.partitions {
-                ensure!(p.error_code == 0, "ListOffsets: {}", error_name(p.error_code));
+        let request =
+            ListOffsetsRequest::default().with_replica_id(BrokerId(-1)).with_topics(vec![
+                ListOffsetsTopic::default().with_name(topic_name(topic)).with_partitions(
+                    (0..partitions as i32)
+                        .map(|p| {
+                            ListOffsetsPartition::default()
+                                .with_partition_index(p)
+                                .with_current_leader_epoch(-1)
+                                .with_timestamp(at)
+                        })
+                        .collect(),
+                ),
+            ]);
+        let mut last = 0;
+        for _ in 0..LEADER_TRIES_MAX {
+            let r = self.call(&request, LIST_OFFSETS_VERSION).await?;
+            let mut out = vec![0; partitions];
+            last = 0;
+            for p in r.topics.iter().flat_map(|t| &t.partitions) {
+                match p.error_code {
+                    0 => {}
+                    // Unknown yet, no leader yet, leader does not know yet, offset not available yet.
+                    3 | 5 | 6 | 78 => last = p.error_code,
+                    code => bail!("ListOffsets: {}", error_name(code)),
+                }
                 if let Some(slot) = usize::try_from(p.partition_index).ok().and_then(|i| out.get_mut(i)) {
                     *slot = p.offset;
                 }
             }
+            if last == 0 {
+                return Ok(out);
+            }
+            tokio::time::sleep(LEADER_WAIT).await;
         }
-        Ok(out)
+        bail!("ListOffsets of {topic}: {}", error_name(last))
     }
 }

@@ -15,6 +15,7 @@ mod stats;
 mod wire;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -59,13 +60,23 @@ fn write_json(path: Option<&Path>, value: &impl Serialize) -> Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("flumen-bench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
     match Cli::parse().command {
-        Command::Null(config) => null::run(&config),
+        Command::Null(config) => null::run(&config)?,
         Command::Load { config, json } => {
             let result = load::run(&config, None)?;
             load::print(&result);
-            write_json(json.as_deref(), &result)
+            write_json(json.as_deref(), &result)?;
         }
         Command::Consume { config, json } => {
             let r = consume::run(&config, None)?;
@@ -76,7 +87,8 @@ fn main() -> Result<()> {
             if let Some(c) = r.broker_cpu_s_per_gb {
                 println!("broker {c:.3} CPU-s per GB");
             }
-            write_json(json.as_deref(), &r)
+            write_json(json.as_deref(), &r)?;
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
