@@ -126,12 +126,23 @@ impl Client {
                         .with_configs(configs),
                 ])
                 .with_timeout_ms(30_000);
-            let response = self.call(&request, CREATE_TOPICS_VERSION).await?;
-            let t = response.topics.first().context("CreateTopics answered no topic")?;
-            // 36: someone else was faster.
-            if t.error_code != 0 && t.error_code != 36 {
-                let why = t.error_message.as_ref().map(|m| m.as_str()).unwrap_or_default();
-                bail!("CreateTopics {topic}: {} {why}", error_name(t.error_code));
+            let mut tries = 0;
+            loop {
+                let response = self.call(&request, CREATE_TOPICS_VERSION).await?;
+                let t = response.topics.first().context("CreateTopics answered no topic")?;
+                match t.error_code {
+                    // 36: someone else was faster.
+                    0 | 36 => break,
+                    // Timed out, no registered broker, no controller: a broker that has only just started.
+                    7 | 38 | 41 if tries < LEADER_TRIES_MAX => {
+                        tries += 1;
+                        tokio::time::sleep(LEADER_WAIT).await;
+                    }
+                    code => {
+                        let why = t.error_message.as_ref().map(|m| m.as_str()).unwrap_or_default();
+                        bail!("CreateTopics {topic}: {} {why}", error_name(code));
+                    }
+                }
             }
         }
         for _ in 0..LEADER_TRIES_MAX {
@@ -167,19 +178,18 @@ impl Client {
 
     /// The offset of each partition at `at` ([`EARLIEST`] or [`LATEST`]); waits for leaders that are not ready.
     pub async fn offsets(&mut self, topic: &str, partitions: usize, at: i64) -> Result<Vec<i64>> {
-        let request =
-            ListOffsetsRequest::default().with_replica_id(BrokerId(-1)).with_topics(vec![
-                ListOffsetsTopic::default().with_name(topic_name(topic)).with_partitions(
-                    (0..partitions as i32)
-                        .map(|p| {
-                            ListOffsetsPartition::default()
-                                .with_partition_index(p)
-                                .with_current_leader_epoch(-1)
-                                .with_timestamp(at)
-                        })
-                        .collect(),
-                ),
-            ]);
+        let request = ListOffsetsRequest::default().with_replica_id(BrokerId(-1)).with_topics(vec![
+            ListOffsetsTopic::default().with_name(topic_name(topic)).with_partitions(
+                (0..partitions as i32)
+                    .map(|p| {
+                        ListOffsetsPartition::default()
+                            .with_partition_index(p)
+                            .with_current_leader_epoch(-1)
+                            .with_timestamp(at)
+                    })
+                    .collect(),
+            ),
+        ]);
         let mut last = 0;
         for _ in 0..LEADER_TRIES_MAX {
             let r = self.call(&request, LIST_OFFSETS_VERSION).await?;

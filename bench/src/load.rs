@@ -540,7 +540,12 @@ pub fn poll_read(
 }
 
 /// Walks a flexible Produce answer (versions 9 to 12) and reports each partition's error code.
-fn parse_answer(frame: &[u8], correlation_id: i32, version: i16, mut code: impl FnMut(i16)) -> Result<()> {
+pub fn parse_answer(
+    frame: &[u8],
+    correlation_id: i32,
+    version: i16,
+    mut code: impl FnMut(i16),
+) -> Result<()> {
     let mut r = Reader(frame);
     ensure!(r.i32()? == correlation_id, "answers came out of order (version {version})");
     r.tags()?;

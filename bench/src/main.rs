@@ -6,11 +6,14 @@
 mod batch;
 mod client;
 mod consume;
+mod export;
 mod load;
 mod null;
 mod outbox;
 mod pace;
+mod peer;
 mod plan;
+mod smoke;
 mod stats;
 mod wire;
 
@@ -51,6 +54,15 @@ enum Command {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// Records to rows in ClickHouse: rows/s, CPU and visibility, on a broker that runs already.
+    Export {
+        #[command(flatten)]
+        config: export::ExportConfig,
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Flumen, Apache Kafka and the null broker in one session, and one table.
+    Smoke(smoke::SmokeConfig),
 }
 
 fn write_json(path: Option<&Path>, value: &impl Serialize) -> Result<()> {
@@ -89,6 +101,12 @@ fn run() -> Result<ExitCode> {
             }
             write_json(json.as_deref(), &r)?;
         }
+        Command::Export { config, json } => {
+            let r = export::run(&config)?;
+            export::print(&r);
+            write_json(json.as_deref(), &r)?;
+        }
+        Command::Smoke(config) => return smoke::run(&config),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,191 @@
+//! The brokers under measurement, each a child process with a data directory of its own that goes when it goes.
+//!
+//! A [`Peer`] kills its process with -9 when dropped: what a broker does with a clean stop is not measured here.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use bytes::{BufMut, BytesMut};
+
+use crate::batch;
+use crate::client::{CLIENT_ID, Client, error_name};
+use crate::load;
+use crate::wire;
+
+/// How long a broker may take to its first answer before it is called broken.
+const START_MAX: Duration = Duration::from_secs(120);
+/// Fine enough that the poll does not show in the start time.
+const CONNECT_POLL: Duration = Duration::from_millis(2);
+
+pub struct Peer {
+    pub child: Child,
+    pub kafka: String,
+    pub admin: Option<String>,
+    data: PathBuf,
+    log: PathBuf,
+    pub spawned: Instant,
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+impl Peer {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn spawn(
+        mut command: Command,
+        data: PathBuf,
+        kafka: String,
+        ready: Option<&str>,
+    ) -> Result<(Self, String)> {
+        if let Some(parent) = data.parent() {
+            std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+        }
+        let log = data.with_extension("log");
+        let errors =
+            std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let spawned = Instant::now();
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("cannot run {}", command.get_program().to_string_lossy()))?;
+        let mut peer = Self { child, kafka, admin: None, data, log, spawned };
+        let mut line = String::new();
+        if let Some(prefix) = ready {
+            let out = peer.child.stdout.take().context("no stdout")?;
+            let mut out = BufReader::new(out);
+            while !line.starts_with(prefix) {
+                line.clear();
+                if out.read_line(&mut line)? == 0 {
+                    bail!("the process ended before it was ready:\n{}", peer.log_tail());
+                }
+            }
+            // Left open and drained, so that a later line neither blocks nor breaks the process.
+            std::thread::spawn(move || std::io::copy(&mut out, &mut std::io::sink()));
+        }
+        Ok((peer, line))
+    }
+
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+
+    pub fn flumen(binary: &Path, work: &Path, settings: &[String]) -> Result<Self> {
+        let (kafka, admin) = (format!("127.0.0.1:{}", free_port()?), format!("127.0.0.1:{}", free_port()?));
+        let data = work.join("flumen");
+        let mut command = Command::new(binary);
+        command.arg("server").arg("--data-dir").arg(&data);
+        command.args(["--kafka", &kafka, "--admin", &admin]);
+        for s in settings {
+            command.args(["--set", s]);
+        }
+        let (mut peer, _) = Self::spawn(command, data, kafka, Some("flumen ready kafka="))?;
+        peer.admin = Some(admin);
+        Ok(peer)
+    }
+
+    /// The embedded ClickHouse; `kafka` holds its HTTP address.
+    pub fn clickhouse(binary: &Path, work: &Path) -> Result<Self> {
+        let listen = format!("127.0.0.1:{}", free_port()?);
+        let data = work.join("clickhouse");
+        let mut command = Command::new(binary);
+        command.arg("clickhouse").arg("--data-dir").arg(&data).args(["--listen", &listen]);
+        Ok(Self::spawn(command, data, listen, Some("flumen clickhouse ready"))?.0)
+    }
+
+    pub fn kafka(bench_dir: &Path, jars: Option<&Path>, work: &Path, settings: &[String]) -> Result<Self> {
+        let kafka = format!("127.0.0.1:{}", free_port()?);
+        let data = work.join("kafka");
+        let mut command = Command::new(bench_dir.join("kafka.sh"));
+        command.arg("run").arg("--data").arg(&data);
+        command.args(["--port", kafka.rsplit(':').next().unwrap_or_default()]);
+        for s in settings {
+            command.args(["--set", s]);
+        }
+        if let Some(jars) = jars {
+            command.env("KAFKA_DIR", jars);
+        }
+        let server_log = data.join("server.log");
+        let (mut peer, _) = Self::spawn(command, data, kafka, Some("launching kafka="))?;
+        // Formatting the directory is not starting: the clock runs from the moment the JVM is launched.
+        peer.spawned = Instant::now();
+        peer.log = server_log;
+        Ok(peer)
+    }
+
+    pub fn null(work: &Path) -> Result<Self> {
+        let kafka = format!("127.0.0.1:{}", free_port()?);
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["null", "--listen", &kafka]);
+        Ok(Self::spawn(command, work.join("null"), kafka, Some("null ready"))?.0)
+    }
+
+    /// From spawn to the acknowledgement of one record in a new topic.
+    pub fn first_ack(&mut self) -> Result<Duration> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut client = loop {
+                if let Ok(client) = Client::connect(&self.kafka).await {
+                    break client;
+                }
+                if let Some(status) = self.child.try_wait()? {
+                    bail!("the broker ended while starting ({status}):\n{}", self.log_tail());
+                }
+                if self.spawned.elapsed() > START_MAX {
+                    bail!("no connection to {} in {START_MAX:?}:\n{}", self.kafka, self.log_tail());
+                }
+                tokio::time::sleep(CONNECT_POLL).await;
+            };
+            client.ensure_topic("first-ack", 1, &[]).await?;
+            let batch = batch::encode_filler(1, 100, None, load::now_ms());
+            produce_one(&mut client, "first-ack", 0, &batch).await?;
+            Ok(self.spawned.elapsed())
+        })
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // Already gone is fine, and there is nobody to tell about a directory that cannot be removed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.data);
+    }
+}
+
+/// One batch, one answer.
+pub async fn produce_one(client: &mut Client, topic: &str, partition: i32, batch: &[u8]) -> Result<()> {
+    const VERSION: i16 = 12;
+    let mut frame = BytesMut::with_capacity(batch.len() + 128);
+    wire::start_request(&mut frame, wire::PRODUCE, VERSION, 0, CLIENT_ID);
+    frame.put_u8(0);
+    frame.put_i16(-1);
+    frame.put_i32(30_000);
+    wire::put_uvarint(&mut frame, 2);
+    wire::put_compact_str(&mut frame, topic);
+    wire::put_uvarint(&mut frame, 2);
+    frame.put_i32(partition);
+    wire::put_uvarint(&mut frame, batch.len() as u32 + 1);
+    frame.put_slice(batch);
+    frame.put_slice(&[0, 0, 0]);
+    wire::finish_frame(&mut frame, 0, 0);
+    let answer = client.exchange(&frame).await?;
+    let mut failed = 0;
+    load::parse_answer(&answer, 0, VERSION, |code| failed = code)?;
+    if failed != 0 {
+        bail!("Produce to {topic}-{partition}: {}", error_name(failed));
+    }
+    Ok(())
+}
