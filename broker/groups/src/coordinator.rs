@@ -189,6 +189,22 @@ impl Coordinator {
         }
     }
 
+    /// Panics where the groups contradict themselves; for tests and for debugging a running broker.
+    pub fn assert_consistent(&self) {
+        for group in self.groups.values() {
+            group.assert_consistent(&self.ctx);
+        }
+        let in_flight: usize = self.groups.values().map(|group| group.appends_in_flight).sum();
+        assert_eq!(in_flight, self.ctx.appends.len(), "every append belongs to a group");
+        for (at_ms, group_id) in &self.ctx.wakes {
+            assert_eq!(
+                self.groups.get(group_id).map(|group| group.wake_at_ms),
+                Some(*at_ms),
+                "stale wake-up"
+            );
+        }
+    }
+
     // Views.
 
     /// Every committed offset: group, topic, partition, offset.

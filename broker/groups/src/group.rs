@@ -794,6 +794,55 @@ impl Group {
         sessions.chain(pending).chain(join).chain([self.sync_deadline_ms]).min().unwrap_or(NEVER)
     }
 
+    pub fn assert_consistent(&self, ctx: &Ctx) {
+        let waiting = self.members.values().filter(|member| member.waiting_join.is_some()).count();
+        assert_eq!(self.waiting_joins, waiting, "waiting joins are counted");
+        let mut counts = self.protocol_counts.clone();
+        for member in self.members.values() {
+            let names: BTreeSet<&str> = member.protocols.iter().map(|(name, _)| name.as_str()).collect();
+            for name in names {
+                let count = counts.get_mut(name).expect("every offered protocol is counted");
+                *count -= 1;
+            }
+        }
+        assert!(counts.values().all(|count| *count == 0), "no protocol is counted that nobody offers");
+        for (instance_id, member_id) in &self.static_members {
+            let member = self.members.get(member_id).expect("a static member is a member");
+            assert_eq!(member.instance_id.as_ref(), Some(instance_id));
+        }
+        let with_instance = self.members.values().filter(|member| member.instance_id.is_some()).count();
+        assert_eq!(with_instance, self.static_members.len());
+        assert!(self.pending_sync.iter().all(|id| self.members.contains_key(id)));
+        match self.state {
+            GroupState::Stable | GroupState::CompletingRebalance => {
+                let leader = self.leader.as_ref().expect("a generation has a leader");
+                assert!(self.members.contains_key(leader), "the leader is a member");
+                let everyone = self.members.len();
+                let protocol = self.protocol_name.as_ref().expect("a generation has a protocol");
+                assert!(
+                    self.members
+                        .values()
+                        .all(|member| member.protocols.iter().any(|(name, _)| name == protocol)),
+                    "all {everyone} members know the protocol"
+                );
+                let syncing = self.members.values().any(|member| member.waiting_sync.is_some());
+                assert!(
+                    self.state == GroupState::CompletingRebalance || !syncing,
+                    "stable members wait for nothing"
+                );
+            }
+            GroupState::Empty | GroupState::Dead => {
+                assert!(self.members.is_empty(), "an empty group is empty")
+            }
+            GroupState::PreparingRebalance => {
+                assert!(self.join_phase.is_some(), "a join phase ends by itself");
+                assert!(self.members.values().all(|member| member.waiting_sync.is_none()));
+            }
+        }
+        assert!(self.wake_at_ms <= self.next_deadline_ms(), "every deadline is watched");
+        assert!(self.wake_at_ms == NEVER || ctx.wakes.contains(&(self.wake_at_ms, self.id.clone())));
+    }
+
     pub fn new_member_deadline_ms(ctx: &Ctx) -> i64 {
         ctx.after(NEW_MEMBER_JOIN_TIMEOUT_MS)
     }
