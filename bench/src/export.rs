@@ -111,7 +111,7 @@ fn row(shape: Shape, id: u64, now_ms: i64, out: &mut Vec<u8>) {
     let kind = KINDS[(mix >> 60) as usize % KINDS.len()];
     let quantity = (mix % 41) as i64 - 20;
     let (whole, cents) = (mix >> 8 & 0x1ff, mix >> 20 & 0x3f);
-    let notes = if shape == Shape::Small { 2 } else { 56 };
+    let notes = if shape == Shape::Small { 3 } else { 56 };
     // Writing to a Vec cannot fail.
     let _ = write!(
         out,

@@ -49,6 +49,10 @@ impl Peer {
         if let Some(parent) = data.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         }
+        // Left by a run that was interrupted; every broker starts on an empty directory.
+        if data.exists() {
+            std::fs::remove_dir_all(&data).with_context(|| format!("cannot empty {}", data.display()))?;
+        }
         let log = data.with_extension("log");
         let errors =
             std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
