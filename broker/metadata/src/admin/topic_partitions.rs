@@ -1,0 +1,115 @@
+//! DescribeTopicPartitions: topics in name order, in pages of a bounded number of partitions.
+
+use std::collections::BTreeSet;
+
+use flumen_protocol::error_code::ErrorCode;
+use kafka_protocol::messages::describe_topic_partitions_response::{
+    Cursor, DescribeTopicPartitionsResponsePartition, DescribeTopicPartitionsResponseTopic,
+};
+use kafka_protocol::messages::{
+    BrokerId, DescribeTopicPartitionsRequest, DescribeTopicPartitionsResponse, TopicName,
+};
+
+use super::{OPERATIONS_NOT_ASKED, PartitionStatus, StatusOf, TOPIC_OPERATIONS, index_of, text};
+use crate::image::{MetadataImage, PartitionInfo, Topic};
+use crate::topic_name;
+
+/// Partitions in one answer whatever the client asks for: Kafka's max.request.partition.size.limit.
+pub const PARTITIONS_MAX: usize = 2000;
+
+pub fn describe_topic_partitions(
+    request: &DescribeTopicPartitionsRequest,
+    image: &MetadataImage,
+    status: StatusOf<'_>,
+) -> DescribeTopicPartitionsResponse {
+    let (from_topic, from_partition) = match &request.cursor {
+        None => ("", 0),
+        Some(cursor) => (cursor.topic_name.as_str(), usize::try_from(cursor.partition_index).unwrap_or(0)),
+    };
+    let names: BTreeSet<&str> = if request.topics.is_empty() {
+        image.topics.keys().map(String::as_str).collect()
+    } else {
+        request.topics.iter().map(|topic| topic.name.as_str()).collect()
+    };
+    let mut left = usize::try_from(request.response_partition_limit).unwrap_or(0).clamp(1, PARTITIONS_MAX);
+    let mut response = DescribeTopicPartitionsResponse::default();
+    for name in names.into_iter().filter(|name| *name >= from_topic) {
+        if left == 0 {
+            response.next_cursor = Some(cursor(name, 0));
+            break;
+        }
+        let Some(topic) = image.topics.get(name) else {
+            response.topics.push(unknown(name));
+            continue;
+        };
+        let first = if name == from_topic { from_partition } else { 0 };
+        let end = first.saturating_add(left).min(topic.partitions.len());
+        response.topics.push(describe(topic, first..end, image, status));
+        left -= end.saturating_sub(first);
+        if end < topic.partitions.len() {
+            response.next_cursor = Some(cursor(name, end));
+            break;
+        }
+    }
+    response
+}
+
+fn cursor(topic: &str, partition: usize) -> Cursor {
+    Cursor::default().with_topic_name(TopicName(text(topic))).with_partition_index(index_of(partition))
+}
+
+fn unknown(name: &str) -> DescribeTopicPartitionsResponseTopic {
+    let error = match topic_name::check(name) {
+        Ok(()) => ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
+        Err(_) => ErrorCode::INVALID_TOPIC_EXCEPTION,
+    };
+    DescribeTopicPartitionsResponseTopic::default()
+        .with_error_code(error.0)
+        .with_name(Some(TopicName(text(name))))
+        .with_is_internal(topic_name::is_internal(name))
+        .with_topic_authorized_operations(OPERATIONS_NOT_ASKED)
+}
+
+fn describe(
+    topic: &Topic,
+    range: std::ops::Range<usize>,
+    image: &MetadataImage,
+    status: StatusOf<'_>,
+) -> DescribeTopicPartitionsResponseTopic {
+    let partitions = topic
+        .partitions
+        .iter()
+        .enumerate()
+        .skip(range.start)
+        .take(range.len())
+        .map(|(index, info)| partition(index, info, image.node.id, status(info.group_id)))
+        .collect();
+    DescribeTopicPartitionsResponseTopic::default()
+        .with_name(Some(TopicName(text(&topic.name))))
+        .with_topic_id(topic.id)
+        .with_is_internal(topic.internal)
+        .with_partitions(partitions)
+        .with_topic_authorized_operations(TOPIC_OPERATIONS)
+}
+
+fn partition(
+    index: usize,
+    info: &PartitionInfo,
+    node_id: i32,
+    status: PartitionStatus,
+) -> DescribeTopicPartitionsResponsePartition {
+    let replicas: Vec<BrokerId> = info.replicas.iter().copied().map(BrokerId).collect();
+    let partition = DescribeTopicPartitionsResponsePartition::default()
+        .with_partition_index(index_of(index))
+        .with_leader_epoch(status.leader_epoch)
+        .with_eligible_leader_replicas(Some(Vec::new()))
+        .with_last_known_elr(Some(Vec::new()));
+    if status.damaged {
+        return partition
+            .with_error_code(ErrorCode::LEADER_NOT_AVAILABLE.0)
+            .with_leader_id(BrokerId(-1))
+            .with_offline_replicas(vec![BrokerId(node_id)])
+            .with_replica_nodes(replicas);
+    }
+    partition.with_leader_id(BrokerId(node_id)).with_isr_nodes(replicas.clone()).with_replica_nodes(replicas)
+}

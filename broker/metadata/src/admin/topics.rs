@@ -1,0 +1,536 @@
+//! CreateTopics, DeleteTopics, CreatePartitions, and the topics the broker makes by itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use flumen_protocol::error_code::ErrorCode;
+use kafka_protocol::messages::create_partitions_request::CreatePartitionsTopic;
+use kafka_protocol::messages::create_partitions_response::CreatePartitionsTopicResult;
+use kafka_protocol::messages::create_topics_request::{CreatableReplicaAssignment, CreatableTopic};
+use kafka_protocol::messages::create_topics_response::{CreatableTopicConfigs, CreatableTopicResult};
+use kafka_protocol::messages::delete_topics_response::DeletableTopicResult;
+use kafka_protocol::messages::{
+    BrokerId, CreatePartitionsRequest, CreatePartitionsResponse, CreateTopicsRequest, CreateTopicsResponse,
+    DeleteTopicsRequest, DeleteTopicsResponse, TopicName,
+};
+use uuid::Uuid;
+
+use super::{AdminPlan, Fail, Refused, text, topic_configs};
+use crate::broker_config::BrokerConfig;
+use crate::command::Command;
+use crate::config_def::Layers;
+use crate::image::{MetadataImage, TOPIC_PARTITIONS_MAX, Topic};
+use crate::topic_config::{check_setting, check_together};
+use crate::topic_name::{self, METADATA_TOPIC, OFFSETS_TOPIC};
+
+/// Kafka's bound on one request: each partition is a log that must be made before the answer.
+pub const PARTITIONS_PER_REQUEST_MAX: i32 = 10_000;
+
+/// A topic that may be created, with defaults filled in.
+struct NewTopic {
+    partitions: i32,
+    replication_factor: i16,
+    configs: BTreeMap<String, String>,
+}
+
+impl NewTopic {
+    fn command(self, name: &str, id: Uuid) -> Command {
+        Command::CreateTopic {
+            name: name.to_string(),
+            id,
+            partitions: self.partitions,
+            replication_factor: self.replication_factor,
+            configs: self.configs,
+        }
+    }
+}
+
+/// `ids` gives one fresh id per topic of the request.
+pub fn create_topics(
+    request: &CreateTopicsRequest,
+    version: i16,
+    image: &MetadataImage,
+    config: &BrokerConfig,
+    ids: impl IntoIterator<Item = Uuid>,
+) -> AdminPlan<CreateTopicsResponse> {
+    let config = config.with_dynamic(image);
+    let mut ids = ids.into_iter();
+    let mut commands = Vec::new();
+    let mut results: Vec<CreatableTopicResult> = Vec::with_capacity(request.topics.len());
+    let twice = repeated(request.topics.iter().map(|topic| topic.name.as_str()));
+    let mut answered = BTreeSet::new();
+    let mut planned = BTreeSet::new();
+    let mut partitions_left = PARTITIONS_PER_REQUEST_MAX;
+    for topic in &request.topics {
+        let name = topic.name.as_str();
+        if !answered.insert(name) {
+            continue;
+        }
+        let result = CreatableTopicResult::default()
+            .with_name(topic.name.clone())
+            .with_num_partitions(-1)
+            .with_replication_factor(-1)
+            .with_configs(None);
+        let checked = if twice.contains(name) {
+            Err(Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic name."))
+        } else {
+            check_new_topic(topic, &planned, image, &config)
+        };
+        let checked = checked.and_then(|new| {
+            partitions_left =
+                partitions_left.checked_sub(new.partitions).filter(|left| *left >= 0).ok_or_else(too_many)?;
+            let id = ids.next().ok_or_else(|| {
+                Refused::new(
+                    ErrorCode::UNKNOWN_SERVER_ERROR,
+                    "The broker did not provide an id for the topic.",
+                )
+            })?;
+            Ok((new, id))
+        });
+        results.push(match checked {
+            Err(refused) => result.with_error_code(refused.code.0).with_error_message(refused.text()),
+            Ok((new, id)) => {
+                planned.insert(name.to_string());
+                let mut result = result
+                    .with_num_partitions(new.partitions)
+                    .with_replication_factor(new.replication_factor);
+                if version >= 5 {
+                    result.configs = Some(created_configs(&new.configs, image, &config));
+                }
+                if !request.validate_only {
+                    result.topic_id = id;
+                    commands.push(new.command(name, id));
+                }
+                result
+            }
+        });
+    }
+    AdminPlan { response: CreateTopicsResponse::default().with_topics(results), commands }
+}
+
+fn too_many() -> Refused {
+    let message = format!(
+        "Excessively large number of partitions per request: at most {PARTITIONS_PER_REQUEST_MAX} can be created at once."
+    );
+    Refused::new(ErrorCode::POLICY_VIOLATION, message)
+}
+
+fn repeated<'a>(names: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
+    let mut seen = BTreeSet::new();
+    names.filter(|name| !seen.insert(*name)).collect()
+}
+
+fn created_configs(
+    overrides: &BTreeMap<String, String>,
+    image: &MetadataImage,
+    config: &BrokerConfig,
+) -> Vec<CreatableTopicConfigs> {
+    topic_configs(overrides, image, config)
+        .into_iter()
+        .map(|entry| {
+            CreatableTopicConfigs::default()
+                .with_name(text(&entry.name))
+                .with_value(entry.value.as_deref().map(text))
+                .with_read_only(entry.read_only)
+                .with_config_source(entry.source as i8)
+                .with_is_sensitive(entry.sensitive)
+        })
+        .collect()
+}
+
+fn check_new_topic(
+    topic: &CreatableTopic,
+    planned: &BTreeSet<String>,
+    image: &MetadataImage,
+    config: &BrokerConfig,
+) -> Result<NewTopic, Refused> {
+    check_new_name(topic.name.as_str(), planned, image)?;
+    let given = topic.configs.iter().map(|entry| (entry.name.as_str(), entry.value.as_deref()));
+    let configs = check_new_configs(topic.name.as_str(), given, image, config)?;
+    let (partitions, replication_factor) = if topic.assignments.is_empty() {
+        check_counts(topic.num_partitions, topic.replication_factor, config)?
+    } else {
+        check_assignments(topic, image)?
+    };
+    Ok(NewTopic { partitions, replication_factor, configs })
+}
+
+fn check_new_name(name: &str, planned: &BTreeSet<String>, image: &MetadataImage) -> Result<(), Refused> {
+    topic_name::check(name).map_err(|reason| Refused::new(ErrorCode::INVALID_TOPIC_EXCEPTION, reason))?;
+    if image.topics.contains_key(name) {
+        let message = format!("Topic '{name}' already exists.");
+        return Err(Refused::new(ErrorCode::TOPIC_ALREADY_EXISTS, message));
+    }
+    if name == METADATA_TOPIC {
+        let message = format!("Creation of internal topic {METADATA_TOPIC} is prohibited.");
+        return Err(Refused::new(ErrorCode::TOPIC_AUTHORIZATION_FAILED, message));
+    }
+    let existing = image.topics.keys().chain(planned);
+    if let Some(other) = topic_name::collision(name, existing) {
+        let message = format!("Topic '{name}' collides with existing topic: {other}");
+        return Err(Refused::new(ErrorCode::INVALID_TOPIC_EXCEPTION, message));
+    }
+    Ok(())
+}
+
+fn check_new_configs<'a>(
+    topic: &str,
+    given: impl Iterator<Item = (&'a str, Option<&'a str>)>,
+    image: &MetadataImage,
+    config: &BrokerConfig,
+) -> Result<BTreeMap<String, String>, Refused> {
+    let refuse = |message: String| Refused::new(ErrorCode::INVALID_CONFIG, message);
+    let mut configs = if topic == OFFSETS_TOPIC { offsets_topic_configs(config) } else { BTreeMap::new() };
+    for (name, value) in given {
+        let Some(value) = value else {
+            return Err(refuse(format!("Null value not supported for topic configs: {name}")));
+        };
+        if let Some(value) = check_setting(name, value, config).map_err(refuse)? {
+            configs.insert(name.to_string(), value);
+        }
+    }
+    let layers = Layers { fixed: &config.values, ..image.layers() };
+    check_together(&configs, &layers, config).map_err(refuse)?;
+    Ok(configs)
+}
+
+fn check_counts(
+    partitions: i32,
+    replication_factor: i16,
+    config: &BrokerConfig,
+) -> Result<(i32, i16), Refused> {
+    let replication_factor =
+        if replication_factor == -1 { config.default_replication_factor } else { replication_factor };
+    let partitions = if partitions == -1 { config.num_partitions } else { partitions };
+    if replication_factor < 1 {
+        let message = "Replication factor must be larger than 0, or -1 to use the default value.";
+        return Err(Refused::new(ErrorCode::INVALID_REPLICATION_FACTOR, message));
+    }
+    if replication_factor > 1 {
+        let message = format!(
+            "Unable to replicate the partition {replication_factor} time(s): The target replication factor of \
+             {replication_factor} cannot be reached because only 1 broker(s) are registered."
+        );
+        return Err(Refused::new(ErrorCode::INVALID_REPLICATION_FACTOR, message));
+    }
+    if partitions < 1 {
+        let message = "Number of partitions was set to an invalid non-positive value.";
+        return Err(Refused::new(ErrorCode::INVALID_PARTITIONS, message));
+    }
+    if partitions > TOPIC_PARTITIONS_MAX {
+        return Err(too_many());
+    }
+    Ok((partitions, replication_factor))
+}
+
+fn bad_assignment(message: impl Into<String>) -> Refused {
+    Refused::new(ErrorCode::INVALID_REPLICA_ASSIGNMENT, message)
+}
+
+fn check_assignments(topic: &CreatableTopic, image: &MetadataImage) -> Result<(i32, i16), Refused> {
+    if topic.replication_factor != -1 {
+        let message =
+            "A manual partition assignment was specified, but replication factor was not set to -1.";
+        return Err(Refused::new(ErrorCode::INVALID_REQUEST, message));
+    }
+    if topic.num_partitions != -1 {
+        let message = "A manual partition assignment was specified, but numPartitions was not set to -1.";
+        return Err(Refused::new(ErrorCode::INVALID_REQUEST, message));
+    }
+    let mut by_index: BTreeMap<i32, &CreatableReplicaAssignment> = BTreeMap::new();
+    for assignment in &topic.assignments {
+        if by_index.insert(assignment.partition_index, assignment).is_some() {
+            let message =
+                format!("Found multiple manual assignments for partition {}.", assignment.partition_index);
+            return Err(bad_assignment(message));
+        }
+        check_replicas(&assignment.broker_ids, image)?;
+    }
+    if !by_index.keys().copied().eq(0..super::index_of(by_index.len())) {
+        return Err(bad_assignment("Partitions should be a consecutive 0-based integer sequence."));
+    }
+    Ok((super::index_of(by_index.len()), 1))
+}
+
+/// One broker, this one: what else a list can hold is an error.
+fn check_replicas(replicas: &[BrokerId], image: &MetadataImage) -> Result<(), Refused> {
+    if replicas.is_empty() {
+        return Err(bad_assignment("The manual partition assignment includes an empty replica list."));
+    }
+    let distinct: BTreeSet<i32> = replicas.iter().map(|replica| replica.0).collect();
+    if distinct.len() != replicas.len() {
+        return Err(bad_assignment(
+            "The manual partition assignment names a broker twice for one partition.",
+        ));
+    }
+    match distinct.into_iter().find(|replica| *replica != image.node.id) {
+        None => Ok(()),
+        Some(unknown) => Err(bad_assignment(format!(
+            "The manual partition assignment includes broker {unknown}, but no such broker is registered."
+        ))),
+    }
+}
+
+fn offsets_topic_configs(config: &BrokerConfig) -> BTreeMap<String, String> {
+    // Group state decides who owns a partition, so it is never acknowledged before the disk has it.
+    BTreeMap::from([
+        ("cleanup.policy".to_string(), "compact".to_string()),
+        ("compression.type".to_string(), "producer".to_string()),
+        ("flumen.durability".to_string(), "durable".to_string()),
+        ("segment.bytes".to_string(), config.offsets_topic_segment_bytes.to_string()),
+    ])
+}
+
+/// Creates the topic of committed offsets; nothing when it exists.
+pub fn plan_offsets_topic(image: &MetadataImage, config: &BrokerConfig, id: Uuid) -> Vec<Command> {
+    if image.topics.contains_key(OFFSETS_TOPIC) {
+        return Vec::new();
+    }
+    vec![Command::CreateTopic {
+        name: OFFSETS_TOPIC.to_string(),
+        id,
+        partitions: config.offsets_topic_num_partitions,
+        replication_factor: 1,
+        configs: offsets_topic_configs(config),
+    }]
+}
+
+/// Creates a topic that a client asked for; nothing when it exists.
+pub fn plan_auto_create(
+    image: &MetadataImage,
+    config: &BrokerConfig,
+    name: &str,
+    id: Uuid,
+) -> Result<Vec<Command>, Refused> {
+    if image.topics.contains_key(name) {
+        return Ok(Vec::new());
+    }
+    if name == OFFSETS_TOPIC {
+        return Ok(plan_offsets_topic(image, config, id));
+    }
+    if !config.with_dynamic(image).auto_create_topics_enable {
+        let message = format!("Topic '{name}' does not exist, and auto.create.topics.enable is false.");
+        return Err(Refused::new(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, message));
+    }
+    Ok(vec![plan_create_topic(image, config, name, -1, -1, &BTreeMap::new(), id)?])
+}
+
+/// Creates one topic, for callers that do not speak Kafka's protocol. -1 means the broker's default.
+pub fn plan_create_topic(
+    image: &MetadataImage,
+    config: &BrokerConfig,
+    name: &str,
+    partitions: i32,
+    replication_factor: i16,
+    configs: &BTreeMap<String, String>,
+    id: Uuid,
+) -> Result<Command, Refused> {
+    let config = config.with_dynamic(image);
+    check_new_name(name, &BTreeSet::new(), image)?;
+    let given = configs.iter().map(|(name, value)| (name.as_str(), Some(value.as_str())));
+    let configs = check_new_configs(name, given, image, &config)?;
+    let (partitions, replication_factor) = check_counts(partitions, replication_factor, &config)?;
+    if partitions > PARTITIONS_PER_REQUEST_MAX {
+        return Err(too_many());
+    }
+    Ok(NewTopic { partitions, replication_factor, configs }.command(name, id))
+}
+
+pub fn delete_topics(
+    request: &DeleteTopicsRequest,
+    version: i16,
+    image: &MetadataImage,
+    config: &BrokerConfig,
+) -> AdminPlan<DeleteTopicsResponse> {
+    let enabled = config.with_dynamic(image).delete_topic_enable;
+    let asked: Vec<(Option<&TopicName>, Uuid)> = if version >= 6 {
+        request.topics.iter().map(|topic| (topic.name.as_ref(), topic.topic_id)).collect()
+    } else {
+        request.topic_names.iter().map(|name| (Some(name), Uuid::nil())).collect()
+    };
+    // A topic may be asked for twice, by its name and by its id as well.
+    let resolved: Vec<Result<&Topic, Refused>> =
+        asked.iter().map(|(name, id)| check_deletion(*name, *id, enabled, image)).collect();
+    let twice: BTreeSet<Uuid> = {
+        let mut seen = BTreeSet::new();
+        let ids = resolved.iter().filter_map(|found| found.as_ref().ok().map(|topic| topic.id));
+        ids.filter(|id| !seen.insert(*id)).collect()
+    };
+    let mut commands = Vec::new();
+    let mut results = Vec::with_capacity(asked.len());
+    for ((name, id), found) in asked.into_iter().zip(resolved) {
+        let found = found.and_then(|topic| {
+            if twice.contains(&topic.id) {
+                return Err(Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic in the request."));
+            }
+            Ok(topic)
+        });
+        let mut result = DeletableTopicResult::default().with_name(name.cloned());
+        if version >= 6 {
+            result.topic_id = id;
+        }
+        match found {
+            Ok(topic) => {
+                result.name = Some(TopicName(text(&topic.name)));
+                if version >= 6 {
+                    result.topic_id = topic.id;
+                }
+                commands.push(Command::DeleteTopic { id: topic.id });
+            }
+            Err(refused) => {
+                result.error_code = refused.code.0;
+                if version >= 5 {
+                    result.error_message = refused.text();
+                }
+            }
+        }
+        results.push(result);
+    }
+    AdminPlan { response: DeleteTopicsResponse::default().with_responses(results), commands }
+}
+
+fn check_deletion<'a>(
+    name: Option<&TopicName>,
+    id: Uuid,
+    enabled: bool,
+    image: &'a MetadataImage,
+) -> Result<&'a Topic, Refused> {
+    let refuse = |code, message: &str| Err(Refused::new(code, message));
+    if !enabled {
+        return refuse(
+            ErrorCode::TOPIC_DELETION_DISABLED,
+            "Topic deletion is disabled (delete.topic.enable).",
+        );
+    }
+    let topic = match name {
+        Some(_) if !id.is_nil() => {
+            return refuse(ErrorCode::INVALID_REQUEST, "You may not specify both topic name and topic id.");
+        }
+        None if id.is_nil() => {
+            return refuse(ErrorCode::INVALID_REQUEST, "Neither topic name nor id were specified.");
+        }
+        Some(name) => match image.topics.get(name.as_str()) {
+            Some(topic) => topic,
+            None => {
+                return refuse(
+                    ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
+                    "This server does not host this topic.",
+                );
+            }
+        },
+        None => match image.topic_by_id(&id) {
+            Some(topic) => topic,
+            None => return refuse(ErrorCode::UNKNOWN_TOPIC_ID, "This server does not host this topic ID."),
+        },
+    };
+    if topic.internal {
+        return refuse(
+            ErrorCode::INVALID_REQUEST,
+            "This topic is internal: it holds the state of all groups and cannot be deleted.",
+        );
+    }
+    Ok(topic)
+}
+
+pub fn create_partitions(
+    request: &CreatePartitionsRequest,
+    image: &MetadataImage,
+) -> AdminPlan<CreatePartitionsResponse> {
+    let mut commands = Vec::new();
+    let twice = repeated(request.topics.iter().map(|topic| topic.name.as_str()));
+    let mut answered = BTreeSet::new();
+    let mut left = PARTITIONS_PER_REQUEST_MAX;
+    let mut results = Vec::with_capacity(request.topics.len());
+    for topic in &request.topics {
+        if !answered.insert(topic.name.as_str()) {
+            continue;
+        }
+        let planned = if twice.contains(topic.name.as_str()) {
+            Err(Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic name."))
+        } else {
+            check_growth(topic, image, &mut left)
+        };
+        let result = CreatePartitionsTopicResult::default().with_name(topic.name.clone());
+        results.push(match planned {
+            Ok(command) => {
+                commands.push(command);
+                result
+            }
+            Err(refused) => result.with_error_code(refused.code.0).with_error_message(refused.text()),
+        });
+    }
+    if request.validate_only {
+        commands.clear();
+    }
+    AdminPlan { response: CreatePartitionsResponse::default().with_results(results), commands }
+}
+
+fn check_growth(
+    topic: &CreatePartitionsTopic,
+    image: &MetadataImage,
+    left: &mut i32,
+) -> Result<Command, Refused> {
+    let found = image.topics.get(topic.name.as_str()).ok_or_else(|| {
+        Refused::new(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, "This server does not host this topic.")
+    })?;
+    let refuse = |message: String| Err(Refused::new(ErrorCode::INVALID_PARTITIONS, message));
+    let has = super::index_of(found.partitions.len());
+    if topic.count == has {
+        return refuse(format!("Topic already has {has} partition(s)."));
+    }
+    if topic.count < has {
+        return refuse(format!(
+            "The topic {} currently has {has} partition(s); {} would not be an increase.",
+            found.name, topic.count
+        ));
+    }
+    if found.internal {
+        let message = "The partition count of an internal topic is fixed: groups are assigned by it.";
+        return Err(Refused::new(ErrorCode::INVALID_REQUEST, message));
+    }
+    let added = topic.count - has;
+    *left = left.checked_sub(added).filter(|left| *left >= 0).ok_or_else(too_many)?;
+    if topic.count > TOPIC_PARTITIONS_MAX {
+        return Err(too_many());
+    }
+    if let Some(assignments) = &topic.assignments {
+        if super::index_of(assignments.len()) != added {
+            return Err(bad_assignment(format!(
+                "Attempted to add {added} additional partition(s), but only {} assignment(s) were specified.",
+                assignments.len()
+            )));
+        }
+        for assignment in assignments {
+            check_replicas(&assignment.broker_ids, image)?;
+        }
+    }
+    Ok(Command::CreatePartitions { topic_id: found.id, total: topic.count })
+}
+
+impl Fail for CreateTopicsResponse {
+    fn fail(&mut self, error: ErrorCode) {
+        for result in self.topics.iter_mut().filter(|result| result.error_code == 0) {
+            *result = CreatableTopicResult::default()
+                .with_name(result.name.clone())
+                .with_error_code(error.0)
+                .with_num_partitions(-1)
+                .with_replication_factor(-1)
+                .with_configs(None);
+        }
+    }
+}
+
+impl Fail for DeleteTopicsResponse {
+    fn fail(&mut self, error: ErrorCode) {
+        for result in self.responses.iter_mut().filter(|result| result.error_code == 0) {
+            result.error_code = error.0;
+        }
+    }
+}
+
+impl Fail for CreatePartitionsResponse {
+    fn fail(&mut self, error: ErrorCode) {
+        for result in self.results.iter_mut().filter(|result| result.error_code == 0) {
+            result.error_code = error.0;
+        }
+    }
+}

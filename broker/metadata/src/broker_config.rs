@@ -1,0 +1,1121 @@
+//! The broker's own configurations: the table, and the typed form the process starts with.
+//!
+//! Names, defaults and units are Kafka's where Kafka has them. Names that mean nothing here are accepted, so that
+//! an existing `server.properties` can be used, and reported as such.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+
+use crate::config_def::{Check, ConfigDef, ConfigKind, ExtraConfig, Layers, at_least, suggestion};
+use crate::image::MetadataImage;
+use crate::topic_config::{
+    CLEANUP_POLICIES, COMPRESSION_TYPES, DURABILITIES, TIMESTAMP_TYPES, check_together,
+};
+
+#[derive(Debug, Clone, Copy)]
+pub struct BrokerConfigDef {
+    pub def: ConfigDef,
+    /// Whether it can be altered while the broker runs.
+    pub dynamic: bool,
+}
+
+const fn row(
+    name: &'static str,
+    kind: ConfigKind,
+    default: Option<&'static str>,
+    check: Check,
+    honoured: bool,
+    dynamic: bool,
+    doc: &'static str,
+) -> BrokerConfigDef {
+    BrokerConfigDef { def: ConfigDef { name, kind, default, check, doc, honoured }, dynamic }
+}
+
+const H: bool = true;
+const R: bool = false;
+/// Can be altered while the broker runs.
+const D: bool = true;
+/// Needs a restart.
+const S: bool = false;
+const LONG_MAX: Option<&str> = Some("9223372036854775807");
+
+/// Sorted by name.
+pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
+    row(
+        "advertised.listeners",
+        ConfigKind::String,
+        None,
+        Check::With(check_advertised),
+        H,
+        S,
+        "Address that clients are told to connect to, as PLAINTEXT://host:port; the listening address when absent.",
+    ),
+    row(
+        "auto.create.topics.enable",
+        ConfigKind::Boolean,
+        Some("true"),
+        Check::Any,
+        H,
+        D,
+        "Whether a topic that a client asks for is created.",
+    ),
+    row("background.threads", ConfigKind::Int, Some("10"), at_least(1), R, S, "Threads for background work."),
+    row("broker.id", ConfigKind::Int, None, at_least(0), H, S, "Older name of node.id."),
+    row(
+        "broker.rack",
+        ConfigKind::String,
+        None,
+        Check::Any,
+        H,
+        S,
+        "Rack or zone of this broker, told to clients.",
+    ),
+    row(
+        "clickhouse.database",
+        ConfigKind::String,
+        Some("default"),
+        Check::Any,
+        H,
+        S,
+        "Database of exported topics that name none.",
+    ),
+    row("clickhouse.password", ConfigKind::Password, None, Check::Any, H, S, "Password for clickhouse.url."),
+    row(
+        "clickhouse.url",
+        ConfigKind::String,
+        None,
+        Check::With(check_url),
+        H,
+        S,
+        "HTTP address of the ClickHouse server that topics are exported to.",
+    ),
+    row("clickhouse.user", ConfigKind::String, Some("default"), Check::Any, H, S, "User for clickhouse.url."),
+    row(
+        "compression.gzip.level",
+        ConfigKind::Int,
+        Some("-1"),
+        Check::Between(-1, 9),
+        R,
+        D,
+        "Default of the topic config of the same name.",
+    ),
+    row(
+        "compression.lz4.level",
+        ConfigKind::Int,
+        Some("9"),
+        Check::Between(1, 17),
+        R,
+        D,
+        "Default of the topic config of the same name.",
+    ),
+    row(
+        "compression.type",
+        ConfigKind::String,
+        Some("producer"),
+        Check::OneOf(COMPRESSION_TYPES),
+        R,
+        D,
+        "Default of the topic config of the same name.",
+    ),
+    row(
+        "compression.zstd.level",
+        ConfigKind::Int,
+        Some("3"),
+        Check::Between(-131_072, 22),
+        R,
+        D,
+        "Default of the topic config of the same name.",
+    ),
+    row(
+        "connections.max.idle.ms",
+        ConfigKind::Long,
+        Some("600000"),
+        Check::Any,
+        R,
+        S,
+        "Time (ms) after which an idle connection is closed.",
+    ),
+    row(
+        "controller.listener.names",
+        ConfigKind::String,
+        None,
+        Check::Any,
+        R,
+        S,
+        "Listeners of the controller.",
+    ),
+    row(
+        "controller.quorum.bootstrap.servers",
+        ConfigKind::List,
+        Some(""),
+        Check::Any,
+        R,
+        S,
+        "Where the controllers are found.",
+    ),
+    row(
+        "controller.quorum.voters",
+        ConfigKind::List,
+        Some(""),
+        Check::Any,
+        R,
+        S,
+        "Voters of the metadata quorum.",
+    ),
+    row(
+        "default.replication.factor",
+        ConfigKind::Int,
+        Some("1"),
+        Check::Between(1, 32_767),
+        H,
+        D,
+        "Replicas of a topic that is created without saying how many.",
+    ),
+    row(
+        "delete.topic.enable",
+        ConfigKind::Boolean,
+        Some("true"),
+        Check::Any,
+        H,
+        D,
+        "Whether topics can be deleted.",
+    ),
+    row(
+        "flumen.durability",
+        ConfigKind::String,
+        Some("durable"),
+        Check::OneOf(DURABILITIES),
+        H,
+        D,
+        "Default of the topic config of the same name: when records are acknowledged.",
+    ),
+    row(
+        "follower.replication.throttled.rate",
+        ConfigKind::Long,
+        LONG_MAX,
+        at_least(0),
+        R,
+        D,
+        "Bytes per second of throttled incoming replication.",
+    ),
+    row(
+        "group.initial.rebalance.delay.ms",
+        ConfigKind::Int,
+        Some("3000"),
+        at_least(0),
+        H,
+        S,
+        "Time (ms) a new group waits for more members before its first assignment.",
+    ),
+    row(
+        "group.max.session.timeout.ms",
+        ConfigKind::Int,
+        Some("1800000"),
+        at_least(1),
+        H,
+        S,
+        "Longest session timeout (ms) a group member may ask for.",
+    ),
+    row(
+        "group.max.size",
+        ConfigKind::Int,
+        Some("2147483647"),
+        at_least(1),
+        H,
+        S,
+        "Most members of one group.",
+    ),
+    row(
+        "group.min.session.timeout.ms",
+        ConfigKind::Int,
+        Some("6000"),
+        at_least(0),
+        H,
+        S,
+        "Shortest session timeout (ms) a group member may ask for.",
+    ),
+    row(
+        "inter.broker.listener.name",
+        ConfigKind::String,
+        None,
+        Check::Any,
+        R,
+        S,
+        "Listener that brokers use among each other.",
+    ),
+    row(
+        "inter.broker.protocol.version",
+        ConfigKind::String,
+        None,
+        Check::Any,
+        R,
+        S,
+        "Removed from Kafka; brokers agree by feature levels.",
+    ),
+    row(
+        "leader.replication.throttled.rate",
+        ConfigKind::Long,
+        LONG_MAX,
+        at_least(0),
+        R,
+        D,
+        "Bytes per second of throttled outgoing replication.",
+    ),
+    row(
+        "listener.security.protocol.map",
+        ConfigKind::String,
+        Some("PLAINTEXT:PLAINTEXT"),
+        Check::Any,
+        R,
+        S,
+        "Security protocol of each listener name.",
+    ),
+    row(
+        "listeners",
+        ConfigKind::String,
+        Some("PLAINTEXT://:9092"),
+        Check::Any,
+        R,
+        S,
+        "Addresses to listen on; the command line decides them.",
+    ),
+    row(
+        "log.cleaner.delete.retention.ms",
+        ConfigKind::Long,
+        Some("86400000"),
+        at_least(0),
+        H,
+        D,
+        "Default of the topic config delete.retention.ms.",
+    ),
+    row(
+        "log.cleaner.enable",
+        ConfigKind::Boolean,
+        Some("true"),
+        Check::Any,
+        R,
+        S,
+        "Whether logs are compacted.",
+    ),
+    row(
+        "log.cleaner.max.compaction.lag.ms",
+        ConfigKind::Long,
+        LONG_MAX,
+        at_least(1),
+        H,
+        D,
+        "Default of the topic config max.compaction.lag.ms.",
+    ),
+    row(
+        "log.cleaner.min.cleanable.ratio",
+        ConfigKind::Double,
+        Some("0.5"),
+        Check::Ratio,
+        H,
+        D,
+        "Default of the topic config min.cleanable.dirty.ratio.",
+    ),
+    row(
+        "log.cleaner.min.compaction.lag.ms",
+        ConfigKind::Long,
+        Some("0"),
+        at_least(0),
+        H,
+        D,
+        "Default of the topic config min.compaction.lag.ms.",
+    ),
+    row(
+        "log.cleanup.policy",
+        ConfigKind::List,
+        Some("delete"),
+        Check::SomeOf(CLEANUP_POLICIES),
+        H,
+        D,
+        "Default of the topic config cleanup.policy.",
+    ),
+    row(
+        "log.dir",
+        ConfigKind::String,
+        None,
+        Check::Any,
+        R,
+        S,
+        "Data directory; the command line decides it.",
+    ),
+    row(
+        "log.dirs",
+        ConfigKind::String,
+        None,
+        Check::Any,
+        R,
+        S,
+        "Data directory; the command line decides it.",
+    ),
+    row(
+        "log.flush.interval.messages",
+        ConfigKind::Long,
+        LONG_MAX,
+        at_least(1),
+        R,
+        D,
+        "Default of the topic config flush.messages.",
+    ),
+    row(
+        "log.flush.interval.ms",
+        ConfigKind::Long,
+        None,
+        at_least(0),
+        H,
+        D,
+        "Default of the topic config flush.ms; never when absent.",
+    ),
+    row(
+        "log.index.interval.bytes",
+        ConfigKind::Int,
+        Some("4096"),
+        at_least(0),
+        R,
+        D,
+        "Default of the topic config index.interval.bytes.",
+    ),
+    row(
+        "log.index.size.max.bytes",
+        ConfigKind::Int,
+        Some("10485760"),
+        at_least(4),
+        R,
+        D,
+        "Default of the topic config segment.index.bytes.",
+    ),
+    row(
+        "log.local.retention.bytes",
+        ConfigKind::Long,
+        Some("-2"),
+        at_least(-2),
+        R,
+        D,
+        "Default of the topic config local.retention.bytes.",
+    ),
+    row(
+        "log.local.retention.ms",
+        ConfigKind::Long,
+        Some("-2"),
+        at_least(-2),
+        R,
+        D,
+        "Default of the topic config local.retention.ms.",
+    ),
+    row(
+        "log.message.timestamp.after.max.ms",
+        ConfigKind::Long,
+        Some("3600000"),
+        at_least(0),
+        H,
+        D,
+        "Default of the topic config message.timestamp.after.max.ms.",
+    ),
+    row(
+        "log.message.timestamp.before.max.ms",
+        ConfigKind::Long,
+        LONG_MAX,
+        at_least(0),
+        H,
+        D,
+        "Default of the topic config message.timestamp.before.max.ms.",
+    ),
+    row(
+        "log.message.timestamp.type",
+        ConfigKind::String,
+        Some("CreateTime"),
+        Check::OneOf(TIMESTAMP_TYPES),
+        H,
+        D,
+        "Default of the topic config message.timestamp.type.",
+    ),
+    row(
+        "log.preallocate",
+        ConfigKind::Boolean,
+        Some("false"),
+        Check::Any,
+        R,
+        D,
+        "Default of the topic config preallocate.",
+    ),
+    row(
+        "log.retention.bytes",
+        ConfigKind::Long,
+        Some("-1"),
+        at_least(-1),
+        H,
+        D,
+        "Default of the topic config retention.bytes.",
+    ),
+    row(
+        "log.retention.check.interval.ms",
+        ConfigKind::Long,
+        Some("300000"),
+        at_least(1),
+        R,
+        S,
+        "Time (ms) between looks at what has become too old.",
+    ),
+    row(
+        "log.retention.hours",
+        ConfigKind::Int,
+        Some("168"),
+        at_least(-1),
+        H,
+        S,
+        "Default of the topic config retention.ms, in hours; log.retention.minutes and .ms come before it.",
+    ),
+    row(
+        "log.retention.minutes",
+        ConfigKind::Int,
+        None,
+        at_least(-1),
+        H,
+        S,
+        "Default of the topic config retention.ms, in minutes; log.retention.ms comes before it.",
+    ),
+    row(
+        "log.retention.ms",
+        ConfigKind::Long,
+        None,
+        at_least(-1),
+        H,
+        D,
+        "Default of the topic config retention.ms.",
+    ),
+    row(
+        "log.roll.hours",
+        ConfigKind::Int,
+        Some("168"),
+        at_least(1),
+        H,
+        S,
+        "Default of the topic config segment.ms, in hours; log.roll.ms comes before it.",
+    ),
+    row(
+        "log.roll.jitter.hours",
+        ConfigKind::Int,
+        Some("0"),
+        at_least(0),
+        R,
+        S,
+        "Default of the topic config segment.jitter.ms, in hours.",
+    ),
+    row(
+        "log.roll.jitter.ms",
+        ConfigKind::Long,
+        None,
+        at_least(0),
+        R,
+        D,
+        "Default of the topic config segment.jitter.ms.",
+    ),
+    row("log.roll.ms", ConfigKind::Long, None, at_least(1), H, D, "Default of the topic config segment.ms."),
+    row(
+        "log.segment.bytes",
+        ConfigKind::Int,
+        Some("1073741824"),
+        at_least(1 << 20),
+        H,
+        D,
+        "Default of the topic config segment.bytes.",
+    ),
+    row(
+        "log.segment.delete.delay.ms",
+        ConfigKind::Long,
+        Some("60000"),
+        at_least(0),
+        R,
+        D,
+        "Default of the topic config file.delete.delay.ms.",
+    ),
+    row(
+        "message.max.bytes",
+        ConfigKind::Int,
+        Some("1048588"),
+        at_least(0),
+        H,
+        D,
+        "Default of the topic config max.message.bytes.",
+    ),
+    row("metadata.log.dir", ConfigKind::String, None, Check::Any, R, S, "Directory of the metadata log."),
+    row(
+        "min.insync.replicas",
+        ConfigKind::Int,
+        Some("1"),
+        at_least(1),
+        R,
+        D,
+        "Default of the topic config of the same name.",
+    ),
+    row("node.id", ConfigKind::Int, Some("1"), at_least(0), H, S, "Number of this broker in its cluster."),
+    row(
+        "num.io.threads",
+        ConfigKind::Int,
+        Some("8"),
+        at_least(1),
+        R,
+        S,
+        "Request threads; the number of shards decides here.",
+    ),
+    row(
+        "num.network.threads",
+        ConfigKind::Int,
+        Some("3"),
+        at_least(1),
+        R,
+        S,
+        "Network threads; the number of shards decides here.",
+    ),
+    row(
+        "num.partitions",
+        ConfigKind::Int,
+        Some("1"),
+        at_least(1),
+        H,
+        D,
+        "Partitions of a topic that is created without saying how many.",
+    ),
+    row(
+        "num.recovery.threads.per.data.dir",
+        ConfigKind::Int,
+        Some("2"),
+        at_least(1),
+        R,
+        S,
+        "Threads that recover logs at start.",
+    ),
+    row("num.replica.fetchers", ConfigKind::Int, Some("1"), Check::Any, R, S, "Threads that replicate."),
+    row(
+        "offset.metadata.max.bytes",
+        ConfigKind::Int,
+        Some("4096"),
+        at_least(0),
+        H,
+        S,
+        "Largest metadata (bytes) beside a committed offset.",
+    ),
+    row(
+        "offsets.retention.minutes",
+        ConfigKind::Int,
+        Some("10080"),
+        at_least(1),
+        H,
+        S,
+        "Time (minutes) after which the offsets of an empty group are forgotten.",
+    ),
+    // Kafka's 50 are spread over a cluster; here each is a log with buffers of its own on one node.
+    row(
+        "offsets.topic.num.partitions",
+        ConfigKind::Int,
+        Some("16"),
+        Check::Between(1, 1000),
+        H,
+        S,
+        "Partitions of the topic of committed offsets; fixed once it exists.",
+    ),
+    row(
+        "offsets.topic.replication.factor",
+        ConfigKind::Short,
+        Some("1"),
+        at_least(1),
+        R,
+        S,
+        "Replicas of the topic of committed offsets; never more than there are brokers.",
+    ),
+    row(
+        "offsets.topic.segment.bytes",
+        ConfigKind::Int,
+        Some("104857600"),
+        at_least(1 << 20),
+        H,
+        S,
+        "Segment size (bytes) of the topic of committed offsets; smaller ones load and compact faster.",
+    ),
+    row(
+        "process.roles",
+        ConfigKind::List,
+        Some("broker,controller"),
+        Check::Any,
+        R,
+        S,
+        "Roles of this process.",
+    ),
+    row(
+        "producer.id.expiration.ms",
+        ConfigKind::Int,
+        Some("86400000"),
+        at_least(1),
+        H,
+        S,
+        "Time (ms) after which an idempotent producer that wrote nothing is forgotten.",
+    ),
+    row("queued.max.requests", ConfigKind::Int, Some("500"), at_least(1), R, S, "Requests that may wait."),
+    row(
+        "replica.lag.time.max.ms",
+        ConfigKind::Long,
+        Some("30000"),
+        Check::Any,
+        R,
+        S,
+        "Time (ms) after which a silent follower counts as lagging.",
+    ),
+    row(
+        "share.coordinator.state.topic.replication.factor",
+        ConfigKind::Short,
+        Some("1"),
+        at_least(1),
+        R,
+        S,
+        "Replicas of the topic of share-group state.",
+    ),
+    row(
+        "socket.listen.backlog.size",
+        ConfigKind::Int,
+        Some("50"),
+        at_least(1),
+        R,
+        S,
+        "Connections that may wait to be accepted.",
+    ),
+    row(
+        "socket.receive.buffer.bytes",
+        ConfigKind::Int,
+        Some("102400"),
+        Check::Any,
+        R,
+        S,
+        "Receive buffer (bytes) of a connection.",
+    ),
+    row(
+        "socket.request.max.bytes",
+        ConfigKind::Int,
+        Some("104857600"),
+        at_least(1),
+        R,
+        S,
+        "Largest request (bytes) that is read.",
+    ),
+    row(
+        "socket.send.buffer.bytes",
+        ConfigKind::Int,
+        Some("102400"),
+        Check::Any,
+        R,
+        S,
+        "Send buffer (bytes) of a connection.",
+    ),
+    row(
+        "transaction.max.timeout.ms",
+        ConfigKind::Int,
+        Some("900000"),
+        at_least(1),
+        R,
+        S,
+        "Longest timeout (ms) a transactional producer may ask for.",
+    ),
+    row(
+        "transaction.state.log.min.isr",
+        ConfigKind::Int,
+        Some("1"),
+        at_least(1),
+        R,
+        S,
+        "min.insync.replicas of the topic of transaction state.",
+    ),
+    row(
+        "transaction.state.log.num.partitions",
+        ConfigKind::Int,
+        Some("16"),
+        Check::Between(1, 1000),
+        R,
+        S,
+        "Partitions of the topic of transaction state.",
+    ),
+    row(
+        "transaction.state.log.replication.factor",
+        ConfigKind::Short,
+        Some("1"),
+        at_least(1),
+        R,
+        S,
+        "Replicas of the topic of transaction state.",
+    ),
+    row(
+        "transactional.id.expiration.ms",
+        ConfigKind::Int,
+        Some("604800000"),
+        at_least(1),
+        R,
+        S,
+        "Time (ms) after which an unused transactional id is forgotten.",
+    ),
+    row(
+        "unclean.leader.election.enable",
+        ConfigKind::Boolean,
+        Some("false"),
+        Check::Any,
+        R,
+        D,
+        "Default of the topic config of the same name.",
+    ),
+];
+
+/// Broker configs of which the first one set counts, for the synonyms that DescribeConfigs lists.
+const SYNONYM_GROUPS: &[&[&str]] = &[
+    &["log.retention.ms", "log.retention.minutes", "log.retention.hours"],
+    &["log.roll.ms", "log.roll.hours"],
+    &["log.roll.jitter.ms", "log.roll.jitter.hours"],
+    &["node.id", "broker.id"],
+    &["log.dirs", "log.dir"],
+];
+
+pub fn broker_def(name: &str) -> Option<&'static BrokerConfigDef> {
+    BROKER_CONFIGS.binary_search_by_key(&name, |row| row.def.name).ok().and_then(|at| BROKER_CONFIGS.get(at))
+}
+
+/// `name` and whatever else sets the same thing, in the order in which they count.
+pub fn synonyms(name: &'static str) -> Vec<&'static str> {
+    SYNONYM_GROUPS
+        .iter()
+        .find(|group| group.contains(&name))
+        .map_or_else(|| vec![name], |group| group.to_vec())
+}
+
+fn check_advertised(value: &str) -> Result<(), String> {
+    parse_listener(value).map(|_| ())
+}
+
+fn check_url(value: &str) -> Result<(), String> {
+    if value.starts_with("http://") || value.starts_with("https://") {
+        return Ok(());
+    }
+    Err("must start with http:// or https://".into())
+}
+
+/// Host and port of the first of `NAME://host:port,...`.
+fn parse_listener(value: &str) -> Result<(String, u16), String> {
+    const FORM: &str = "must look like PLAINTEXT://host:port";
+    let first = value.split(',').next().unwrap_or("").trim();
+    let (_, address) = first.split_once("://").ok_or(FORM)?;
+    let (host, port) = address.rsplit_once(':').ok_or(FORM)?;
+    let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    let port = port.parse().map_err(|_| format!("{FORM}; '{port}' is no port"))?;
+    if host.is_empty() || host == "0.0.0.0" || host == "::" {
+        return Err(format!("{FORM}; clients cannot connect to '{host}'"));
+    }
+    Ok((host.to_string(), port))
+}
+
+/// A value that must not appear in logs or answers.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(value: impl Into<String>) -> Self {
+        Secret(value.into())
+    }
+
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[hidden]")
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("unknown configuration '{key}'{suggestion}")]
+    Unknown { key: String, suggestion: String },
+    #[error("'{key}' is a topic configuration; its default for all topics is set by '{broker_key}'")]
+    TopicKey { key: String, broker_key: &'static str },
+    #[error("configuration '{key}' cannot be '{value}': {reason}")]
+    Invalid { key: String, value: String, reason: String },
+    #[error("configurations contradict each other: {0}")]
+    Conflict(String),
+}
+
+/// What the broker was started with, typed. `values` holds every key that was given, secrets excepted.
+#[derive(Debug, Clone)]
+pub struct BrokerConfig {
+    pub node_id: i32,
+    pub rack: Option<String>,
+    pub advertised_listener: Option<(String, u16)>,
+    pub num_partitions: i32,
+    pub default_replication_factor: i16,
+    pub auto_create_topics_enable: bool,
+    pub delete_topic_enable: bool,
+    pub message_max_bytes: i32,
+    pub offsets_retention_ms: i64,
+    pub offsets_topic_num_partitions: i32,
+    pub offsets_topic_segment_bytes: i32,
+    pub offset_metadata_max_bytes: usize,
+    pub group_initial_rebalance_delay_ms: i32,
+    pub group_min_session_timeout_ms: i32,
+    pub group_max_session_timeout_ms: i32,
+    pub group_max_size: usize,
+    pub transaction_max_timeout_ms: i32,
+    pub producer_id_expiration_ms: i64,
+    pub clickhouse_url: Option<String>,
+    pub clickhouse_user: String,
+    pub clickhouse_password: Option<Secret>,
+    pub clickhouse_database: String,
+    pub values: BTreeMap<String, String>,
+    /// Topic configurations of other parts of the broker.
+    pub topic_extras: &'static [ExtraConfig],
+    /// What the overrides of a topic must satisfy together, beyond the rules known here.
+    pub topic_check: Option<fn(&BTreeMap<String, String>) -> Result<(), String>>,
+}
+
+impl Default for BrokerConfig {
+    fn default() -> Self {
+        BrokerConfig::from_map(&BTreeMap::new())
+            .expect("the defaults of the table are valid, which a test shows")
+    }
+}
+
+/// Values in stored form, with the table's defaults behind them.
+struct Values<'a>(&'a BTreeMap<String, String>);
+
+impl Values<'_> {
+    fn text(&self, name: &'static str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).or_else(|| broker_def(name).and_then(|row| row.def.default))
+    }
+
+    /// Both the table's defaults and checked values parse, so the fallback is never taken.
+    fn number<T: std::str::FromStr + Default>(&self, name: &'static str) -> T {
+        self.text(name).and_then(|text| text.parse().ok()).unwrap_or_default()
+    }
+}
+
+impl BrokerConfig {
+    pub fn from_map(given: &BTreeMap<String, String>) -> Result<BrokerConfig, ConfigError> {
+        let mut values = BTreeMap::new();
+        let mut password = None;
+        for (key, value) in given {
+            let normal = check_broker_setting(key, value)?;
+            if broker_def(key).is_some_and(|row| row.def.is_sensitive()) {
+                password = Some(Secret(normal)).filter(|secret| !secret.0.is_empty());
+            } else {
+                values.insert(key.clone(), normal);
+            }
+        }
+        let v = Values(&values);
+        let node_id = if values.contains_key("node.id") { "node.id" } else { "broker.id" };
+        let node_id =
+            values.get(node_id).and_then(|id| id.parse().ok()).unwrap_or_else(|| v.number("node.id"));
+        let advertised_listener =
+            v.text("advertised.listeners").map(parse_listener).transpose().map_err(ConfigError::Conflict)?;
+        let some = |text: Option<&str>| text.filter(|text| !text.is_empty()).map(str::to_string);
+        let config = BrokerConfig {
+            node_id,
+            rack: some(v.text("broker.rack")),
+            advertised_listener,
+            num_partitions: v.number("num.partitions"),
+            default_replication_factor: v.number("default.replication.factor"),
+            auto_create_topics_enable: v.number("auto.create.topics.enable"),
+            delete_topic_enable: v.number("delete.topic.enable"),
+            message_max_bytes: v.number("message.max.bytes"),
+            offsets_retention_ms: v.number::<i64>("offsets.retention.minutes").saturating_mul(60_000),
+            offsets_topic_num_partitions: v.number("offsets.topic.num.partitions"),
+            offsets_topic_segment_bytes: v.number("offsets.topic.segment.bytes"),
+            offset_metadata_max_bytes: v.number("offset.metadata.max.bytes"),
+            group_initial_rebalance_delay_ms: v.number("group.initial.rebalance.delay.ms"),
+            group_min_session_timeout_ms: v.number("group.min.session.timeout.ms"),
+            group_max_session_timeout_ms: v.number("group.max.session.timeout.ms"),
+            group_max_size: v.number("group.max.size"),
+            transaction_max_timeout_ms: v.number("transaction.max.timeout.ms"),
+            producer_id_expiration_ms: v.number("producer.id.expiration.ms"),
+            clickhouse_url: some(v.text("clickhouse.url")),
+            clickhouse_user: v.text("clickhouse.user").unwrap_or("default").to_string(),
+            clickhouse_password: password,
+            clickhouse_database: v.text("clickhouse.database").unwrap_or("default").to_string(),
+            values,
+            topic_extras: &[],
+            topic_check: None,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.group_min_session_timeout_ms > self.group_max_session_timeout_ms {
+            return Err(ConfigError::Conflict(format!(
+                "group.min.session.timeout.ms ({}) is larger than group.max.session.timeout.ms ({})",
+                self.group_min_session_timeout_ms, self.group_max_session_timeout_ms
+            )));
+        }
+        let no_values = BTreeMap::new();
+        let layers = Layers { node: None, cluster: &no_values, fixed: &self.values };
+        check_together(&no_values, &layers, self).map_err(ConfigError::Conflict)
+    }
+
+    /// Adds the topic configurations of another part of the broker.
+    pub fn with_topic_extras(mut self, extras: &'static [ExtraConfig]) -> Self {
+        self.topic_extras = extras;
+        self
+    }
+
+    pub fn with_topic_check(mut self, check: fn(&BTreeMap<String, String>) -> Result<(), String>) -> Self {
+        self.topic_check = Some(check);
+        self
+    }
+
+    /// With what was altered while the broker ran.
+    pub fn with_dynamic(&self, image: &MetadataImage) -> BrokerConfig {
+        let of_node = image.node_configs.get(&image.node.id);
+        if image.broker_configs.is_empty() && of_node.is_none() {
+            return self.clone();
+        }
+        let mut values = self.values.clone();
+        let dynamic = image.broker_configs.iter().chain(of_node.into_iter().flatten());
+        for (key, value) in dynamic {
+            // Another release may have left what this one does not know.
+            if check_broker_setting(key, value).is_ok() {
+                values.insert(key.clone(), value.clone());
+            }
+        }
+        match BrokerConfig::from_map(&values) {
+            Ok(config) => BrokerConfig {
+                clickhouse_password: self.clickhouse_password.clone(),
+                topic_extras: self.topic_extras,
+                topic_check: self.topic_check,
+                ..config
+            },
+            Err(_) => self.clone(),
+        }
+    }
+
+    /// What clients are told to connect to when the broker listens on `listening`.
+    pub fn advertised(&self, listening: SocketAddr) -> (String, u16) {
+        if let Some((host, port)) = &self.advertised_listener {
+            return (host.clone(), if *port == 0 { listening.port() } else { *port });
+        }
+        let ip = listening.ip();
+        let host = match ip {
+            _ if !ip.is_unspecified() => ip.to_string(),
+            // Bound to all addresses, and none was named: the one that at least works on this host.
+            std::net::IpAddr::V4(_) => "127.0.0.1".to_string(),
+            std::net::IpAddr::V6(_) => "::1".to_string(),
+        };
+        (host, listening.port())
+    }
+}
+
+/// The value in its stored form.
+pub fn check_broker_setting(key: &str, value: &str) -> Result<String, ConfigError> {
+    let Some(row) = broker_def(key) else {
+        let topic_key = crate::topic_config::topic_def(key).and_then(|row| row.synonyms.first());
+        if let Some((broker_key, _)) = topic_key {
+            return Err(ConfigError::TopicKey { key: key.to_string(), broker_key });
+        }
+        let suggestion = suggestion(key, BROKER_CONFIGS.iter().map(|row| row.def.name));
+        return Err(ConfigError::Unknown { key: key.to_string(), suggestion });
+    };
+    row.def.normalise(value).map_err(|reason| ConfigError::Invalid {
+        key: key.to_string(),
+        value: if row.def.is_sensitive() { "[hidden]".into() } else { value.to_string() },
+        reason,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<BrokerConfig, ConfigError> {
+        BrokerConfig::from_map(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect())
+    }
+
+    #[test]
+    fn table_is_sorted_and_its_defaults_are_valid() {
+        assert!(BROKER_CONFIGS.is_sorted_by(|a, b| a.def.name < b.def.name));
+        for row in BROKER_CONFIGS {
+            assert!(row.def.doc.ends_with('.'), "{}", row.def.name);
+            if let Some(default) = row.def.default {
+                assert_eq!(row.def.normalise(default).as_deref(), Ok(default), "{}", row.def.name);
+            }
+        }
+        for name in SYNONYM_GROUPS.iter().flat_map(|group| group.iter()) {
+            assert!(broker_def(name).is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn defaults_and_given_values_are_typed() {
+        let config = BrokerConfig::default();
+        assert_eq!((config.node_id, config.num_partitions, config.default_replication_factor), (1, 1, 1));
+        assert_eq!(config.offsets_topic_num_partitions, 16);
+        assert_eq!(config.offsets_retention_ms, 604_800_000);
+        assert!(config.auto_create_topics_enable && config.delete_topic_enable);
+        assert_eq!(config.group_max_size, 2_147_483_647);
+        assert!(config.clickhouse_url.is_none() && config.rack.is_none());
+        let config = parse(&[
+            ("broker.id", "7"),
+            ("num.partitions", " 4 "),
+            ("auto.create.topics.enable", "FALSE"),
+            ("offsets.retention.minutes", "2"),
+            ("clickhouse.url", "http://localhost:8123"),
+            ("broker.rack", "r1"),
+            ("num.io.threads", "2"),
+        ])
+        .unwrap();
+        assert_eq!((config.node_id, config.num_partitions), (7, 4));
+        assert!(!config.auto_create_topics_enable);
+        assert_eq!(config.offsets_retention_ms, 120_000);
+        assert_eq!(config.clickhouse_url.as_deref(), Some("http://localhost:8123"));
+        assert_eq!(config.rack.as_deref(), Some("r1"));
+        assert_eq!(parse(&[("broker.id", "7"), ("node.id", "8")]).unwrap().node_id, 8);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let error = |pairs: &[(&str, &str)]| parse(pairs).unwrap_err().to_string();
+        assert_eq!(
+            error(&[("num.partition", "4")]),
+            "unknown configuration 'num.partition'; did you mean 'num.partitions'?"
+        );
+        assert!(error(&[("retention.ms", "4")]).contains("'log.retention.ms'"));
+        assert!(error(&[("num.partitions", "many")]).contains("whole number"));
+        assert!(error(&[("num.partitions", "0")]).contains("at least 1"));
+        assert!(error(&[("clickhouse.url", "localhost:8123")]).contains("http://"));
+        assert!(error(&[("group.min.session.timeout.ms", "9999999")]).contains("larger than"));
+        assert!(
+            error(&[("log.cleaner.min.compaction.lag.ms", "5"), ("log.cleaner.max.compaction.lag.ms", "4")])
+                .contains("larger than")
+        );
+        for bad in
+            ["host:9092", "PLAINTEXT://host", "PLAINTEXT://:9092", "PLAINTEXT://0.0.0.0:1", "X://h:99999"]
+        {
+            assert!(parse(&[("advertised.listeners", bad)]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_kept_out_of_sight() {
+        let config = parse(&[("clickhouse.password", "hunter2")]).unwrap();
+        assert_eq!(config.clickhouse_password.as_ref().map(Secret::reveal), Some("hunter2"));
+        assert!(!format!("{config:?}").contains("hunter2"));
+        assert!(!config.values.contains_key("clickhouse.password"));
+    }
+
+    #[test]
+    fn advertised_address_is_one_that_can_be_connected_to() {
+        let listening = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let plain = BrokerConfig::default();
+        assert_eq!(plain.advertised(listening("10.0.0.5:9092")), ("10.0.0.5".into(), 9092));
+        assert_eq!(plain.advertised(listening("0.0.0.0:9092")), ("127.0.0.1".into(), 9092));
+        let named = parse(&[("advertised.listeners", "PLAINTEXT://broker.example:0,X://y:1")]).unwrap();
+        assert_eq!(named.advertised(listening("0.0.0.0:5555")), ("broker.example".into(), 5555));
+        let v6 = parse(&[("advertised.listeners", "PLAINTEXT://[fd00::1]:7")]).unwrap();
+        assert_eq!(v6.advertised(listening("0.0.0.0:1")), ("fd00::1".into(), 7));
+    }
+}

@@ -1,0 +1,374 @@
+//! The cluster metadata: which topics exist, where their partitions live, what is configured.
+//!
+//! One writer applies commands; everybody else reads clones, which share what is large. Replicated state and the
+//! node's own view of it (`node`, `static_configs`, `controller_epoch`) are kept apart: only the first is in a
+//! snapshot.
+//!
+//! Invariants
+//! - `topics` and `topic_ids` name the same topics.
+//! - Group ids grow and are never reused: a deleted topic's log can never be taken for a new one's.
+//! - A command either applies as a whole or leaves the image as it was.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::broker_config::BrokerConfig;
+use crate::command::Command;
+use crate::config_def::Layers;
+use crate::topic_config::TopicConfig;
+use crate::topic_name;
+
+/// Partitions of one topic: well over what one node can open, and small enough that a command cannot exhaust it.
+pub const TOPIC_PARTITIONS_MAX: i32 = 100_000;
+/// Producer ids in one block; a block is a few writes' worth, never a share of the whole space.
+pub const PRODUCER_ID_BLOCK_MAX: i64 = 1_000_000;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeInfo {
+    pub id: i32,
+    pub host: String,
+    pub port: u16,
+    pub rack: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartitionInfo {
+    /// Raft group of the partition.
+    pub group_id: u64,
+    pub replicas: Vec<i32>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Topic {
+    pub name: String,
+    pub id: Uuid,
+    pub partitions: Vec<PartitionInfo>,
+    /// Overrides only, as committed.
+    pub configs: BTreeMap<String, String>,
+    /// What holds once overrides and broker defaults are put together.
+    pub effective: TopicConfig,
+    pub internal: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct MetadataImage {
+    pub cluster_id: String,
+    pub node: NodeInfo,
+    /// Term of the metadata group, set by whoever leads it; not replicated state.
+    pub controller_epoch: i32,
+    pub topics: Arc<BTreeMap<String, Arc<Topic>>>,
+    pub topic_ids: Arc<BTreeMap<Uuid, String>>,
+    /// Raft group of the next partition. Starts at 1; 0 is the metadata group.
+    pub next_group_id: u64,
+    pub next_producer_id: i64,
+    /// Dynamic configurations of all brokers.
+    pub broker_configs: BTreeMap<String, String>,
+    /// Dynamic configurations of single brokers, over those of all.
+    pub node_configs: BTreeMap<i32, BTreeMap<String, String>>,
+    /// What this node's configuration file says; defaults of topics derive from it.
+    pub(crate) static_configs: Arc<BTreeMap<String, String>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreatedPartition {
+    pub topic: String,
+    pub topic_id: Uuid,
+    pub partition: i32,
+    pub group_id: u64,
+    pub dir_name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeletedPartition {
+    pub topic: String,
+    pub topic_id: Uuid,
+    pub partition: i32,
+    pub group_id: u64,
+    pub dir_name: String,
+}
+
+/// What a command changed, for those who must make the world match.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Applied {
+    pub created: Vec<CreatedPartition>,
+    pub deleted: Vec<DeletedPartition>,
+    /// First id of the allocated block.
+    pub producer_id_start: Option<i64>,
+    /// The topic whose own configs were set.
+    pub configs_changed: Option<String>,
+    pub broker_configs_changed: bool,
+    /// Every topic whose effective configuration is another now: the one above, or any number when a broker-level
+    /// default moved.
+    pub topics_reconfigured: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ApplyError {
+    #[error("the cluster already has the id {0}")]
+    ClusterExists(String),
+    #[error("topic '{0}' already exists")]
+    TopicExists(String),
+    #[error("topic id {0} is already in use")]
+    TopicIdExists(Uuid),
+    #[error("there is no topic with id {0}")]
+    NoSuchTopic(Uuid),
+    #[error("{0}")]
+    BadName(String),
+    #[error("{0} partitions are not possible: a topic has 1 to {TOPIC_PARTITIONS_MAX}")]
+    BadPartitionCount(i32),
+    #[error("topic '{topic}' has {has} partitions; {asked} would not be more")]
+    NotMorePartitions { topic: String, has: usize, asked: i32 },
+    #[error("replication factor {0} is not possible")]
+    BadReplicationFactor(i16),
+    #[error("a block of {0} producer ids is not possible")]
+    BadProducerIdCount(i64),
+    #[error("the ids are used up")]
+    IdsExhausted,
+}
+
+/// Directory of a partition's log. The group id keeps a recreated topic apart from its predecessor.
+pub fn dir_name(topic: &str, partition: i32, group_id: u64) -> String {
+    format!("{topic}-{partition}.g{group_id}")
+}
+
+impl MetadataImage {
+    pub fn empty(node: NodeInfo) -> Self {
+        MetadataImage {
+            cluster_id: String::new(),
+            node,
+            controller_epoch: 0,
+            topics: Arc::default(),
+            topic_ids: Arc::default(),
+            next_group_id: 1,
+            next_producer_id: 0,
+            broker_configs: BTreeMap::new(),
+            node_configs: BTreeMap::new(),
+            static_configs: Arc::default(),
+        }
+    }
+
+    /// Takes the node's configuration file into account, so that `log.retention.hours` and its like are defaults
+    /// of every topic. Call it before commands are applied; later calls recompute.
+    pub fn with_static_configs(mut self, config: &BrokerConfig) -> Self {
+        self.static_configs = Arc::new(config.values.clone());
+        self.reconfigure_all();
+        self
+    }
+
+    pub fn topic_by_id(&self, id: &Uuid) -> Option<&Arc<Topic>> {
+        self.topics.get(self.topic_ids.get(id)?)
+    }
+
+    pub fn partition_count(&self) -> usize {
+        self.topics.values().map(|topic| topic.partitions.len()).sum()
+    }
+
+    /// Broker-level values in the order in which they count.
+    pub(crate) fn layers(&self) -> Layers<'_> {
+        Layers {
+            node: self.node_configs.get(&self.node.id),
+            cluster: &self.broker_configs,
+            fixed: &self.static_configs,
+        }
+    }
+
+    fn effective(&self, configs: &BTreeMap<String, String>) -> TopicConfig {
+        TopicConfig::resolve(configs, &self.layers())
+    }
+
+    /// Deterministic: the outcome depends on the image and the command only. On error nothing has changed.
+    pub fn apply(&mut self, command: &Command) -> Result<Applied, ApplyError> {
+        match command {
+            Command::ClusterCreated { cluster_id } => self.create_cluster(cluster_id),
+            Command::CreateTopic { name, id, partitions, replication_factor, configs } => {
+                self.create_topic(name, *id, *partitions, *replication_factor, configs)
+            }
+            Command::DeleteTopic { id } => self.delete_topic(*id),
+            Command::CreatePartitions { topic_id, total } => self.create_partitions(*topic_id, *total),
+            Command::SetTopicConfigs { topic_id, set } => self.set_topic_configs(*topic_id, set),
+            Command::SetBrokerConfigs { node_id, set } => Ok(self.set_broker_configs(*node_id, set)),
+            Command::AllocateProducerIds { count } => self.allocate_producer_ids(*count),
+        }
+    }
+
+    fn create_cluster(&mut self, cluster_id: &str) -> Result<Applied, ApplyError> {
+        if !self.cluster_id.is_empty() && self.cluster_id != cluster_id {
+            return Err(ApplyError::ClusterExists(self.cluster_id.clone()));
+        }
+        self.cluster_id = cluster_id.to_string();
+        Ok(Applied::default())
+    }
+
+    fn create_topic(
+        &mut self,
+        name: &str,
+        id: Uuid,
+        partitions: i32,
+        replication_factor: i16,
+        configs: &BTreeMap<String, String>,
+    ) -> Result<Applied, ApplyError> {
+        topic_name::check(name).map_err(ApplyError::BadName)?;
+        if self.topics.contains_key(name) {
+            return Err(ApplyError::TopicExists(name.to_string()));
+        }
+        if id.is_nil() || self.topic_ids.contains_key(&id) {
+            return Err(ApplyError::TopicIdExists(id));
+        }
+        if replication_factor < 1 {
+            return Err(ApplyError::BadReplicationFactor(replication_factor));
+        }
+        if !(1..=TOPIC_PARTITIONS_MAX).contains(&partitions) {
+            return Err(ApplyError::BadPartitionCount(partitions));
+        }
+        let mut topic = Topic {
+            name: name.to_string(),
+            id,
+            partitions: Vec::new(),
+            effective: self.effective(configs),
+            configs: configs.clone(),
+            internal: topic_name::is_internal(name),
+        };
+        let created = self.grow(&mut topic, partitions)?;
+        Arc::make_mut(&mut self.topic_ids).insert(id, topic.name.clone());
+        Arc::make_mut(&mut self.topics).insert(topic.name.clone(), Arc::new(topic));
+        Ok(Applied { created, ..Applied::default() })
+    }
+
+    /// Gives the topic partitions up to `total`, with the next group ids.
+    fn grow(&mut self, topic: &mut Topic, total: i32) -> Result<Vec<CreatedPartition>, ApplyError> {
+        let from = i32::try_from(topic.partitions.len()).map_err(|_| ApplyError::IdsExhausted)?;
+        let added = u64::try_from(total.saturating_sub(from)).unwrap_or(0);
+        let end = self.next_group_id.checked_add(added).ok_or(ApplyError::IdsExhausted)?;
+        let mut created = Vec::new();
+        for (partition, group_id) in (from..total).zip(self.next_group_id..end) {
+            topic.partitions.push(PartitionInfo { group_id, replicas: vec![self.node.id] });
+            created.push(CreatedPartition {
+                topic: topic.name.clone(),
+                topic_id: topic.id,
+                partition,
+                group_id,
+                dir_name: dir_name(&topic.name, partition, group_id),
+            });
+        }
+        self.next_group_id = end;
+        Ok(created)
+    }
+
+    fn find(&self, id: Uuid) -> Result<Arc<Topic>, ApplyError> {
+        self.topic_by_id(&id).cloned().ok_or(ApplyError::NoSuchTopic(id))
+    }
+
+    fn delete_topic(&mut self, id: Uuid) -> Result<Applied, ApplyError> {
+        let topic = self.find(id)?;
+        let deleted = (0i32..)
+            .zip(&topic.partitions)
+            .map(|(partition, info)| DeletedPartition {
+                topic: topic.name.clone(),
+                topic_id: id,
+                partition,
+                group_id: info.group_id,
+                dir_name: dir_name(&topic.name, partition, info.group_id),
+            })
+            .collect();
+        Arc::make_mut(&mut self.topics).remove(&topic.name);
+        Arc::make_mut(&mut self.topic_ids).remove(&id);
+        Ok(Applied { deleted, ..Applied::default() })
+    }
+
+    fn create_partitions(&mut self, id: Uuid, total: i32) -> Result<Applied, ApplyError> {
+        let mut topic = (*self.find(id)?).clone();
+        if total > TOPIC_PARTITIONS_MAX {
+            return Err(ApplyError::BadPartitionCount(total));
+        }
+        if usize::try_from(total).unwrap_or(0) <= topic.partitions.len() {
+            let has = topic.partitions.len();
+            return Err(ApplyError::NotMorePartitions { topic: topic.name, has, asked: total });
+        }
+        let created = self.grow(&mut topic, total)?;
+        Arc::make_mut(&mut self.topics).insert(topic.name.clone(), Arc::new(topic));
+        Ok(Applied { created, ..Applied::default() })
+    }
+
+    fn set_topic_configs(
+        &mut self,
+        id: Uuid,
+        set: &BTreeMap<String, Option<String>>,
+    ) -> Result<Applied, ApplyError> {
+        let mut topic = (*self.find(id)?).clone();
+        merge(&mut topic.configs, set);
+        topic.effective = self.effective(&topic.configs);
+        let name = topic.name.clone();
+        Arc::make_mut(&mut self.topics).insert(name.clone(), Arc::new(topic));
+        Ok(Applied {
+            configs_changed: Some(name.clone()),
+            topics_reconfigured: vec![name],
+            ..Applied::default()
+        })
+    }
+
+    fn set_broker_configs(
+        &mut self,
+        node_id: Option<i32>,
+        set: &BTreeMap<String, Option<String>>,
+    ) -> Applied {
+        match node_id {
+            None => merge(&mut self.broker_configs, set),
+            Some(id) => {
+                let of_node = self.node_configs.entry(id).or_default();
+                merge(of_node, set);
+                if of_node.is_empty() {
+                    self.node_configs.remove(&id);
+                }
+            }
+        }
+        let topics_reconfigured = self.reconfigure_all();
+        Applied { broker_configs_changed: true, topics_reconfigured, ..Applied::default() }
+    }
+
+    /// Recomputes what derives from broker-level values; returns the topics for which it matters.
+    fn reconfigure_all(&mut self) -> Vec<String> {
+        let changed: Vec<(String, TopicConfig)> = self
+            .topics
+            .values()
+            .map(|topic| (topic, self.effective(&topic.configs)))
+            .filter(|(topic, effective)| topic.effective != *effective)
+            .map(|(topic, effective)| (topic.name.clone(), effective))
+            .collect();
+        if changed.is_empty() {
+            return Vec::new();
+        }
+        let topics = Arc::make_mut(&mut self.topics);
+        let mut names = Vec::with_capacity(changed.len());
+        for (name, effective) in changed {
+            if let Some(topic) = topics.get_mut(&name) {
+                Arc::make_mut(topic).effective = effective;
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    fn allocate_producer_ids(&mut self, count: i64) -> Result<Applied, ApplyError> {
+        if !(1..=PRODUCER_ID_BLOCK_MAX).contains(&count) {
+            return Err(ApplyError::BadProducerIdCount(count));
+        }
+        let start = self.next_producer_id;
+        self.next_producer_id = start.checked_add(count).ok_or(ApplyError::IdsExhausted)?;
+        Ok(Applied { producer_id_start: Some(start), ..Applied::default() })
+    }
+}
+
+fn merge(into: &mut BTreeMap<String, String>, set: &BTreeMap<String, Option<String>>) {
+    for (key, value) in set {
+        match value {
+            Some(value) => drop(into.insert(key.clone(), value.clone())),
+            None => drop(into.remove(key)),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "image_tests.rs"]
+mod tests;

@@ -1,0 +1,36 @@
+//! Cluster metadata as a deterministic state machine, and the pure half of the admin requests.
+//!
+//! Owns: [`MetadataImage`] and the [`Command`]s that change it (with their binary form), the tables of topic and
+//! broker configurations, and functions that turn a decoded admin request into an answer and the commands to
+//! commit first.
+//!
+//! Invariants
+//! - No I/O, clock, randomness or threads: fresh ids are arguments. Any thread may call anything here.
+//! - Applying the same commands in the same order gives the same image, byte for byte in its snapshot.
+//! - Input from the wire or the disk never panics; what it may allocate is bounded by its own length or by a
+//!   named constant.
+//!
+//! It does not propose, replicate or store commands, nor create logs: the broker does, told by [`Applied`].
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod broker_config;
+mod codec;
+mod command;
+pub mod config_def;
+mod image;
+mod snapshot;
+pub mod topic_config;
+pub mod topic_name;
+
+pub use broker_config::{BROKER_CONFIGS, BrokerConfig, BrokerConfigDef, ConfigError, Secret};
+pub use codec::CodecError;
+pub use command::Command;
+pub use config_def::{ConfigKind, ConfigSource, ExtraConfig};
+pub use image::{
+    Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, PartitionInfo, Topic,
+};
+pub use topic_config::{
+    CompressionType, Durability, TOPIC_CONFIGS, TimestampType, TopicConfig, TopicConfigDef,
+};
+pub use topic_name::OFFSETS_TOPIC;

@@ -1,0 +1,113 @@
+//! Binary form of the replicated part of an image: `FMI`, a version, then its fields in a fixed order.
+//!
+//! Equal images give equal bytes, so that replicas can be compared by them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::codec::{CodecError, Reader, Writer};
+use crate::image::{MetadataImage, NodeInfo, PartitionInfo, Topic};
+use crate::topic_config::TopicConfig;
+use crate::topic_name;
+
+const MAGIC: [u8; 3] = *b"FMI";
+const VERSION: u8 = 1;
+/// Name, id, partition count and config count.
+const TOPIC_BYTES_MIN: usize = 19;
+
+impl MetadataImage {
+    pub fn snapshot(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.bytes.extend_from_slice(&MAGIC);
+        out.u8(VERSION);
+        out.string(&self.cluster_id);
+        out.varint(self.next_group_id);
+        out.signed(self.next_producer_id);
+        out.map(&self.broker_configs);
+        out.varint(self.node_configs.len() as u64);
+        for (id, configs) in &self.node_configs {
+            out.signed(i64::from(*id));
+            out.map(configs);
+        }
+        out.varint(self.topics.len() as u64);
+        for topic in self.topics.values() {
+            out.string(&topic.name);
+            out.uuid(topic.id);
+            out.varint(topic.partitions.len() as u64);
+            for partition in &topic.partitions {
+                out.varint(partition.group_id);
+                out.varint(partition.replicas.len() as u64);
+                for replica in &partition.replicas {
+                    out.signed(i64::from(*replica));
+                }
+            }
+            out.map(&topic.configs);
+        }
+        out.bytes
+    }
+
+    /// The image as seen by `node`. Its configuration file is not part of a snapshot; see
+    /// [`MetadataImage::with_static_configs`].
+    pub fn restore(node: NodeInfo, bytes: &[u8]) -> Result<MetadataImage, CodecError> {
+        let mut image = MetadataImage::empty(node);
+        let mut input = Reader::new(bytes);
+        for expected in MAGIC {
+            if input.u8("magic")? != expected {
+                return Err(CodecError::Inconsistent("this is not a metadata snapshot"));
+            }
+        }
+        let version = input.u8("version")?;
+        if version != VERSION {
+            return Err(CodecError::UnknownVersion(version));
+        }
+        image.cluster_id = input.string("cluster id")?;
+        image.next_group_id = input.varint("next group id")?;
+        image.next_producer_id = input.signed("next producer id")?;
+        image.broker_configs = input.map("broker configs")?;
+        for _ in 0..input.count(2, "node configs")? {
+            let id = input.i32("node id")?;
+            image.node_configs.insert(id, input.map("node configs")?);
+        }
+        let mut topics = BTreeMap::new();
+        let mut ids = BTreeMap::new();
+        let mut groups = BTreeSet::new();
+        for _ in 0..input.count(TOPIC_BYTES_MIN, "topics")? {
+            let topic = read_topic(&mut input, &image, &mut groups)?;
+            if ids.insert(topic.id, topic.name.clone()).is_some()
+                || topics.insert(topic.name.clone(), Arc::new(topic)).is_some()
+            {
+                return Err(CodecError::Inconsistent("a topic appears twice"));
+            }
+        }
+        input.end()?;
+        image.topics = Arc::new(topics);
+        image.topic_ids = Arc::new(ids);
+        Ok(image)
+    }
+}
+
+fn read_topic(
+    input: &mut Reader<'_>,
+    image: &MetadataImage,
+    groups: &mut BTreeSet<u64>,
+) -> Result<Topic, CodecError> {
+    let name = input.string("topic name")?;
+    topic_name::check(&name).map_err(|_| CodecError::OutOfRange("topic name"))?;
+    let id = input.uuid("topic id")?;
+    let mut partitions = Vec::new();
+    for _ in 0..input.count(2, "partitions")? {
+        let group_id = input.varint("group id")?;
+        if group_id == 0 || group_id >= image.next_group_id || !groups.insert(group_id) {
+            return Err(CodecError::Inconsistent("a partition's group id"));
+        }
+        let mut replicas = Vec::new();
+        for _ in 0..input.count(1, "replicas")? {
+            replicas.push(input.i32("replica")?);
+        }
+        partitions.push(PartitionInfo { group_id, replicas });
+    }
+    let configs = input.map("topic configs")?;
+    let effective = TopicConfig::resolve(&configs, &image.layers());
+    let internal = topic_name::is_internal(&name);
+    Ok(Topic { name, id, partitions, configs, effective, internal })
+}
