@@ -2,7 +2,7 @@
 //! engine's own JSON reader, the created tables, and that no column is ever cast on arrival.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flumen_embedded::Engine;
 use flumen_sink::block::{BlockBuilder, RowMeta};
@@ -12,20 +12,30 @@ use flumen_sink::infer::infer_columns;
 use flumen_sink::mapping::{MappingOptions, RowMapping};
 use flumen_sink::table::{Column, DefaultKind, TableSchema};
 
-/// One engine per process: a second data directory is refused, and one connection serves one query at a time.
-fn engine() -> MutexGuard<'static, Engine> {
-    static ENGINE: OnceLock<Mutex<Engine>> = OnceLock::new();
-    static DIRECTORY: OnceLock<tempfile::TempDir> = OnceLock::new();
-    ENGINE
-        .get_or_init(|| {
-            let directory = DIRECTORY.get_or_init(|| tempfile::tempdir().expect("a temporary directory"));
-            let engine = Engine::open(&library(), &directory.path().join("data"))
-                .unwrap_or_else(|e| panic!("the engine does not open: {e}"));
-            Mutex::new(engine)
-        })
-        .lock()
-        // Another test's failed assertion leaves the engine usable.
-        .unwrap_or_else(PoisonError::into_inner)
+/// The engine on a directory of its own. A process can have one data directory open at a time, so tests take
+/// turns; each closes its engine, because a process that exits with an open one may crash in the library.
+struct Opened {
+    // Dropped in this order.
+    engine: Engine,
+    _directory: tempfile::TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl std::ops::Deref for Opened {
+    type Target = Engine;
+    fn deref(&self) -> &Engine {
+        &self.engine
+    }
+}
+
+fn engine() -> Opened {
+    static TURN: Mutex<()> = Mutex::new(());
+    // Another test's failed assertion leaves the turn usable.
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let engine = Engine::open(&library(), &directory.path().join("data"))
+        .unwrap_or_else(|e| panic!("the engine does not open: {e}"));
+    Opened { engine, _directory: directory, _turn: turn }
 }
 
 fn library() -> PathBuf {
