@@ -1,0 +1,251 @@
+//! The admin API (`/v1`), metrics and health, on the main thread. JSON in, JSON out; errors are
+//! problem+json with what happened (`detail`) and what to do (`fix`).
+//!
+//! Topic and export changes go through the same plans as their Kafka APIs, so that `kafka-configs`,
+//! the CLI and this API write the same state.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Map, Value, json};
+use tokio::net::TcpListener;
+
+use crate::metrics_text;
+use crate::node::Node;
+use crate::topic_admin::{self, TopicError};
+
+type Shared = State<Arc<Node>>;
+
+/// Bodies are configurations; nothing legitimate is near this.
+const BODY_BYTES_MAX: usize = 1 << 20;
+
+pub async fn serve(node: Arc<Node>, listener: TcpListener) {
+    let app = Router::new()
+        .route("/v1/topics", get(list_topics).post(create_topic))
+        .route("/v1/topics/{topic}", get(describe_topic).delete(delete_topic).patch(alter_topic))
+        .route("/v1/status/ready", get(ready))
+        .route("/v1/status/live", get(ready))
+        .route("/v1/brokers", get(brokers))
+        .route("/version", get(version))
+        .route("/metrics", get(metrics))
+        .route("/public_metrics", get(metrics))
+        .fallback(post(not_found).get(not_found).put(not_found).delete(not_found))
+        .layer(axum::extract::DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(node);
+    if let Err(error) = axum::serve(listener, app).await {
+        tracing::error!(%error, "the admin API ended");
+    }
+}
+
+/// What went wrong, and what to do about it.
+#[derive(Debug)]
+pub struct Problem {
+    pub status: StatusCode,
+    pub code: &'static str,
+    pub detail: String,
+    pub fix: Option<String>,
+}
+
+impl Problem {
+    pub fn bad_request(detail: impl Into<String>) -> Problem {
+        Problem { status: StatusCode::BAD_REQUEST, code: "INVALID_REQUEST", detail: detail.into(), fix: None }
+    }
+
+    pub fn not_found(detail: impl Into<String>) -> Problem {
+        Problem { status: StatusCode::NOT_FOUND, code: "NOT_FOUND", detail: detail.into(), fix: None }
+    }
+
+    pub fn with_fix(mut self, fix: impl Into<String>) -> Problem {
+        self.fix = Some(fix.into());
+        self
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let body = json!({
+            "type": "about:blank", "title": self.code, "status": self.status.as_u16(),
+            "code": self.code, "detail": self.detail, "fix": self.fix,
+        });
+        (self.status, [(header::CONTENT_TYPE, "application/problem+json")], body.to_string()).into_response()
+    }
+}
+
+impl From<TopicError> for Problem {
+    fn from(error: TopicError) -> Problem {
+        use flumen_protocol::error_code::ErrorCode;
+        let status = match error.code {
+            ErrorCode::UNKNOWN_TOPIC_OR_PARTITION | ErrorCode::UNKNOWN_TOPIC_ID => StatusCode::NOT_FOUND,
+            ErrorCode::TOPIC_ALREADY_EXISTS => StatusCode::CONFLICT,
+            ErrorCode::REQUEST_TIMED_OUT | ErrorCode::KAFKA_STORAGE_ERROR => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::BAD_REQUEST,
+        };
+        Problem { status, code: error.code.name(), detail: error.message, fix: None }
+    }
+}
+
+async fn not_found(uri: axum::http::Uri) -> Problem {
+    Problem::not_found(format!("there is nothing at {}", uri.path()))
+}
+
+async fn ready(State(node): Shared) -> Json<Value> {
+    let image = node.image.load();
+    Json(json!({ "status": "ready", "cluster_id": image.cluster_id, "node_id": image.node.id }))
+}
+
+async fn version() -> Json<Value> {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
+async fn brokers(State(node): Shared) -> Json<Value> {
+    let image = node.image.load();
+    let shards: Vec<Value> = node
+        .shards
+        .iter()
+        .enumerate()
+        .map(|(id, s)| json!({ "shard": id, "connections": s.connections() }))
+        .collect();
+    Json(json!([{
+        "node_id": image.node.id, "host": image.node.host, "port": image.node.port, "rack": image.node.rack,
+        "shards": shards, "membership_status": "active",
+    }]))
+}
+
+async fn metrics(State(node): Shared) -> Response {
+    let text = metrics_text::render(&node).await;
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+async fn list_topics(State(node): Shared) -> Json<Value> {
+    let image = node.image.load_full();
+    let topics: Vec<Value> = image
+        .topics
+        .values()
+        .map(|t| {
+            let size: u64 = t
+                .partitions
+                .iter()
+                .map(|p| node.gauges_of(p.group_id).size_bytes.load(Ordering::Relaxed))
+                .sum();
+            let export = node.exports.status(&t.name).map(|s| s["state"].clone());
+            json!({
+                "name": t.name, "id": t.id.to_string(), "partitions": t.partitions.len(),
+                "internal": t.internal, "size_bytes": size, "export": export,
+            })
+        })
+        .collect();
+    Json(json!({ "topics": topics }))
+}
+
+async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+    let image = node.image.load_full();
+    let found = image
+        .topics
+        .get(&topic)
+        .ok_or_else(|| Problem::not_found(format!("topic '{topic}' does not exist")).with_fix(format!("flumen topic create {topic}")))?;
+    let partitions: Vec<Value> = found
+        .partitions
+        .iter()
+        .enumerate()
+        .map(|(index, p)| {
+            let g = node.gauges_of(p.group_id);
+            let damaged = g.damaged.load(Ordering::Relaxed) != 0;
+            json!({
+                "partition": index, "leader": image.node.id, "replicas": p.replicas,
+                "leader_epoch": g.leader_epoch.load(Ordering::Relaxed),
+                "log_start_offset": g.log_start_offset.load(Ordering::Relaxed),
+                "high_watermark": g.high_watermark.load(Ordering::Relaxed),
+                "size_bytes": g.size_bytes.load(Ordering::Relaxed),
+                "health": if damaged { "damaged" } else { "ok" },
+            })
+        })
+        .collect();
+    let configs: Map<String, Value> = topic_admin::described_configs(&node, &topic)
+        .into_iter()
+        .map(|(name, value, source)| (name, json!({ "value": value, "source": source })))
+        .collect();
+    let (durability, meaning) = match found.effective.durability {
+        flumen_metadata::Durability::Durable => {
+            ("durable", "acknowledged after the disk has the records: survives kill -9 and power loss")
+        }
+        flumen_metadata::Durability::Os => {
+            ("os", "acknowledged when the kernel has the records: survives kill -9, not power loss")
+        }
+    };
+    Ok(Json(json!({
+        "name": found.name, "id": found.id.to_string(), "internal": found.internal,
+        "partitions": found.partitions.len(), "partition_list": partitions,
+        "durability": durability, "durability_meaning": meaning, "configs": configs,
+        "export": node.exports.status(&topic),
+    })))
+}
+
+/// Values of configurations come as JSON strings, numbers or booleans; Kafka knows only strings.
+fn config_text(value: &Value) -> Option<String> {
+    match value {
+        Value::Null => None,
+        Value::String(s) => Some(s.clone()),
+        other => Some(other.to_string()),
+    }
+}
+
+async fn create_topic(State(node): Shared, Json(body): Json<Value>) -> Result<(StatusCode, Json<Value>), Problem> {
+    let name = body["name"].as_str().ok_or_else(|| Problem::bad_request("'name' is missing"))?.to_string();
+    let number = |key: &str, default: i64| match &body[key] {
+        Value::Null => Ok(default),
+        value => value.as_i64().ok_or_else(|| Problem::bad_request(format!("'{key}' must be a whole number"))),
+    };
+    let partitions = i32::try_from(number("partitions", -1)?)
+        .map_err(|_| Problem::bad_request("'partitions' is out of range"))?;
+    let replication = i16::try_from(number("replication_factor", -1)?)
+        .map_err(|_| Problem::bad_request("'replication_factor' is out of range"))?;
+    let configs: BTreeMap<String, String> = body["configs"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter_map(|(k, v)| config_text(v).map(|v| (k.clone(), v)))
+        .collect();
+    let created = topic_admin::create_topic(&node, &name, partitions, replication, configs).await;
+    let status = match created {
+        Ok(()) => StatusCode::CREATED,
+        Err(e)
+            if e.code == flumen_protocol::error_code::ErrorCode::TOPIC_ALREADY_EXISTS
+                && body["if_not_exists"] == Value::Bool(true) =>
+        {
+            StatusCode::OK
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let partitions = node.image.load().topics.get(&name).map_or(0, |t| t.partitions.len());
+    Ok((status, Json(json!({ "name": name, "partitions": partitions }))))
+}
+
+async fn delete_topic(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+    topic_admin::delete_topic(&node, &topic).await?;
+    Ok(Json(json!({ "name": topic, "deleted": true })))
+}
+
+async fn alter_topic(
+    State(node): Shared,
+    Path(topic): Path<String>,
+    Json(body): Json<Value>,
+) -> Result<Json<Value>, Problem> {
+    if let Some(configs) = body["configs"].as_object()
+        && !configs.is_empty()
+    {
+        let changes = configs.iter().map(|(k, v)| (k.clone(), config_text(v))).collect();
+        topic_admin::alter_configs(&node, &topic, changes).await?;
+    }
+    if let Some(partitions) = body["partitions"].as_i64() {
+        let partitions =
+            i32::try_from(partitions).map_err(|_| Problem::bad_request("'partitions' is out of range"))?;
+        topic_admin::create_partitions(&node, &topic, partitions).await?;
+    }
+    Ok(Json(json!({ "name": topic, "altered": true })))
+}

@@ -1,0 +1,68 @@
+//! Asking a running broker: JSON over its admin API.
+
+use clap::Args;
+use serde_json::Value;
+
+use super::{EXIT_NOT_FOUND, Failure};
+
+#[derive(Args, Clone)]
+pub struct AdminArgs {
+    /// Admin address of the broker
+    #[arg(long, global = true, env = "FLUMEN_ADMIN", default_value = "127.0.0.1:9644")]
+    admin: String,
+    /// Output: text or json
+    #[arg(long, global = true, default_value = "text", value_parser = ["text", "json"])]
+    format: String,
+}
+
+impl AdminArgs {
+    pub fn is_json(&self) -> bool {
+        self.format == "json"
+    }
+
+    pub fn get(&self, path: &str) -> Result<Value, Failure> {
+        self.call("GET", path, None)
+    }
+
+    /// Sends one request. An answer that is not 2xx becomes the failure that its body describes.
+    pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value, Failure> {
+        let base = if self.admin.contains("://") { self.admin.clone() } else { format!("http://{}", self.admin) };
+        let url = format!("{}{path}", base.trim_end_matches('/'));
+        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+        let request = ureq::http::Request::builder()
+            .method(method)
+            .uri(&url)
+            .header("content-type", "application/json")
+            .body(body.map(Value::to_string).unwrap_or_default())
+            .map_err(|e| Failure::new(format!("{url}: {e}")))?;
+        let mut response = agent.run(request).map_err(|e| {
+            Failure::new(format!("no broker answers at {base} ({e}); start one, or name its address with --admin"))
+        })?;
+        let status = response.status().as_u16();
+        let text = response.body_mut().read_to_string().map_err(|e| Failure::new(e.to_string()))?;
+        let value: Value = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        if (200..300).contains(&status) {
+            return Ok(value);
+        }
+        let mut message = value["detail"].as_str().map_or_else(|| value.to_string(), str::to_string);
+        if let Some(fix) = value["fix"].as_str() {
+            message.push_str("\n  fix: ");
+            message.push_str(fix);
+        }
+        let exit = if status == 404 { EXIT_NOT_FOUND } else { super::EXIT_FAILED };
+        Err(Failure { message, exit })
+    }
+}
+
+/// Percent-encodes one path segment.
+pub fn segment(name: &str) -> String {
+    let mut out = String::with_capacity(name.len());
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}

@@ -1,0 +1,104 @@
+//! `flumen server` and `flumen clickhouse`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use flumen_metadata::BrokerConfig;
+
+use super::Failure;
+use crate::server::{self, ServerOptions};
+
+#[derive(Args)]
+pub struct ServerArgs {
+    /// Where topics, their logs and the metadata live; created when absent
+    #[arg(long)]
+    data_dir: PathBuf,
+    /// Address for Kafka clients
+    #[arg(long, default_value = "127.0.0.1:9092")]
+    kafka: SocketAddr,
+    /// Address for the admin API and metrics
+    #[arg(long, default_value = "127.0.0.1:9644")]
+    admin: SocketAddr,
+    /// Shards (threads with partitions of their own); one per core when absent
+    #[arg(long)]
+    shards: Option<usize>,
+    /// File of `key=value` lines (server.properties style; # starts a comment)
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// One setting, over the file: --set num.partitions=4
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct ClickhouseArgs {
+    /// Where the engine keeps its tables; created when absent
+    #[arg(long)]
+    data_dir: PathBuf,
+    #[arg(long, default_value = "127.0.0.1:8123")]
+    listen: SocketAddr,
+    /// Path of libchdb.so; searched for in the usual places when absent
+    #[arg(long)]
+    lib: Option<PathBuf>,
+}
+
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FLUMEN_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // Standard output belongs to the ready line.
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+pub fn server(args: ServerArgs) -> Result<(), Failure> {
+    start_logging();
+    if args.shards == Some(0) {
+        return Err(Failure::new("--shards must be at least 1"));
+    }
+    let mut settings = BTreeMap::new();
+    if let Some(path) = &args.config {
+        read_properties(path, &mut settings)?;
+    }
+    for setting in &args.set {
+        let Some((key, value)) = setting.split_once('=') else {
+            return Err(Failure::new(format!("--set wants KEY=VALUE, got '{setting}'")));
+        };
+        settings.insert(key.trim().to_string(), value.trim().to_string());
+    }
+    let config = BrokerConfig::from_map(&settings).map_err(|e| Failure::new(e.to_string()))?;
+    server::run(ServerOptions {
+        data_dir: args.data_dir,
+        kafka: args.kafka,
+        admin: args.admin,
+        shards: args.shards,
+        config,
+    })
+    .map_err(|e| Failure::new(format!("{e:#}")))
+}
+
+fn read_properties(path: &Path, settings: &mut BTreeMap<String, String>) -> Result<(), Failure> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::new(format!("cannot read the configuration {}: {e}", path.display())))?;
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let Some((key, value)) = line.split_once('=') else {
+            return Err(Failure::new(format!("{}:{}: expected key=value", path.display(), number + 1)));
+        };
+        settings.insert(key.trim().to_string(), value.trim().to_string());
+    }
+    Ok(())
+}
+
+pub fn clickhouse(args: ClickhouseArgs) -> Result<(), Failure> {
+    start_logging();
+    flumen_embedded::serve(flumen_embedded::ServeOptions {
+        data_dir: args.data_dir,
+        listen: args.listen,
+        lib: args.lib,
+    })
+    .map_err(|e| Failure::new(e.to_string()))
+}

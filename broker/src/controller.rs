@@ -1,0 +1,274 @@
+//! The one writer of cluster metadata. Lives on shard 0 beside the metadata group (group id 0).
+//!
+//! A change is planned against the current image, appended to the metadata log as one record batch
+//! (one record per command), and applied when committed; then the image is published to all threads and
+//! the shards create or delete what it names. Answers go out after that, so that a topic that was
+//! reported created can be written to.
+//!
+//! Invariants
+//! - Changes are planned, committed and applied one at a time (`one_at_a_time`), so a plan never acts
+//!   on an image that another plan has outdated.
+//! - Applying the metadata log from its start gives the image; nothing else feeds it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+
+use flumen_metadata::{Applied, BrokerConfig, Command, MetadataImage, TopicConfig};
+use flumen_protocol::error_code::ErrorCode;
+use flumen_protocol::record::{self, BatchBuilder};
+use flumen_protocol::record_batch;
+use flumen_storage::RecoveredGroup;
+use tokio::sync::oneshot;
+
+use crate::node::now_ms;
+use crate::partition::{Completion, Origin, Partition, PartitionSpec};
+use crate::shard::Shard;
+
+/// The metadata group's own log, never listed as a topic.
+pub const METADATA_GROUP: u64 = 0;
+pub const METADATA_TOPIC: &str = "__cluster_metadata";
+/// One read while the metadata log is replayed at start.
+const REPLAY_READ_BYTES: usize = 1 << 20;
+/// A metadata record is at most this long once decompressed; our own batches are not compressed.
+const METADATA_BATCH_BYTES_MAX: usize = 16 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    #[error("metadata change refused: {0}")]
+    Apply(String),
+    #[error("the metadata log refused the change: {0}")]
+    Append(ErrorCode),
+    #[error("the outcome of a metadata change is unknown: the broker is stopping")]
+    Unknown,
+}
+
+impl ControlError {
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            ControlError::Apply(_) => ErrorCode::INVALID_REQUEST,
+            ControlError::Append(code) => *code,
+            ControlError::Unknown => ErrorCode::REQUEST_TIMED_OUT,
+        }
+    }
+}
+
+pub struct Controller {
+    shard: Rc<Shard>,
+    log: Rc<Partition>,
+    image: RefCell<MetadataImage>,
+    one_at_a_time: tokio::sync::Mutex<()>,
+}
+
+/// Groups that recovery found, taken out by the shards as the metadata names them.
+pub type RecoveredGroups = Arc<Mutex<HashMap<u64, RecoveredGroup>>>;
+
+impl Controller {
+    /// Opens the metadata group and replays it. Fails when it is damaged: without metadata nothing
+    /// can be served, and guessing would lose topics.
+    pub async fn start(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result<(), String> {
+        let spec = PartitionSpec {
+            topic: METADATA_TOPIC.into(),
+            index: 0,
+            group_id: METADATA_GROUP,
+            config: TopicConfig::metadata_log(),
+        };
+        let found = recovered.lock().expect("no panic under this lock").remove(&METADATA_GROUP);
+        let fresh = found.is_none();
+        let log = match found {
+            Some(group) => shard.attach(spec, group),
+            None => shard.create(spec).map_err(|e| format!("cannot create the metadata log: {e}"))?,
+        };
+        if let Some(reason) = log.damage() {
+            return Err(format!(
+                "the metadata log is damaged ({reason}); restore {METADATA_TOPIC}-0.g0 from a copy before starting"
+            ));
+        }
+        let controller = Rc::new(Controller {
+            shard: shard.clone(),
+            log,
+            image: RefCell::new((**shard.node.image.load()).clone()),
+            one_at_a_time: tokio::sync::Mutex::default(),
+        });
+        controller.replay().await?;
+        shard.set_controller(controller.clone());
+        if fresh {
+            let cluster_id = new_cluster_id();
+            controller.commit(vec![Command::ClusterCreated { cluster_id }]).await.map_err(|e| e.to_string())?;
+        }
+        controller.publish();
+        Ok(())
+    }
+
+    async fn replay(&self) -> Result<(), String> {
+        let mut offset = self.log.log_start_offset();
+        let end = self.log.high_watermark();
+        while offset < end {
+            let slice = self.log.fetch(offset, REPLAY_READ_BYTES).await.map_err(|e| e.to_string())?;
+            let before = offset;
+            for bytes in &slice.records {
+                for batch in record_batch::batches(bytes) {
+                    let (header, batch) = batch.map_err(|e| e.to_string())?;
+                    offset = header.next_offset();
+                    let mut scratch = Vec::new();
+                    let records = record::decode_records(batch, &mut scratch, METADATA_BATCH_BYTES_MAX)
+                        .map_err(|e| e.to_string())?;
+                    for record in records {
+                        let record = record.map_err(|e| e.to_string())?;
+                        let command = Command::decode(record.value.unwrap_or(&[])).map_err(|e| e.to_string())?;
+                        self.image.borrow_mut().apply(&command).map_err(|e| {
+                            format!("metadata record {} does not apply: {e}", record.offset)
+                        })?;
+                    }
+                }
+            }
+            if offset == before {
+                return Err(format!("the metadata log ends at {offset} although it should reach {end}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Plans a change against the current image and commits what it needs. `plan` returns its answer
+    /// and the commands; no command, no write.
+    pub async fn change<R>(
+        &self,
+        plan: impl FnOnce(&MetadataImage, &BrokerConfig) -> (R, Vec<Command>),
+    ) -> (R, Result<Vec<Applied>, ControlError>) {
+        let _turn = self.one_at_a_time.lock().await;
+        let (answer, commands) = plan(&self.image.borrow(), &self.shard.node.config);
+        let outcome = self.commit_locked(commands).await;
+        (answer, outcome)
+    }
+
+    pub async fn commit(&self, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
+        let _turn = self.one_at_a_time.lock().await;
+        self.commit_locked(commands).await
+    }
+
+    async fn commit_locked(&self, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
+        if commands.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Applied to a copy first: a command that does not apply must never reach the log.
+        let mut next = self.image.borrow().clone();
+        let mut applied = Vec::with_capacity(commands.len());
+        for command in &commands {
+            applied.push(next.apply(command).map_err(|e| ControlError::Apply(e.to_string()))?);
+        }
+        let now = now_ms();
+        let mut builder = BatchBuilder::new();
+        for command in &commands {
+            builder.append(now, None, Some(&command.encode()), &[]);
+        }
+        let (done, committed) = oneshot::channel();
+        let completion = Completion::Callback(Box::new(move || {
+            let _ = done.send(());
+        }));
+        self.log
+            .append(builder.build(0), Origin::Broker, now, Some(completion))
+            .map_err(|(error, _)| ControlError::Append(error.code()))?;
+        committed.await.map_err(|_| ControlError::Unknown)?;
+        *self.image.borrow_mut() = next;
+        self.publish();
+        for change in &applied {
+            self.carry_out(change).await;
+        }
+        Ok(applied)
+    }
+
+    fn publish(&self) {
+        self.shard.node.image.store(Arc::new(self.image.borrow().clone()));
+    }
+
+    /// Makes the shards match the new image.
+    async fn carry_out(&self, change: &Applied) {
+        let node = &self.shard.node;
+        for created in &change.created {
+            let Some(spec) = self.spec_of(&created.topic, created.partition) else { continue };
+            let made = node.shards[node.shard_of(spec.group_id)]
+                .run(move |s| async move { s.create(spec).map(|_| ()).map_err(|e| e.to_string()) })
+                .await;
+            if let Ok(Err(error)) = made {
+                // The metadata says that the partition exists; the next start creates it.
+                tracing::error!(topic = %created.topic, partition = created.partition, %error, "cannot create the partition's log");
+            }
+        }
+        for deleted in &change.deleted {
+            let group_id = deleted.group_id;
+            let _ = node.shards[node.shard_of(group_id)]
+                .run(move |s| async move { s.delete(group_id).await })
+                .await;
+        }
+        for name in &change.topics_reconfigured {
+            let found = self.image.borrow().topics.get(name).cloned();
+            if let Some(topic) = found {
+                for p in &topic.partitions {
+                    let (group_id, config) = (p.group_id, topic.effective.clone());
+                    let _ = node.shards[node.shard_of(group_id)]
+                        .run(move |s| async move {
+                            if let Some(partition) = s.partition(group_id) {
+                                partition.set_config(config);
+                            }
+                        })
+                        .await;
+                }
+            }
+        }
+    }
+
+    fn spec_of(&self, topic: &str, index: i32) -> Option<PartitionSpec> {
+        let image = self.image.borrow();
+        let found = image.topics.get(topic)?;
+        let info = found.partitions.get(usize::try_from(index).ok()?)?;
+        Some(PartitionSpec {
+            topic: topic.into(),
+            index,
+            group_id: info.group_id,
+            config: found.effective.clone(),
+        })
+    }
+}
+
+/// Opens every partition of the image that lives on this shard. Returns how many.
+pub fn open_partitions(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result<usize, String> {
+    let image = shard.node.image.load_full();
+    let mut opened = 0;
+    for topic in image.topics.values() {
+        let name: Arc<str> = topic.name.as_str().into();
+        for (index, info) in topic.partitions.iter().enumerate() {
+            if shard.node.shard_of(info.group_id) != shard.id {
+                continue;
+            }
+            let spec = PartitionSpec {
+                topic: name.clone(),
+                index: i32::try_from(index).unwrap_or(i32::MAX),
+                group_id: info.group_id,
+                config: topic.effective.clone(),
+            };
+            let found = recovered.lock().expect("no panic under this lock").remove(&info.group_id);
+            match found {
+                Some(group) => drop(shard.attach(spec, group)),
+                // Named by the metadata, absent on disk: the crash came between the two.
+                None => drop(shard.create(spec).map_err(|e| e.to_string())?),
+            }
+            opened += 1;
+        }
+    }
+    Ok(opened)
+}
+
+/// 16 random bytes as Kafka prints them (URL-safe base64 without padding).
+fn new_cluster_id() -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let bits = uuid::Uuid::new_v4().as_u128();
+    // 22 digits of 6 bits; the last one carries the remaining 2 bits.
+    (0..22)
+        .map(|i| {
+            let shift = 122 - 6 * i;
+            let digit = if shift >= 0 { bits >> shift } else { bits << -shift };
+            char::from(ALPHABET[(digit & 63) as usize])
+        })
+        .collect()
+}

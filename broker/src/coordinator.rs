@@ -1,0 +1,220 @@
+//! The shell around the group coordinators: one per partition of `__consumer_offsets`, on that
+//! partition's shard. Decisions are made in `flumen-groups`; this file loads, appends, answers and
+//! wakes up at deadlines.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use flumen_groups::{Client, Coordinator, GroupRequest, GroupResponse, GroupsConfig, OffsetsRecord, Output};
+use flumen_protocol::error_code::ErrorCode;
+use flumen_protocol::record::{self, BatchBuilder};
+use flumen_protocol::record_batch;
+use tokio::sync::{Notify, oneshot};
+
+use crate::node::now_ms;
+use crate::partition::{Completion, Origin, Partition};
+use crate::shard::Shard;
+
+pub const OFFSETS_TOPIC: &str = "__consumer_offsets";
+/// One read while a coordinator loads.
+const LOAD_READ_BYTES: usize = 4 << 20;
+/// A group metadata record holds the assignments of all members; a batch of them is never larger.
+const LOAD_BATCH_BYTES_MAX: usize = 64 << 20;
+/// Offset expiration and the like are looked at no less often than this.
+const TICK_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Default)]
+pub struct Coordinators {
+    by_group: RefCell<HashMap<u64, Rc<GroupShell>>>,
+}
+
+pub struct GroupShell {
+    partition: Rc<Partition>,
+    coordinator: RefCell<Coordinator>,
+    answers: RefCell<HashMap<u64, oneshot::Sender<GroupResponse>>>,
+    next_token: Cell<u64>,
+    loaded: Cell<bool>,
+    removed: Cell<bool>,
+    deadline_moved: Notify,
+}
+
+impl Coordinators {
+    /// The coordinator of an offsets partition; made and loaded on first use.
+    pub fn of(&self, shard: &Rc<Shard>, group_id: u64) -> Result<Rc<GroupShell>, ErrorCode> {
+        if let Some(shell) = self.by_group.borrow().get(&group_id) {
+            return Ok(shell.clone());
+        }
+        let partition = shard.partition(group_id).ok_or(ErrorCode::NOT_COORDINATOR)?;
+        if partition.damage().is_some() {
+            return Err(ErrorCode::COORDINATOR_NOT_AVAILABLE);
+        }
+        let shell = Rc::new(GroupShell {
+            partition,
+            coordinator: RefCell::new(Coordinator::new(groups_config(&shard.node.config))),
+            answers: RefCell::default(),
+            next_token: Cell::new(1),
+            loaded: Cell::new(false),
+            removed: Cell::new(false),
+            deadline_moved: Notify::new(),
+        });
+        self.by_group.borrow_mut().insert(group_id, shell.clone());
+        tokio::task::spawn_local(shell.clone().load_and_tick());
+        Ok(shell)
+    }
+
+    pub fn remove(&self, group_id: u64) {
+        if let Some(shell) = self.by_group.borrow_mut().remove(&group_id) {
+            shell.removed.set(true);
+            shell.deadline_moved.notify_one();
+            shell.answers.borrow_mut().clear();
+        }
+    }
+
+    pub fn all(&self) -> Vec<Rc<GroupShell>> {
+        self.by_group.borrow().values().cloned().collect()
+    }
+}
+
+fn groups_config(config: &flumen_metadata::BrokerConfig) -> GroupsConfig {
+    GroupsConfig {
+        session_timeout_min_ms: config.group_min_session_timeout_ms,
+        session_timeout_max_ms: config.group_max_session_timeout_ms,
+        initial_rebalance_delay_ms: i64::from(config.group_initial_rebalance_delay_ms),
+        offset_metadata_bytes_max: config.offset_metadata_max_bytes,
+        group_members_max: config.group_max_size,
+        offsets_retention_ms: config.offsets_retention_ms,
+    }
+}
+
+impl GroupShell {
+    pub async fn request(
+        self: &Rc<Self>,
+        client_id: &str,
+        client_host: &str,
+        request: GroupRequest,
+    ) -> Result<GroupResponse, ErrorCode> {
+        if !self.loaded.get() {
+            return Err(ErrorCode::COORDINATOR_LOAD_IN_PROGRESS);
+        }
+        let token = self.next_token.get();
+        self.next_token.set(token + 1);
+        let (answer, receiver) = oneshot::channel();
+        self.answers.borrow_mut().insert(token, answer);
+        let fresh_id = uuid::Uuid::new_v4().as_u128();
+        let outputs = self.coordinator.borrow_mut().handle(
+            token,
+            Client { client_id, client_host },
+            request,
+            fresh_id,
+            now_ms(),
+        );
+        self.act(outputs);
+        receiver.await.map_err(|_| ErrorCode::NOT_COORDINATOR)
+    }
+
+    pub fn with_coordinator<R>(&self, look: impl FnOnce(&Coordinator) -> R) -> R {
+        look(&self.coordinator.borrow())
+    }
+
+    pub fn remove_topic(self: &Rc<Self>, topic: &str) {
+        if self.loaded.get() {
+            let outputs = self.coordinator.borrow_mut().remove_topic(topic);
+            self.act(outputs);
+        }
+    }
+
+    fn act(self: &Rc<Self>, outputs: Vec<Output>) {
+        for output in outputs {
+            match output {
+                Output::Reply { token, response } => {
+                    if let Some(answer) = self.answers.borrow_mut().remove(&token) {
+                        // The member's connection may be gone; the group has moved on all the same.
+                        let _ = answer.send(response);
+                    }
+                }
+                Output::Append { append_id, records } => self.append(append_id, &records),
+            }
+        }
+        self.deadline_moved.notify_one();
+    }
+
+    fn append(self: &Rc<Self>, append_id: u64, records: &[OffsetsRecord]) {
+        let now = now_ms();
+        let mut builder = BatchBuilder::new();
+        for record in records {
+            builder.append(now, Some(&record.key), record.value.as_deref(), &[]);
+        }
+        let shell = self.clone();
+        let completion = Completion::Callback(Box::new(move || shell.append_done(append_id, Ok(()))));
+        let appended = self.partition.append(builder.build(0), Origin::Broker, now, Some(completion));
+        if let Err((error, _)) = appended {
+            tracing::warn!(partition = self.partition.index, %error, "group state could not be stored");
+            self.append_done(append_id, Err(ErrorCode::COORDINATOR_NOT_AVAILABLE));
+        }
+    }
+
+    fn append_done(self: &Rc<Self>, append_id: u64, result: Result<(), ErrorCode>) {
+        // A callback may run while the coordinator is being asked (an append that is durable at once),
+        // so its answer is acted on in a turn of its own.
+        let shell = self.clone();
+        tokio::task::spawn_local(async move {
+            let outputs = shell.coordinator.borrow_mut().append_done(append_id, result, now_ms());
+            shell.act(outputs);
+        });
+    }
+
+    async fn load_and_tick(self: Rc<Self>) {
+        if let Err(error) = self.load().await {
+            tracing::error!(partition = self.partition.index, %error, "committed offsets could not be loaded; their groups stay unavailable");
+            return;
+        }
+        self.coordinator.borrow_mut().finish_load(now_ms());
+        self.loaded.set(true);
+        while !self.removed.get() {
+            let wait = self.coordinator.borrow().next_deadline_ms().map_or(TICK_MAX, |deadline| {
+                Duration::from_millis(u64::try_from(deadline - now_ms()).unwrap_or(0)).min(TICK_MAX)
+            });
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {
+                    let outputs = self.coordinator.borrow_mut().tick(now_ms());
+                    if !outputs.is_empty() {
+                        self.act(outputs);
+                    }
+                }
+                () = self.deadline_moved.notified() => {}
+            }
+        }
+    }
+
+    async fn load(&self) -> Result<(), String> {
+        let mut offset = self.partition.log_start_offset();
+        let end = self.partition.high_watermark();
+        while offset < end {
+            let before = offset;
+            let slice = self.partition.fetch(offset, LOAD_READ_BYTES).await.map_err(|e| e.to_string())?;
+            for bytes in &slice.records {
+                for batch in record_batch::batches(bytes) {
+                    let (header, batch) = batch.map_err(|e| e.to_string())?;
+                    offset = header.next_offset();
+                    if header.is_control() {
+                        continue;
+                    }
+                    let mut scratch = Vec::new();
+                    let records = record::decode_records(batch, &mut scratch, LOAD_BATCH_BYTES_MAX)
+                        .map_err(|e| e.to_string())?;
+                    let mut coordinator = self.coordinator.borrow_mut();
+                    for record in records {
+                        let record = record.map_err(|e| e.to_string())?;
+                        coordinator.load(record.key, record.value, record.timestamp);
+                    }
+                }
+            }
+            if offset == before {
+                return Err(format!("the log ends at {offset} although it should reach {end}"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,308 @@
+//! Fetch: read what is committed, or wait for it. Records are never copied: the answer is a list of
+//! slices that the writer hands to the kernel.
+//!
+//! Sessions are refused by answering session id 0, so every fetch is a full one.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use flumen_protocol::error_code::ErrorCode;
+use flumen_protocol::fetch::{FetchPartitionData, FetchTopicData, encode_fetch_response};
+use flumen_protocol::produce::TopicRef;
+use kafka_protocol::messages::FetchRequest;
+use tokio::time::Instant;
+
+use crate::dispatch::{Answer, Request, RequestError};
+use crate::partition::DataWaiter;
+use crate::shard::Shard;
+
+/// A client may ask to wait for days; the connection's other requests wait with it.
+const WAIT_MAX: Duration = Duration::from_secs(300);
+/// Bytes of records in one answer, whatever the client asks for (Kafka's fetch.max.bytes of the broker).
+const RESPONSE_BYTES_MAX: usize = 55 << 20;
+
+#[derive(Clone, Copy)]
+struct Item {
+    slot: usize,
+    group_id: u64,
+    offset: i64,
+    max_bytes: usize,
+    leader_epoch: i32,
+}
+
+pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let shard = request.shard;
+    let fetch: FetchRequest = request.decode()?;
+    let version = request.header.api_version;
+    let by_id = version >= 13;
+
+    // Fetch sessions: a client that continues one we never gave is told so and starts over.
+    if fetch.session_id != 0 && fetch.session_epoch > 0 {
+        let answer = encode_fetch_response(
+            version,
+            request.header.correlation_id,
+            0,
+            ErrorCode::FETCH_SESSION_ID_NOT_FOUND,
+            0,
+            &[],
+        );
+        return Ok(Answer::Ready(answer));
+    }
+
+    let mut topics: Vec<FetchTopicData> = Vec::with_capacity(fetch.topics.len());
+    let mut items: Vec<Item> = Vec::new();
+    {
+        let image = shard.node.image.load();
+        let mut slot = 0;
+        for topic in &fetch.topics {
+            let (name, found) = if by_id {
+                let found = image.topic_ids.get(&topic.topic_id).and_then(|n| image.topics.get(n));
+                (TopicRef::Id(topic.topic_id), found)
+            } else {
+                (TopicRef::Name(topic.topic.as_str().into()), image.topics.get(topic.topic.as_str()))
+            };
+            let missing = if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
+            let mut partitions = Vec::with_capacity(topic.partitions.len());
+            for p in &topic.partitions {
+                let info = found.map(|t| usize::try_from(p.partition).ok().and_then(|i| t.partitions.get(i)));
+                let error = match info {
+                    Some(Some(info)) => {
+                        items.push(Item {
+                            slot,
+                            group_id: info.group_id,
+                            offset: p.fetch_offset,
+                            max_bytes: usize::try_from(p.partition_max_bytes).unwrap_or(0),
+                            leader_epoch: p.current_leader_epoch,
+                        });
+                        ErrorCode::NONE
+                    }
+                    Some(None) => ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
+                    None => missing,
+                };
+                partitions.push(empty(p.partition, error));
+                slot += 1;
+            }
+            topics.push(FetchTopicData { topic: name, partitions });
+        }
+    }
+    let refused = topics.iter().flat_map(|t| &t.partitions).any(|p| p.error != ErrorCode::NONE);
+    let max_bytes = usize::try_from(fetch.max_bytes).unwrap_or(0).min(RESPONSE_BYTES_MAX);
+    let min_bytes = usize::try_from(fetch.min_bytes).unwrap_or(0);
+    let wait = Duration::from_millis(u64::try_from(fetch.max_wait_ms).unwrap_or(0)).min(WAIT_MAX);
+    let deadline = Instant::now() + wait;
+
+    // The first read goes without waiters: a consumer that lags never pays for them. From the second on
+    // they stand before the read, so that a record appended in between is not missed.
+    let mut waiters = Waiters::none();
+    let mut standing = false;
+    let mut read;
+    loop {
+        read = read_all(shard, &items, max_bytes).await;
+        let bytes: usize = read.iter().map(|r| r.bytes).sum();
+        let errors = refused || read.iter().any(|r| r.data.error != ErrorCode::NONE);
+        if bytes >= min_bytes || errors || Instant::now() >= deadline || shard.is_stopping() {
+            break;
+        }
+        if standing {
+            waiters.wait_until(deadline).await;
+        }
+        waiters = Waiters::stand(shard, &items).await;
+        standing = true;
+    }
+
+    let mut sent = 0;
+    let mut flat: Vec<&mut FetchPartitionData> = topics.iter_mut().flat_map(|t| t.partitions.iter_mut()).collect();
+    for r in read {
+        sent += r.bytes;
+        if let Some(slot) = flat.get_mut(r.slot) {
+            let partition = slot.partition;
+            **slot = r.data;
+            slot.partition = partition;
+        }
+    }
+    shard.metrics.fetched(sent);
+    let answer =
+        encode_fetch_response(version, request.header.correlation_id, 0, ErrorCode::NONE, 0, &topics);
+    Ok(Answer::Ready(answer))
+}
+
+fn empty(partition: i32, error: ErrorCode) -> FetchPartitionData {
+    FetchPartitionData {
+        partition,
+        error,
+        high_watermark: -1,
+        last_stable_offset: -1,
+        log_start_offset: -1,
+        aborted: None,
+        preferred_read_replica: -1,
+        current_leader: None,
+        diverging_epoch: None,
+        records: Vec::new(),
+    }
+}
+
+struct ReadItem {
+    slot: usize,
+    bytes: usize,
+    data: FetchPartitionData,
+}
+
+/// Reads all items, this shard's first, each shard's in the client's order, within one byte budget.
+async fn read_all(shard: &Rc<Shard>, items: &[Item], max_bytes: usize) -> Vec<ReadItem> {
+    let shards = shard.node.shards.len();
+    let mut out = Vec::with_capacity(items.len());
+    let mut budget = max_bytes;
+    let mut any = false;
+    for step in 0..shards {
+        let home = (shard.id + step) % shards;
+        let local = home == shard.id;
+        let mine: Vec<Item> =
+            items.iter().filter(|i| shard.node.shard_of(i.group_id) == home).copied().collect();
+        if mine.is_empty() {
+            continue;
+        }
+        let read = if local {
+            read_here(shard, mine, budget, any).await
+        } else {
+            let fallback = mine.clone();
+            match shard.node.shards[home].run(move |s| async move { read_here(&s, mine, budget, any).await }).await {
+                Ok(read) => read,
+                Err(_) => fallback
+                    .into_iter()
+                    .map(|i| ReadItem { slot: i.slot, bytes: 0, data: empty(0, ErrorCode::NOT_LEADER_OR_FOLLOWER) })
+                    .collect(),
+            }
+        };
+        for r in read {
+            budget = budget.saturating_sub(r.bytes);
+            any |= r.bytes > 0;
+            out.push(r);
+        }
+    }
+    out
+}
+
+async fn read_here(shard: &Rc<Shard>, items: Vec<Item>, mut budget: usize, mut any: bool) -> Vec<ReadItem> {
+    let mut out = Vec::with_capacity(items.len());
+    for item in items {
+        let mut data = empty(0, ErrorCode::NONE);
+        let mut bytes = 0;
+        match shard.partition(item.group_id) {
+            None => data.error = ErrorCode::NOT_LEADER_OR_FOLLOWER,
+            Some(partition) => {
+                // The first partition with data always gives a whole batch, so that a batch larger than
+                // every limit can still be read; later ones keep to the budget.
+                let limit = item.max_bytes.min(budget);
+                let limit = if any { limit } else { limit.max(1) };
+                let read = match partition.check_epoch(item.leader_epoch) {
+                    Ok(()) => partition.fetch(item.offset, limit).await,
+                    Err(e) => Err(e),
+                };
+                match read {
+                    Ok(slice) => {
+                        bytes = slice.records.iter().map(Bytes::len).sum();
+                        if any && bytes > limit {
+                            // Its first batch alone is over what is left: it comes first next time.
+                            bytes = 0;
+                        } else {
+                            data.records = slice.records;
+                        }
+                        data.high_watermark = slice.high_watermark;
+                        data.last_stable_offset = slice.high_watermark;
+                        data.log_start_offset = slice.log_start_offset;
+                    }
+                    Err(error) => {
+                        data.error = error.code();
+                        if data.error == ErrorCode::OFFSET_OUT_OF_RANGE {
+                            data.log_start_offset = -1;
+                        }
+                    }
+                }
+            }
+        }
+        any |= bytes > 0;
+        budget = budget.saturating_sub(bytes);
+        out.push(ReadItem { slot: item.slot, bytes, data });
+    }
+    out
+}
+
+/// Where a waiting fetch stands: on its own shard directly, on others through a task there.
+struct Waiters {
+    local: Option<Rc<DataWaiter>>,
+    remote: Vec<tokio::sync::oneshot::Receiver<()>>,
+}
+
+impl Waiters {
+    fn none() -> Waiters {
+        Waiters { local: None, remote: Vec::new() }
+    }
+
+    async fn stand(shard: &Rc<Shard>, items: &[Item]) -> Waiters {
+        let mut waiters = Waiters::none();
+        let shards = shard.node.shards.len();
+        for home in 0..shards {
+            let groups: Vec<u64> = items
+                .iter()
+                .map(|i| i.group_id)
+                .filter(|g| shard.node.shard_of(*g) == home)
+                .collect();
+            if groups.is_empty() {
+                continue;
+            }
+            if home == shard.id {
+                let waiter = Rc::new(DataWaiter::default());
+                for group in groups {
+                    if let Some(partition) = shard.partition(group) {
+                        partition.wait_for_data(&waiter);
+                    }
+                }
+                waiters.local = Some(waiter);
+                continue;
+            }
+            let (mut fire, fired) = tokio::sync::oneshot::channel();
+            let posted = shard.node.shards[home]
+                .run(move |s| async move {
+                    let waiter = Rc::new(DataWaiter::default());
+                    for group in groups {
+                        if let Some(partition) = s.partition(group) {
+                            partition.wait_for_data(&waiter);
+                        }
+                    }
+                    tokio::task::spawn_local(async move {
+                        tokio::select! {
+                            () = waiter.notify.notified() => { let _ = fire.send(()); }
+                            // The fetch was answered or its connection closed.
+                            () = fire.closed() => {}
+                        }
+                    });
+                })
+                .await;
+            if posted.is_ok() {
+                waiters.remote.push(fired);
+            }
+        }
+        waiters
+    }
+
+    async fn wait_until(self, deadline: Instant) {
+        let local = async {
+            match &self.local {
+                Some(waiter) => waiter.notify.notified().await,
+                None => std::future::pending().await,
+            }
+        };
+        let remote = async {
+            if self.remote.is_empty() {
+                std::future::pending::<()>().await;
+            }
+            let _ = futures_util::future::select_all(self.remote).await;
+        };
+        tokio::select! {
+            () = local => {}
+            () = remote => {}
+            () = tokio::time::sleep_until(deadline) => {}
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! One file per family of Kafka APIs: decode, ask, encode. Rules live in the pure crates
+//! (`flumen-metadata`, `flumen-groups`) and in `partition`; handlers only carry.
+pub mod cluster;
+pub mod configs;
+pub mod fetch;
+pub mod groups;
+pub mod offsets;
+pub mod produce;
+pub mod producer_id;
+pub mod topics;

@@ -1,0 +1,171 @@
+//! ListOffsets, OffsetForLeaderEpoch, DeleteRecords: one question per partition, asked at its home.
+
+use std::future::Future;
+use std::rc::Rc;
+
+use flumen_protocol::error_code::ErrorCode;
+use kafka_protocol::messages::delete_records_response::{DeleteRecordsPartitionResult, DeleteRecordsTopicResult};
+use kafka_protocol::messages::list_offsets_response::{ListOffsetsPartitionResponse, ListOffsetsTopicResponse};
+use kafka_protocol::messages::offset_for_leader_epoch_response::{EpochEndOffset, OffsetForLeaderTopicResult};
+use kafka_protocol::messages::{
+    DeleteRecordsRequest, DeleteRecordsResponse, ListOffsetsRequest, ListOffsetsResponse,
+    OffsetForLeaderEpochRequest, OffsetForLeaderEpochResponse,
+};
+
+use crate::dispatch::{Answer, Request, RequestError};
+use crate::partition::{FetchError, OffsetAt, Partition};
+use crate::shard::Shard;
+
+/// Finds the partition's home and asks there.
+async fn at_home<T, F, Fut>(shard: &Rc<Shard>, topic: &str, index: i32, ask: F) -> Result<T, ErrorCode>
+where
+    T: Send + 'static,
+    F: FnOnce(Rc<Partition>) -> Fut + Send + 'static,
+    Fut: Future<Output = Result<T, FetchError>> + 'static,
+{
+    let group_id = {
+        let image = shard.node.image.load();
+        image
+            .topics
+            .get(topic)
+            .and_then(|t| usize::try_from(index).ok().and_then(|i| t.partitions.get(i)))
+            .map(|p| p.group_id)
+            .ok_or(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION)?
+    };
+    let answer = |outcome: Option<Result<T, FetchError>>| match outcome {
+        Some(Ok(value)) => Ok(value),
+        Some(Err(error)) => Err(error.code()),
+        None => Err(ErrorCode::NOT_LEADER_OR_FOLLOWER),
+    };
+    let home = shard.node.shard_of(group_id);
+    if home == shard.id {
+        return match shard.partition(group_id) {
+            Some(partition) => answer(Some(ask(partition).await)),
+            None => answer(None),
+        };
+    }
+    let outcome = shard.node.shards[home]
+        .run(move |s| async move {
+            match s.partition(group_id) {
+                Some(partition) => Some(ask(partition).await),
+                None => None,
+            }
+        })
+        .await;
+    answer(outcome.unwrap_or(None))
+}
+
+pub async fn list_offsets(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let list: ListOffsetsRequest = request.decode()?;
+    let version = request.header.api_version;
+    let mut response = ListOffsetsResponse::default();
+    for topic in list.topics {
+        let mut answered = ListOffsetsTopicResponse::default().with_name(topic.name.clone());
+        for p in topic.partitions {
+            let (timestamp, epoch) = (p.timestamp, p.current_leader_epoch);
+            // Special timestamps came with versions; an older request that names one gets no offset.
+            let known = match timestamp {
+                -3 => version >= 7,
+                -4 => version >= 8,
+                -5 => version >= 9,
+                -6 => version >= 11,
+                t => t >= -2,
+            };
+            let found = if known {
+                at_home(request.shard, topic.name.as_str(), p.partition_index, move |partition| async move {
+                    partition.check_epoch(epoch)?;
+                    partition.offset_at(timestamp).await
+                })
+                .await
+            } else {
+                Err(ErrorCode::UNSUPPORTED_VERSION)
+            };
+            let mut out = ListOffsetsPartitionResponse::default()
+                .with_partition_index(p.partition_index)
+                .with_offset(-1)
+                .with_timestamp(-1)
+                .with_leader_epoch(-1);
+            match found {
+                Ok(Some(OffsetAt { offset, timestamp, leader_epoch })) => {
+                    out.offset = offset;
+                    out.timestamp = timestamp;
+                    if version >= 4 {
+                        out.leader_epoch = leader_epoch;
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => out.error_code = error.0,
+            }
+            answered.partitions.push(out);
+        }
+        response.topics.push(answered);
+    }
+    request.answer(&response)
+}
+
+pub async fn offset_for_leader_epoch(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: OffsetForLeaderEpochRequest = request.decode()?;
+    let mut response = OffsetForLeaderEpochResponse::default();
+    for topic in asked.topics {
+        let mut answered = OffsetForLeaderTopicResult::default().with_topic(topic.topic.clone());
+        for p in topic.partitions {
+            let (current, epoch) = (p.current_leader_epoch, p.leader_epoch);
+            let found = at_home(request.shard, topic.topic.as_str(), p.partition, move |partition| async move {
+                partition.check_epoch(current)?;
+                Ok(partition.epoch_end_offset(epoch))
+            })
+            .await;
+            let mut out =
+                EpochEndOffset::default().with_partition(p.partition).with_leader_epoch(-1).with_end_offset(-1);
+            match found {
+                Ok((epoch, end)) => {
+                    out.leader_epoch = epoch;
+                    out.end_offset = end;
+                }
+                Err(error) => out.error_code = error.0,
+            }
+            answered.partitions.push(out);
+        }
+        response.topics.push(answered);
+    }
+    request.answer(&response)
+}
+
+pub async fn delete_records(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: DeleteRecordsRequest = request.decode()?;
+    let mut response = DeleteRecordsResponse::default();
+    for topic in asked.topics {
+        let mut answered = DeleteRecordsTopicResult::default().with_name(topic.name.clone());
+        let refused = {
+            let image = request.shard.node.image.load();
+            match image.topics.get(topic.name.as_str()) {
+                Some(t) if t.internal => Some(ErrorCode::INVALID_TOPIC_EXCEPTION),
+                // Kafka's rule: a topic that is only compacted keeps the latest of every key.
+                Some(t) if !t.effective.deletes() => Some(ErrorCode::POLICY_VIOLATION),
+                _ => None,
+            }
+        };
+        for p in topic.partitions {
+            let offset = p.offset;
+            let found = match refused {
+                Some(error) => Err(error),
+                None => {
+                    at_home(request.shard, topic.name.as_str(), p.partition_index, move |partition| async move {
+                        partition.delete_records(offset).await
+                    })
+                    .await
+                }
+            };
+            let mut out = DeleteRecordsPartitionResult::default()
+                .with_partition_index(p.partition_index)
+                .with_low_watermark(-1);
+            match found {
+                Ok(low_watermark) => out.low_watermark = low_watermark,
+                Err(error) => out.error_code = error.0,
+            }
+            answered.partitions.push(out);
+        }
+        response.topics.push(answered);
+    }
+    request.answer(&response)
+}

@@ -1,0 +1,180 @@
+//! Produce: the hot path. Decode without copying, group by home shard, append, answer when durable.
+//!
+//! Records of one connection reach a partition in the order in which they were sent: partitions of
+//! this shard are appended before this function returns, those of other shards travel in one mailbox
+//! message, and mailboxes keep order.
+
+use std::rc::Rc;
+
+use bytes::BytesMut;
+use flumen_protocol::error_code::ErrorCode;
+use flumen_protocol::header::RequestHeader;
+use flumen_protocol::produce::{
+    ProducePartitionResult, ProduceRequest, TopicRef, decode_produce, encode_produce_response,
+};
+use tokio::sync::oneshot;
+
+use crate::dispatch::{Answer, Part, RequestError, Waiting};
+use crate::node::now_ms;
+use crate::partition::{Completion, Origin, ProduceInFlight};
+use crate::shard::Shard;
+
+pub type Results = Vec<ProducePartitionResult>;
+
+/// One record batch on its way to its partition.
+struct Item {
+    topic: u32,
+    partition: i32,
+    group_id: u64,
+    records: BytesMut,
+}
+
+pub async fn handle(shard: &Rc<Shard>, header: RequestHeader, frame: BytesMut) -> Result<Answer, RequestError> {
+    let version = header.api_version;
+    let frame_bytes = frame.len();
+    let request = decode_produce(frame, header.body_offset, version).map_err(|e| RequestError::Malformed {
+        api_key: header.api_key,
+        api_version: version,
+        reason: e.to_string(),
+    })?;
+    let ProduceRequest { transactional_id, acks, topics, partitions, .. } = request;
+    shard.metrics.produced(partitions.len(), frame_bytes);
+
+    let mut failed: Results = Vec::new();
+    let mut by_shard: Vec<Vec<Item>> = (0..shard.node.shards.len()).map(|_| Vec::new()).collect();
+    {
+        let image = shard.node.image.load();
+        let resolved: Vec<_> = topics.iter().map(|t| resolve(&image, t)).collect();
+        for partition in partitions {
+            let mut refuse = |error, message: Option<&str>| {
+                failed.push(result(partition.topic, partition.partition, error, message));
+            };
+            if !matches!(acks, -1..=1) {
+                refuse(ErrorCode::INVALID_REQUIRED_ACKS, None);
+                continue;
+            }
+            if transactional_id.is_some() {
+                refuse(ErrorCode::INVALID_TXN_STATE, Some("transactions are not served"));
+                continue;
+            }
+            let topic = match &resolved[partition.topic as usize] {
+                Ok(topic) => topic,
+                Err(error) => {
+                    refuse(*error, None);
+                    continue;
+                }
+            };
+            let Some(info) = usize::try_from(partition.partition).ok().and_then(|p| topic.partitions.get(p)) else {
+                refuse(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, None);
+                continue;
+            };
+            if topic.internal {
+                refuse(ErrorCode::INVALID_TOPIC_EXCEPTION, Some("clients may not write to an internal topic"));
+                continue;
+            }
+            by_shard[shard.node.shard_of(info.group_id)].push(Item {
+                topic: partition.topic,
+                partition: partition.partition,
+                group_id: info.group_id,
+                records: partition.records,
+            });
+        }
+    }
+
+    let mut parts = Vec::with_capacity(2);
+    if !failed.is_empty() {
+        parts.push(Part::Done(failed));
+    }
+    for (home, items) in by_shard.into_iter().enumerate() {
+        if items.is_empty() {
+            continue;
+        }
+        let (done, receiver) = oneshot::channel();
+        if home == shard.id {
+            append_all(shard, items, done);
+        } else {
+            shard.metrics.hopped();
+            shard.node.shards[home]
+                .post(move |target| append_all(target, items, done))
+                .await
+                .map_err(|_| RequestError::Unanswerable(ErrorCode::NOT_LEADER_OR_FOLLOWER))?;
+        }
+        parts.push(Part::Pending(receiver));
+    }
+
+    let metrics = shard.metrics.clone();
+    let correlation_id = header.correlation_id;
+    let finish = move |parts: Vec<Results>| {
+        let mut results: Results = parts.into_iter().flatten().collect();
+        metrics.produce_failures(results.iter().filter(|r| r.error != ErrorCode::NONE).count());
+        if acks == 0 {
+            return None;
+        }
+        results.sort_by_key(|r| r.topic);
+        Some(encode_produce_response(version, correlation_id, &topics, &results, 0).freeze())
+    };
+    Ok(Answer::Waiting(Waiting { parts, finish: Box::new(finish) }))
+}
+
+fn resolve(
+    image: &flumen_metadata::MetadataImage,
+    topic: &TopicRef,
+) -> Result<std::sync::Arc<flumen_metadata::Topic>, ErrorCode> {
+    match topic {
+        TopicRef::Name(name) => {
+            image.topics.get(&**name).cloned().ok_or(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION)
+        }
+        TopicRef::Id(id) => image
+            .topic_ids
+            .get(id)
+            .and_then(|name| image.topics.get(name))
+            .cloned()
+            .ok_or(ErrorCode::UNKNOWN_TOPIC_ID),
+    }
+}
+
+fn result(topic: u32, partition: i32, error: ErrorCode, message: Option<&str>) -> ProducePartitionResult {
+    ProducePartitionResult {
+        topic,
+        partition,
+        error,
+        base_offset: -1,
+        log_append_time_ms: -1,
+        log_start_offset: -1,
+        error_message: message.map(Into::into),
+        current_leader: None,
+    }
+}
+
+/// Appends what belongs to this shard, in order, without waiting.
+fn append_all(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results>) {
+    let now = now_ms();
+    let results = items.iter().map(|i| result(i.topic, i.partition, ErrorCode::NONE, None)).collect();
+    let in_flight = ProduceInFlight::new(results, done);
+    for (slot, item) in items.into_iter().enumerate() {
+        let Some(partition) = shard.partition(item.group_id) else {
+            in_flight.fail(slot, ErrorCode::NOT_LEADER_OR_FOLLOWER, None);
+            continue;
+        };
+        if item.records.is_empty() {
+            in_flight.fail(slot, ErrorCode::INVALID_RECORD, Some("no records".into()));
+            continue;
+        }
+        let completion = Completion::Produce(in_flight.clone(), slot);
+        match partition.append(item.records, Origin::Client, now, Some(completion)) {
+            Ok(appended) => {
+                shard.metrics.appended(appended.last_offset - appended.base_offset + 1, appended.duplicate);
+                in_flight.set(slot, |r| {
+                    r.base_offset = appended.base_offset;
+                    r.log_append_time_ms = appended.log_append_time_ms;
+                    r.log_start_offset = appended.log_start_offset;
+                });
+            }
+            Err((error, _completion)) => {
+                tracing::debug!(topic = %partition.topic, partition = partition.index, %error, "produce refused");
+                in_flight.fail(slot, error.code(), Some(error.to_string().into()));
+            }
+        }
+    }
+    in_flight.submitted();
+}

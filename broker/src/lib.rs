@@ -1,0 +1,22 @@
+//! The broker: Kafka's protocol on one side, partitions and their logs on the other.
+//!
+//! Socket to disk: `net::connection` -> `dispatch` -> `handlers::produce` -> `partition::append` ->
+//! `flumen_raft` -> `flumen_storage` -> `flumen_io`. See docs/ARCHITECTURE.md.
+#![forbid(unsafe_code)]
+
+pub mod admin_http;
+pub mod cli;
+pub mod controller;
+pub mod coordinator;
+pub mod dispatch;
+pub mod export;
+pub mod handlers;
+pub mod mailbox;
+pub mod metrics;
+mod metrics_text;
+pub mod net;
+pub mod node;
+pub mod partition;
+pub mod server;
+pub mod shard;
+pub mod topic_admin;

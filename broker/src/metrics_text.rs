@@ -1,0 +1,276 @@
+//! `GET /metrics`: everything a scrape asks for, gathered on the admin thread.
+//!
+//! Families are built anew for each scrape, so a deleted topic's series end with it and no label is
+//! ever looked up on a shard. Per-partition series are capped: a scrape of a huge cluster must not
+//! become a load of its own.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kafka_protocol::messages::ApiKey;
+use prometheus::{Encoder, GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+
+use crate::node::Node;
+
+/// Partitions with series of their own; beyond it only the sums are given.
+const PARTITION_SERIES_MAX: usize = 10_000;
+
+/// Committed offset of a group, as the coordinators have it.
+pub struct GroupOffset {
+    pub group: String,
+    pub topic: String,
+    pub partition: i32,
+    pub offset: i64,
+}
+
+struct Families {
+    registry: Registry,
+}
+
+impl Families {
+    fn counter(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        let family = IntCounterVec::new(Opts::new(name, help), labels).expect("metric names are literals");
+        self.registry.register(Box::new(family.clone())).expect("each family is registered once");
+        family
+    }
+
+    fn gauge(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        let family = IntGaugeVec::new(Opts::new(name, help), labels).expect("metric names are literals");
+        self.registry.register(Box::new(family.clone())).expect("each family is registered once");
+        family
+    }
+
+    fn float(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+        let family = GaugeVec::new(Opts::new(name, help), labels).expect("metric names are literals");
+        self.registry.register(Box::new(family.clone())).expect("each family is registered once");
+        family
+    }
+}
+
+pub async fn render(node: &Arc<Node>) -> String {
+    let groups = committed_offsets(node).await;
+    let families = Families { registry: Registry::new() };
+    process(&families, node);
+    shards(&families, node);
+    partitions(&families, node);
+    consumer_groups(&families, node, &groups);
+    exports(&families, node);
+    let mut text = Vec::new();
+    if TextEncoder::new().encode(&families.registry.gather(), &mut text).is_err() {
+        return String::new();
+    }
+    String::from_utf8(text).unwrap_or_default()
+}
+
+async fn committed_offsets(node: &Arc<Node>) -> Vec<GroupOffset> {
+    let mut all = Vec::new();
+    for shard in &node.shards {
+        let found = shard
+            .run(|s| async move {
+                let mut out = Vec::new();
+                for shell in s.coordinators.all() {
+                    shell.with_coordinator(|c| {
+                        out.extend(c.lag_view().map(|(group, topic, partition, offset)| GroupOffset {
+                            group: group.to_string(),
+                            topic: topic.to_string(),
+                            partition,
+                            offset,
+                        }));
+                    });
+                }
+                out
+            })
+            .await;
+        all.extend(found.unwrap_or_default());
+    }
+    for (topic, offsets) in node.exports.all_settled() {
+        let group = format!("export.{topic}");
+        all.extend(offsets.into_iter().map(|(partition, offset)| GroupOffset {
+            group: group.clone(),
+            topic: topic.clone(),
+            partition,
+            offset,
+        }));
+    }
+    all
+}
+
+fn process(families: &Families, node: &Node) {
+    families
+        .gauge("flumen_application_build", "Version of the running binary", &["version"])
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1);
+    families
+        .float("flumen_application_uptime_seconds", "Seconds since the process started", &[])
+        .with_label_values::<&str>(&[])
+        .set(node.started.elapsed().as_secs_f64());
+    if let Some(bytes) = resident_bytes() {
+        families
+            .gauge("flumen_memory_resident_bytes", "Resident memory of the process", &[])
+            .with_label_values::<&str>(&[])
+            .set(bytes);
+    }
+}
+
+/// Second field of statm, in pages of 4 KiB.
+fn resident_bytes() -> Option<i64> {
+    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
+    text.split_whitespace().nth(1)?.parse::<i64>().ok()?.checked_mul(4096)
+}
+
+fn shards(families: &Families, node: &Node) {
+    let requests = families.counter("flumen_kafka_requests_total", "Requests by API", &["api"]);
+    let seconds = families.float(
+        "flumen_kafka_request_handling_seconds_total",
+        "Time from a whole frame to its answer (produce: to the append), by API",
+        &["api"],
+    );
+    let buckets = families.gauge(
+        "flumen_kafka_request_handling_seconds_bucket",
+        "Requests handled within le seconds, all APIs",
+        &["le"],
+    );
+    let one = |name: &str, help: &str| families.counter(name, help, &["shard"]);
+    let records = one("flumen_kafka_records_produced_total", "Records appended for clients");
+    let batches = one("flumen_kafka_batches_produced_total", "Record batches received");
+    let bytes = families.counter("flumen_kafka_request_bytes_total", "Bytes by direction", &["shard", "direction"]);
+    let fetches = one("flumen_kafka_fetches_total", "Fetch requests answered");
+    let duplicates = one("flumen_kafka_duplicate_batches_total", "Retries of idempotent producers recognised");
+    let failed = one("flumen_kafka_failed_produces_total", "Partitions of produce requests answered with an error");
+    let hops = one("flumen_shard_hops_total", "Produce requests handed to another shard");
+    let wal = one("flumen_storage_wal_bytes_total", "Bytes written to the shard log");
+    let commits = one("flumen_storage_wal_commits_total", "Group commits of the shard log");
+    let segments = one("flumen_storage_segment_bytes_total", "Bytes written to segments");
+    let appended = one("flumen_storage_appended_bytes_total", "Bytes of batches appended");
+    let cache = families.gauge("flumen_storage_cache_bytes", "Bytes held by the tail cache", &["shard"]);
+    let full = families.gauge("flumen_storage_no_space", "1 while the disk is full", &["shard"]);
+    let connections = families.gauge("flumen_kafka_connections", "Open client connections", &["shard"]);
+    let mut cumulative: Vec<(f64, u64)> = Vec::new();
+    for (id, metrics) in node.metrics.iter().enumerate() {
+        let shard = id.to_string();
+        let l = &[shard.as_str()];
+        let read = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        for (key, count, us) in metrics.requests() {
+            let api = ApiKey::try_from(key).map_or_else(|()| key.to_string(), |k| format!("{k:?}"));
+            requests.with_label_values(&[api.as_str()]).inc_by(count);
+            seconds.with_label_values(&[api.as_str()]).add(us as f64 / 1e6);
+        }
+        let own = metrics.handling_buckets();
+        cumulative.resize(own.len(), (0.0, 0));
+        for (sum, (bound, count)) in cumulative.iter_mut().zip(own) {
+            *sum = (bound, sum.1 + count);
+        }
+        records.with_label_values(l).inc_by(read(&metrics.records_in));
+        batches.with_label_values(l).inc_by(read(&metrics.batches_in));
+        bytes.with_label_values(&[shard.as_str(), "produce"]).inc_by(read(&metrics.bytes_in));
+        bytes.with_label_values(&[shard.as_str(), "consume"]).inc_by(read(&metrics.bytes_out));
+        fetches.with_label_values(l).inc_by(read(&metrics.fetches));
+        duplicates.with_label_values(l).inc_by(read(&metrics.duplicates));
+        failed.with_label_values(l).inc_by(read(&metrics.failed_produces));
+        hops.with_label_values(l).inc_by(read(&metrics.hops));
+        wal.with_label_values(l).inc_by(read(&metrics.wal_bytes));
+        commits.with_label_values(l).inc_by(read(&metrics.wal_commits));
+        segments.with_label_values(l).inc_by(read(&metrics.segment_bytes));
+        appended.with_label_values(l).inc_by(read(&metrics.appended_bytes));
+        cache.with_label_values(l).set(to_i64(read(&metrics.cache_bytes)));
+        full.with_label_values(l).set(to_i64(read(&metrics.no_space)));
+        connections.with_label_values(l).set(to_i64(node.shards[id].connections() as u64));
+    }
+    for (bound, count) in cumulative {
+        let le = if bound.is_finite() { format!("{bound}") } else { "+Inf".to_string() };
+        buckets.with_label_values(&[le.as_str()]).set(to_i64(count));
+    }
+}
+
+fn partitions(families: &Families, node: &Node) {
+    let labels = &["topic", "partition"];
+    let max = families.gauge("flumen_kafka_max_offset", "High watermark", labels);
+    let start = families.gauge("flumen_kafka_log_start_offset", "First offset that can be read", labels);
+    let size = families.gauge("flumen_kafka_partition_size_bytes", "Bytes of the partition's log", labels);
+    let damaged = families.gauge("flumen_kafka_damaged_partitions", "Partitions that refuse to serve", &[]);
+    let topics = families.gauge("flumen_kafka_topics", "Topics", &[]);
+    let count = families.gauge("flumen_kafka_partitions", "Partitions", &[]);
+    let image = node.image.load_full();
+    let (mut total, mut bad) = (0usize, 0);
+    for topic in image.topics.values() {
+        for (index, info) in topic.partitions.iter().enumerate() {
+            let gauges = node.gauges_of(info.group_id);
+            total += 1;
+            bad += i64::from(gauges.damaged.load(Ordering::Relaxed));
+            if total > PARTITION_SERIES_MAX {
+                continue;
+            }
+            let index = index.to_string();
+            let l = &[topic.name.as_str(), index.as_str()];
+            max.with_label_values(l).set(gauges.high_watermark.load(Ordering::Relaxed));
+            start.with_label_values(l).set(gauges.log_start_offset.load(Ordering::Relaxed));
+            size.with_label_values(l).set(to_i64(gauges.size_bytes.load(Ordering::Relaxed)));
+        }
+    }
+    damaged.with_label_values::<&str>(&[]).set(bad);
+    topics.with_label_values::<&str>(&[]).set(to_i64(image.topics.len() as u64));
+    count.with_label_values::<&str>(&[]).set(to_i64(total as u64));
+}
+
+fn consumer_groups(families: &Families, node: &Node, groups: &[GroupOffset]) {
+    let labels = &["group", "topic", "partition"];
+    let committed = families.gauge("flumen_kafka_consumer_group_committed_offset", "Committed offset", labels);
+    let lag = families.gauge("flumen_kafka_consumer_group_lag", "High watermark minus committed offset", labels);
+    let sum = families.gauge("flumen_kafka_consumer_group_lag_sum", "Lag over all partitions", &["group"]);
+    let max = families.gauge("flumen_kafka_consumer_group_lag_max", "Largest lag of a partition", &["group"]);
+    let image = node.image.load_full();
+    for g in groups {
+        let Some(info) = image
+            .topics
+            .get(&g.topic)
+            .and_then(|t| usize::try_from(g.partition).ok().and_then(|p| t.partitions.get(p)))
+        else {
+            continue;
+        };
+        let end = node.gauges_of(info.group_id).high_watermark.load(Ordering::Relaxed);
+        let behind = (end - g.offset).max(0);
+        let partition = g.partition.to_string();
+        let l = &[g.group.as_str(), g.topic.as_str(), partition.as_str()];
+        committed.with_label_values(l).set(g.offset);
+        lag.with_label_values(l).set(behind);
+        sum.with_label_values(&[g.group.as_str()]).add(behind);
+        let largest = max.with_label_values(&[g.group.as_str()]);
+        largest.set(largest.get().max(behind));
+    }
+}
+
+/// Export metrics are read off the status that the exporter publishes, so that CLI, REST and metrics
+/// can never disagree.
+fn exports(families: &Families, node: &Node) {
+    let state = families.gauge("flumen_export_state", "1 for the state the export is in", &["export", "state"]);
+    let numbers: [(&str, &str, &str); 12] = [
+        ("flumen_export_lag_records", "lag_records", "Records not yet settled in ClickHouse"),
+        ("flumen_export_lag_seconds", "lag_seconds", "Age of the oldest record not yet settled"),
+        ("flumen_export_rows_total", "rows_total", "Rows settled"),
+        ("flumen_export_bytes_total", "bytes_total", "Bytes of blocks settled"),
+        ("flumen_export_inserts_total", "inserts_total", "Inserts settled"),
+        ("flumen_export_retries_total", "retries_total", "Attempts beyond the first"),
+        ("flumen_export_dlq_records_total", "dead_letters_total", "Records written to the dead-letter topic"),
+        ("flumen_export_repaired_rows_total", "repaired_rows_total", "Rows inserted again after a loss"),
+        ("flumen_export_ambiguous_total", "ambiguous_total", "Inserts whose outcome had to be read back"),
+        ("flumen_export_insert_p99_milliseconds", "insert_p99_ms", "99th percentile of insert time"),
+        ("flumen_export_visibility_p50_milliseconds", "visibility_p50_ms", "Median append-to-visible time"),
+        ("flumen_export_visibility_p99_milliseconds", "visibility_p99_ms", "99th percentile append-to-visible time"),
+    ];
+    let families: Vec<GaugeVec> =
+        numbers.iter().map(|(name, _, help)| families.float(name, help, &["export"])).collect();
+    for (topic, status) in node.exports.statuses() {
+        if let Some(now) = status["state"].as_str() {
+            state.with_label_values(&[topic.as_str(), now]).set(1);
+        }
+        for ((_, key, _), family) in numbers.iter().zip(&families) {
+            if let Some(value) = status[*key].as_f64() {
+                family.with_label_values(&[topic.as_str()]).set(value);
+            }
+        }
+    }
+}
+
+fn to_i64(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}

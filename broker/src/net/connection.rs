@@ -1,0 +1,215 @@
+//! One client connection: frames in, answers out, in the order of the requests.
+//!
+//! Two tasks on the shard of the connection share it. The reader cuts frames and starts requests; a
+//! produce is only started (its answer comes when the log has it), everything else is finished before
+//! the next frame is looked at, as Kafka does. The writer sends answers in request order and gathers
+//! those that are ready into one system call.
+//!
+//! Bounds: `PIPELINE_MAX` requests of one connection may be unanswered; beyond that the reader stops
+//! reading, and the client's TCP window closes. A partial frame costs what has arrived of it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use bytes::{Buf, Bytes, BytesMut};
+use flumen_protocol::frame::{FrameAssembler, REQUEST_BYTES_MAX};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use crate::dispatch::{self, Answer};
+use crate::shard::Shard;
+
+/// Unanswered requests of one connection. Clients keep 5 in flight, some tools a few dozen.
+const PIPELINE_MAX: usize = 128;
+/// A frame that misses more than this is read straight into its own buffer.
+const DIRECT_READ_BYTES: usize = 32 << 10;
+/// Slices handed to the kernel in one call (IOV_MAX is 1024 on Linux; fewer keep the stack small).
+const WRITE_SLICES_MAX: usize = 256;
+/// Answers gathered before they are written, in bytes: more would only delay the first of them.
+const WRITE_BATCH_BYTES: usize = 1 << 20;
+
+struct Shared {
+    stream: TcpStream,
+    answers: RefCell<VecDeque<Answer>>,
+    answer_added: Notify,
+    answer_sent: Notify,
+    closed: Cell<bool>,
+    reader_done: Cell<bool>,
+}
+
+impl Shared {
+    fn close(&self) {
+        self.closed.set(true);
+        self.answer_added.notify_one();
+        self.answer_sent.notify_one();
+    }
+}
+
+/// Who is asking; handlers put it into group membership and log lines.
+pub struct Peer {
+    pub address: SocketAddr,
+}
+
+pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr) {
+    let stream = match TcpStream::from_std(stream) {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::debug!(%address, %error, "connection lost before it was served");
+            shard.node.shards[shard.id].connection_closed();
+            return;
+        }
+    };
+    let shared = Rc::new(Shared {
+        stream,
+        answers: RefCell::default(),
+        answer_added: Notify::new(),
+        answer_sent: Notify::new(),
+        closed: Cell::new(false),
+        reader_done: Cell::new(false),
+    });
+    let writer = shared.clone();
+    tokio::task::spawn_local(async move {
+        if let Err(error) = write_answers(&writer).await {
+            tracing::debug!(%address, %error, "connection closed while answering");
+        }
+        writer.close();
+    });
+    let shard = shard.clone();
+    tokio::task::spawn_local(async move {
+        let peer = Peer { address };
+        tokio::select! {
+            outcome = read_requests(&shard, &shared, &peer) => match outcome {
+                Ok(()) => {}
+                Err(error) => tracing::debug!(%address, %error, "connection closed"),
+            },
+            () = shard.stop.notified() => {}
+        }
+        // Answers to requests already taken are still sent.
+        shared.reader_done.set(true);
+        shared.answer_added.notify_one();
+        shard.node.shards[shard.id].connection_closed();
+    });
+}
+
+async fn read_requests(shard: &Rc<Shard>, shared: &Rc<Shared>, peer: &Peer) -> io::Result<()> {
+    let mut assembler = FrameAssembler::new(REQUEST_BYTES_MAX);
+    let mut frames: Vec<BytesMut> = Vec::new();
+    while !shared.closed.get() {
+        shared.stream.readable().await?;
+        match read_some(shard, shared, &mut assembler, &mut frames) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(e) => return Err(e),
+        }
+        for frame in frames.drain(..) {
+            while shared.answers.borrow().len() >= PIPELINE_MAX && !shared.closed.get() {
+                shared.answer_sent.notified().await;
+            }
+            let answer = dispatch::handle(shard, peer, frame).await.map_err(io::Error::other)?;
+            if !matches!(answer, Answer::None) {
+                shared.answers.borrow_mut().push_back(answer);
+                shared.answer_added.notify_one();
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_some(
+    shard: &Shard,
+    shared: &Shared,
+    assembler: &mut FrameAssembler,
+    frames: &mut Vec<BytesMut>,
+) -> io::Result<usize> {
+    if let Some((buffer, missing)) = assembler.partial_mut()
+        && missing > DIRECT_READ_BYTES
+    {
+        // The buffer's spare room is bounded by what has arrived so far; never read past the frame.
+        let mut limited = bytes::BufMut::limit(buffer, missing);
+        let read = shared.stream.try_read_buf(&mut limited)?;
+        if let Some(frame) = assembler.take_complete() {
+            frames.push(frame);
+        }
+        return Ok(read);
+    }
+    let mut scratch = shard.scratch.borrow_mut();
+    let read = shared.stream.try_read(&mut scratch)?;
+    assembler.push(&scratch[..read], frames).map_err(io::Error::other)?;
+    Ok(read)
+}
+
+async fn write_answers(shared: &Shared) -> io::Result<()> {
+    let mut batch: VecDeque<Bytes> = VecDeque::new();
+    loop {
+        let next = shared.answers.borrow_mut().pop_front();
+        match next {
+            Some(Answer::Ready(segments)) => batch.extend(segments),
+            Some(Answer::Waiting(mut waiting)) => {
+                // What is ready goes out before we wait for something that is not.
+                if !batch.is_empty() && !waiting.is_ready() {
+                    write_all(&shared.stream, &mut batch).await?;
+                }
+                match waiting.finish().await {
+                    Some(segments) => batch.extend(segments),
+                    None => return Ok(()),
+                }
+            }
+            Some(Answer::None) => {}
+            None => {
+                if !batch.is_empty() {
+                    write_all(&shared.stream, &mut batch).await?;
+                    continue;
+                }
+                if shared.reader_done.get() || shared.closed.get() {
+                    return Ok(());
+                }
+                shared.answer_added.notified().await;
+                continue;
+            }
+        }
+        shared.answer_sent.notify_one();
+        if batch.iter().map(Bytes::len).sum::<usize>() >= WRITE_BATCH_BYTES || batch.len() >= WRITE_SLICES_MAX {
+            write_all(&shared.stream, &mut batch).await?;
+        }
+    }
+}
+
+async fn write_all(stream: &TcpStream, batch: &mut VecDeque<Bytes>) -> io::Result<()> {
+    while let Some(front) = batch.front() {
+        if front.is_empty() {
+            batch.pop_front();
+            continue;
+        }
+        let written = {
+            let mut slices = [IoSlice::new(&[]); WRITE_SLICES_MAX];
+            let mut count = 0;
+            for (slot, bytes) in slices.iter_mut().zip(batch.iter()) {
+                *slot = IoSlice::new(bytes);
+                count += 1;
+            }
+            stream.try_write_vectored(&slices[..count])
+        };
+        match written {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(mut n) => {
+                while n > 0 {
+                    let Some(front) = batch.front_mut() else { break };
+                    if n >= front.len() {
+                        n -= front.len();
+                        batch.pop_front();
+                    } else {
+                        front.advance(n);
+                        n = 0;
+                    }
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}

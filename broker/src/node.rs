@@ -1,0 +1,121 @@
+//! What every thread of the process may see: configuration, the metadata image, handles to the shards.
+//!
+//! The image is immutable and replaced as a whole (one writer: the controller on shard 0), so a reader
+//! on the hot path takes no lock. Everything mutable here is a counter or sits off the hot path.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwap;
+use flumen_metadata::{BrokerConfig, Command, MetadataImage};
+use flumen_protocol::error_code::ErrorCode;
+
+use crate::controller::ControlError;
+use crate::export::Exports;
+use crate::mailbox::ShardHandle;
+use crate::metrics::ShardMetrics;
+use crate::partition::PartitionGauges;
+
+/// Producer ids are handed out from blocks of this size: one metadata write per so many producers.
+const PRODUCER_ID_BLOCK: i64 = 1000;
+/// The controller and the metadata group live on this shard.
+pub const CONTROLLER_SHARD: usize = 0;
+
+pub struct Node {
+    pub config: BrokerConfig,
+    pub data_dir: PathBuf,
+    pub image: ArcSwap<MetadataImage>,
+    pub shards: Vec<ShardHandle>,
+    pub metrics: Vec<Arc<ShardMetrics>>,
+    pub exports: Exports,
+    pub started: Instant,
+    gauges: RwLock<HashMap<u64, Arc<PartitionGauges>>>,
+    producer_ids: Mutex<Range<i64>>,
+    producer_id_refill: tokio::sync::Mutex<()>,
+}
+
+impl Node {
+    pub fn new(
+        config: BrokerConfig,
+        data_dir: PathBuf,
+        image: MetadataImage,
+        shards: Vec<ShardHandle>,
+        exports: Exports,
+    ) -> Node {
+        let metrics = shards.iter().map(|_| Arc::new(ShardMetrics::default())).collect();
+        Node {
+            config,
+            data_dir,
+            image: ArcSwap::from_pointee(image),
+            shards,
+            metrics,
+            exports,
+            started: Instant::now(),
+            gauges: RwLock::default(),
+            producer_ids: Mutex::new(0..0),
+            producer_id_refill: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// A partition's home never changes while the process runs.
+    pub fn shard_of(&self, group_id: u64) -> usize {
+        (group_id % self.shards.len() as u64) as usize
+    }
+
+    pub fn controller(&self) -> &ShardHandle {
+        &self.shards[CONTROLLER_SHARD]
+    }
+
+    /// Creates the gauges of a partition on first use.
+    pub fn gauges_of(&self, group_id: u64) -> Arc<PartitionGauges> {
+        if let Some(gauges) = self.gauges.read().expect("no panic under this lock").get(&group_id) {
+            return gauges.clone();
+        }
+        self.gauges.write().expect("no panic under this lock").entry(group_id).or_default().clone()
+    }
+
+    pub fn forget_gauges(&self, group_id: u64) {
+        self.gauges.write().expect("no panic under this lock").remove(&group_id);
+    }
+
+    /// The shard with the fewest connections; the first of equals.
+    pub fn least_loaded_shard(&self) -> usize {
+        (0..self.shards.len()).min_by_key(|i| self.shards[*i].connections()).unwrap_or(0)
+    }
+
+    /// A producer id that was never handed out before, across restarts.
+    pub async fn next_producer_id(self: &Arc<Self>) -> Result<i64, ErrorCode> {
+        loop {
+            if let Some(id) = self.producer_ids.lock().expect("no panic under this lock").next() {
+                return Ok(id);
+            }
+            let _one_refill_at_a_time = self.producer_id_refill.lock().await;
+            if !self.producer_ids.lock().expect("no panic under this lock").is_empty() {
+                continue;
+            }
+            let node = self.clone();
+            let applied = self
+                .controller()
+                .run(move |shard| async move {
+                    let _ = node;
+                    shard.controller().commit(vec![Command::AllocateProducerIds { count: PRODUCER_ID_BLOCK }]).await
+                })
+                .await
+                .map_err(|_| ErrorCode::COORDINATOR_NOT_AVAILABLE)?
+                .map_err(|e: ControlError| e.code())?;
+            let start = applied
+                .iter()
+                .find_map(|a| a.producer_id_start)
+                .ok_or(ErrorCode::COORDINATOR_NOT_AVAILABLE)?;
+            *self.producer_ids.lock().expect("no panic under this lock") = start..start + PRODUCER_ID_BLOCK;
+        }
+    }
+}
+
+/// Wall clock, for record timestamps, retention and session deadlines. Pure code gets it as an argument.
+pub fn now_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,191 @@
+//! Admission to the log: check, give offsets, propose. Nothing here waits.
+//!
+//! An append is rejected (an error: nothing happened) or accepted; accepted is not yet durable, the
+//! completion says when it is. If the process dies in between, the outcome is unknown to the client,
+//! and an idempotent producer's retry finds out.
+
+use bytes::BytesMut;
+
+use flumen_metadata::TimestampType;
+use flumen_protocol::error_code::ErrorCode;
+use flumen_protocol::record;
+use flumen_protocol::record_batch::{self, BatchError, BatchHeader};
+use flumen_storage::{ProducerError, Verdict};
+
+use super::{Completion, Partition};
+
+/// Decompressed bytes looked at when a compacted topic's keys are checked; a larger batch is refused.
+const KEY_CHECK_BYTES_MAX: usize = 64 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Client,
+    /// The broker's own records: no size limit of the topic, any batch attributes.
+    Broker,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Appended {
+    pub base_offset: i64,
+    pub last_offset: i64,
+    /// -1 unless the topic stamps records itself.
+    pub log_append_time_ms: i64,
+    pub log_start_offset: i64,
+    pub duplicate: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    #[error("{0}")]
+    Batch(#[from] BatchError),
+    #[error("the batch of {size} bytes is larger than max.message.bytes={max}")]
+    TooLarge { size: usize, max: usize },
+    #[error("the record timestamp {timestamp} is outside the limits of the topic")]
+    Timestamp { timestamp: i64 },
+    #[error("a record without a key on a compacted topic")]
+    KeyMissing,
+    #[error("{0}")]
+    Producer(#[from] ProducerError),
+    #[error("the log has no room: the disk is full")]
+    NoSpace,
+    #[error("the log of this partition is damaged: {0}")]
+    Damaged(String),
+    #[error("this node does not lead the partition")]
+    NotLeader,
+}
+
+impl AppendError {
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            AppendError::Batch(e) => e.code(),
+            AppendError::TooLarge { .. } => ErrorCode::MESSAGE_TOO_LARGE,
+            AppendError::Timestamp { .. } => ErrorCode::INVALID_TIMESTAMP,
+            AppendError::KeyMissing => ErrorCode::INVALID_RECORD,
+            AppendError::Producer(ProducerError::InvalidEpoch { .. }) => ErrorCode::INVALID_PRODUCER_EPOCH,
+            AppendError::Producer(_) => ErrorCode::OUT_OF_ORDER_SEQUENCE_NUMBER,
+            AppendError::NoSpace | AppendError::Damaged(_) => ErrorCode::KAFKA_STORAGE_ERROR,
+            AppendError::NotLeader => ErrorCode::NOT_LEADER_OR_FOLLOWER,
+        }
+    }
+}
+
+impl Partition {
+    /// Appends one record batch. On success `completion` runs when the records are durable and
+    /// committed; on error it is dropped and nothing was written.
+    pub fn append(
+        &self,
+        mut records: BytesMut,
+        origin: Origin,
+        now_ms: i64,
+        completion: Option<Completion>,
+    ) -> Result<Appended, (AppendError, Option<Completion>)> {
+        let checked = match self.admit(&records, origin, now_ms) {
+            Ok(checked) => checked,
+            Err(error) => return Err((error, completion)),
+        };
+        let header = match checked {
+            Admitted::Duplicate { base_offset, log_append_time_ms, last_offset } => {
+                if let Some(completion) = completion {
+                    self.wait_for_offset(last_offset + 1, completion);
+                }
+                return Ok(Appended {
+                    base_offset,
+                    last_offset,
+                    log_append_time_ms,
+                    log_start_offset: self.log_start_offset(),
+                    duplicate: true,
+                });
+            }
+            Admitted::New(header) => header,
+        };
+        let stamp = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
+        if stamp {
+            record_batch::set_log_append_time(&mut records, now_ms);
+        }
+        let base_offset;
+        let last_offset;
+        {
+            let mut state = self.state.borrow_mut();
+            base_offset = state.next_offset;
+            last_offset = base_offset + i64::from(header.last_offset_delta);
+            record_batch::set_base_offset(&mut records, base_offset);
+            record_batch::set_leader_epoch(&mut records, state.raft.leader_epoch());
+            let index = match state.raft.propose(records.freeze()) {
+                Ok((index, _term)) => index,
+                Err(_) => return Err((AppendError::NotLeader, completion)),
+            };
+            // Only an accepted proposal moves the log end offset.
+            state.next_offset = last_offset + 1;
+            state.uncommitted.push_back((index, last_offset + 1));
+        }
+        if let Some(completion) = completion {
+            self.wait_for_offset(last_offset + 1, completion);
+        }
+        self.advance();
+        Ok(Appended {
+            base_offset,
+            last_offset,
+            log_append_time_ms: if stamp { now_ms } else { -1 },
+            log_start_offset: self.log_start_offset(),
+            duplicate: false,
+        })
+    }
+
+    fn admit(&self, records: &[u8], origin: Origin, now_ms: i64) -> Result<Admitted, AppendError> {
+        if let Some(reason) = self.damage() {
+            return Err(AppendError::Damaged(reason.to_string()));
+        }
+        let header = match origin {
+            Origin::Client => record_batch::validate_produced(records)?,
+            Origin::Broker => record_batch::parse(records)?,
+        };
+        if origin == Origin::Client {
+            let config = self.config.borrow();
+            let max = usize::try_from(config.max_message_bytes).unwrap_or(usize::MAX);
+            if records.len() > max {
+                return Err(AppendError::TooLarge { size: records.len(), max });
+            }
+            if config.timestamp_type == TimestampType::CreateTime {
+                let early = now_ms.saturating_sub(config.timestamp_before_max_ms);
+                let late = now_ms.saturating_add(config.timestamp_after_max_ms);
+                let timestamp = header.max_timestamp;
+                // -1 means that the producer gave none.
+                if timestamp != -1 && (timestamp > late || header.base_timestamp < early) {
+                    return Err(AppendError::Timestamp { timestamp });
+                }
+            }
+            if config.compacts() {
+                check_keys(records)?;
+            }
+        }
+        if header.has_producer_id()
+            && let Verdict::Duplicate { base_offset, log_append_time } = self.log.producers().check(&header)?
+        {
+            let last_offset = base_offset + i64::from(header.last_offset_delta);
+            let stamped = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
+            let log_append_time_ms = if stamped { log_append_time } else { -1 };
+            return Ok(Admitted::Duplicate { base_offset, log_append_time_ms, last_offset });
+        }
+        if !self.log.has_room(records.len()) {
+            return Err(AppendError::NoSpace);
+        }
+        Ok(Admitted::New(header))
+    }
+}
+
+enum Admitted {
+    New(BatchHeader),
+    Duplicate { base_offset: i64, log_append_time_ms: i64, last_offset: i64 },
+}
+
+fn check_keys(batch: &[u8]) -> Result<(), AppendError> {
+    let mut scratch = Vec::new();
+    let records = record::decode_records(batch, &mut scratch, KEY_CHECK_BYTES_MAX)
+        .map_err(|_| AppendError::Batch(BatchError::BadCrc))?;
+    for record in records {
+        if record.map_err(|_| AppendError::Batch(BatchError::BadCrc))?.key.is_none() {
+            return Err(AppendError::KeyMissing);
+        }
+    }
+    Ok(())
+}

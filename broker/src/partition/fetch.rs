@@ -1,0 +1,159 @@
+//! Reading a partition up to the high watermark, and finding offsets.
+
+use bytes::Bytes;
+
+use flumen_protocol::error_code::ErrorCode;
+use flumen_storage::ReadError;
+
+use super::Partition;
+
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    #[error("offset {offset} is outside {start}..={end}")]
+    OutOfRange { offset: i64, start: i64, end: i64 },
+    #[error("leader epoch {asked} is older than {current}")]
+    FencedEpoch { asked: i32, current: i32 },
+    #[error("leader epoch {asked} is newer than {current}")]
+    UnknownEpoch { asked: i32, current: i32 },
+    #[error("{0}")]
+    Storage(String),
+}
+
+impl FetchError {
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            FetchError::OutOfRange { .. } => ErrorCode::OFFSET_OUT_OF_RANGE,
+            FetchError::FencedEpoch { .. } => ErrorCode::FENCED_LEADER_EPOCH,
+            FetchError::UnknownEpoch { .. } => ErrorCode::UNKNOWN_LEADER_EPOCH,
+            FetchError::Storage(_) => ErrorCode::KAFKA_STORAGE_ERROR,
+        }
+    }
+}
+
+/// Whole record batches; the first may start before the offset that was asked for.
+#[derive(Default)]
+pub struct FetchedSlice {
+    pub records: Vec<Bytes>,
+    pub high_watermark: i64,
+    pub log_start_offset: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OffsetAt {
+    pub offset: i64,
+    pub timestamp: i64,
+    pub leader_epoch: i32,
+}
+
+impl Partition {
+    /// Kafka's rule: -1 skips the check, an older epoch is fenced, a newer one is unknown.
+    pub fn check_epoch(&self, asked: i32) -> Result<(), FetchError> {
+        let current = self.leader_epoch();
+        if asked == -1 || asked == current {
+            Ok(())
+        } else if asked < current {
+            Err(FetchError::FencedEpoch { asked, current })
+        } else {
+            Err(FetchError::UnknownEpoch { asked, current })
+        }
+    }
+
+    /// Committed records from `offset` on, at most `max_bytes` but at least one batch.
+    pub async fn fetch(&self, offset: i64, max_bytes: usize) -> Result<FetchedSlice, FetchError> {
+        if let Some(reason) = self.damage() {
+            return Err(FetchError::Storage(reason.to_string()));
+        }
+        let (high_watermark, end) = {
+            let state = self.state.borrow();
+            (state.high_watermark, state.next_offset)
+        };
+        let log_start_offset = self.log.log_start_offset();
+        if offset < log_start_offset || offset > end {
+            return Err(FetchError::OutOfRange { offset, start: log_start_offset, end });
+        }
+        let mut slice = FetchedSlice { records: Vec::new(), high_watermark, log_start_offset };
+        if offset >= high_watermark || max_bytes == 0 {
+            return Ok(slice);
+        }
+        slice.records = match self.log.read_cached(offset, high_watermark, max_bytes) {
+            Some(records) => records,
+            None => match self.log.read(offset, high_watermark, max_bytes).await {
+                Ok(records) => records,
+                Err(ReadError::OutOfRange { start, end }) => {
+                    return Err(FetchError::OutOfRange { offset, start, end });
+                }
+                Err(error) => {
+                    tracing::error!(topic = %self.topic, partition = self.index, offset, %error, "read failed");
+                    return Err(FetchError::Storage(error.to_string()));
+                }
+            },
+        };
+        Ok(slice)
+    }
+
+    /// ListOffsets: the special timestamps of Kafka, or the first record at or after a time.
+    pub async fn offset_at(&self, timestamp: i64) -> Result<Option<OffsetAt>, FetchError> {
+        if let Some(reason) = self.damage() {
+            return Err(FetchError::Storage(reason.to_string()));
+        }
+        let high_watermark = self.high_watermark();
+        let leader_epoch = self.leader_epoch();
+        let storage = |e: ReadError| FetchError::Storage(e.to_string());
+        let found = match timestamp {
+            // Latest: end of what may be read. Nothing is uncommitted to a reader, so both levels agree.
+            -1 => Some(OffsetAt { offset: high_watermark, timestamp: -1, leader_epoch }),
+            // Earliest, and earliest local: there is no remote tier.
+            -2 | -4 => {
+                let offset = self.log.log_start_offset();
+                Some(OffsetAt { offset, timestamp: -1, leader_epoch: self.epoch_at(offset) })
+            }
+            -3 => self.log.max_timestamp().await.map_err(storage)?.map(|(timestamp, offset)| OffsetAt {
+                offset,
+                timestamp,
+                leader_epoch: self.epoch_at(offset),
+            }),
+            // Latest tiered, earliest pending upload: nothing is tiered.
+            -5 | -6 => None,
+            at => self.log.find_timestamp(at, high_watermark).await.map_err(storage)?.map(
+                |(timestamp, offset)| OffsetAt { offset, timestamp, leader_epoch: self.epoch_at(offset) },
+            ),
+        };
+        Ok(found)
+    }
+
+    fn epoch_at(&self, offset: i64) -> i32 {
+        self.log.epoch_at(offset)
+    }
+
+    /// (epoch, end offset) of the largest epoch not above `epoch`; (-1, -1) when there is none.
+    pub fn epoch_end_offset(&self, epoch: i32) -> (i32, i64) {
+        let current = self.leader_epoch();
+        if epoch == current {
+            return (current, self.log_end_offset());
+        }
+        if epoch > current {
+            return (-1, -1);
+        }
+        self.log.epoch_end_offset(epoch)
+    }
+
+    /// DeleteRecords: -1 stands for the high watermark. Returns the new log start offset.
+    pub async fn delete_records(&self, offset: i64) -> Result<i64, FetchError> {
+        if let Some(reason) = self.damage() {
+            return Err(FetchError::Storage(reason.to_string()));
+        }
+        let high_watermark = self.high_watermark();
+        let target = if offset == -1 { high_watermark } else { offset };
+        if target < 0 || target > high_watermark {
+            let start = self.log_start_offset();
+            return Err(FetchError::OutOfRange { offset, start, end: high_watermark });
+        }
+        // What an export still needs stays; the caller sees how far it went.
+        let target = target.min(self.hold_offset.get());
+        if target > self.log_start_offset() {
+            self.log.advance_log_start(target).map_err(|e| FetchError::Storage(e.to_string()))?;
+        }
+        self.publish_gauges();
+        Ok(self.log_start_offset())
+    }
+}

@@ -1,0 +1,277 @@
+//! A partition: its Raft group, its log, and who waits for it. Lives on exactly one shard.
+//!
+//! Invariants
+//! - log start offset <= high watermark <= log end offset, and none of them goes back.
+//! - The log end offset moves only in `append`, which gives every record its offset before Raft sees it.
+//! - A produce is answered only when the high watermark has passed its last record, and the high
+//!   watermark passes a record only when the shard log has it in the durability that the topic asks for.
+//! - No borrow of `state` lives across an await.
+//!
+//! What it does not do: decide where it lives (metadata), parse requests (handlers), touch files (storage).
+
+mod append;
+mod fetch;
+mod pending;
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
+
+use flumen_metadata::TopicConfig;
+use flumen_raft::{Group, GroupStart};
+use flumen_storage::{GroupHealth, GroupLog, Payload};
+
+pub use append::{AppendError, Appended, Origin};
+pub use fetch::{FetchError, FetchedSlice, OffsetAt};
+pub use pending::{Completion, DataWaiter, ProduceInFlight};
+
+use crate::shard::Shard;
+use pending::Pending;
+
+/// What other threads may read of a partition: metrics, Metadata, DescribeLogDirs, lag.
+#[derive(Default)]
+pub struct PartitionGauges {
+    pub leader_epoch: AtomicI32,
+    pub log_start_offset: AtomicI64,
+    pub high_watermark: AtomicI64,
+    pub size_bytes: AtomicU64,
+    /// 1 when the log is damaged and the partition refuses to serve.
+    pub damaged: AtomicI32,
+}
+
+pub struct Partition {
+    pub topic: Arc<str>,
+    pub index: i32,
+    pub group_id: u64,
+    pub gauges: Arc<PartitionGauges>,
+    shard: Weak<Shard>,
+    log: GroupLog,
+    config: RefCell<TopicConfig>,
+    state: RefCell<State>,
+    damage: Option<String>,
+    /// The highest raft output number known to be durable, collected before raft is told once.
+    persisted_number: Cell<u64>,
+    persisted_dirty: Cell<bool>,
+    /// Retention never passes this offset: what an enabled export has not settled yet.
+    hold_offset: Cell<i64>,
+}
+
+struct State {
+    raft: Group,
+    next_offset: i64,
+    high_watermark: i64,
+    /// (raft index, log end offset after it) of what is proposed and not committed.
+    uncommitted: VecDeque<(u64, i64)>,
+    /// Sorted by the high watermark they wait for.
+    pending: VecDeque<Pending>,
+    waiters: Vec<Weak<DataWaiter>>,
+}
+
+/// Where and what a partition is, as the metadata says.
+#[derive(Clone)]
+pub struct PartitionSpec {
+    pub topic: Arc<str>,
+    pub index: i32,
+    pub group_id: u64,
+    pub config: TopicConfig,
+}
+
+impl Partition {
+    /// Takes over a log that recovery or creation handed out, and stands for election.
+    pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
+        let damage = match log.health() {
+            GroupHealth::Ok => None,
+            GroupHealth::Damaged { reason } => Some(reason),
+        };
+        let hard_state = log.hard_state();
+        let start = GroupStart {
+            node_id: u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1,
+            voters: vec![u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1],
+            hard_state: flumen_raft::HardState {
+                term: hard_state.term,
+                vote: hard_state.vote,
+                commit: hard_state.commit,
+            },
+            last_index: log.last_index(),
+            last_term: log.last_term(),
+            seed: spec.group_id,
+        };
+        let raft = Group::start(&start).expect("recovered raft state is consistent by construction");
+        let end = log.log_end_offset();
+        let gauges = shard.node.gauges_of(spec.group_id);
+        let partition = Rc::new(Partition {
+            topic: spec.topic,
+            index: spec.index,
+            group_id: spec.group_id,
+            gauges,
+            shard: Rc::downgrade(shard),
+            log,
+            config: RefCell::new(spec.config),
+            state: RefCell::new(State {
+                raft,
+                next_offset: end,
+                high_watermark: end,
+                uncommitted: VecDeque::new(),
+                pending: VecDeque::new(),
+                waiters: Vec::new(),
+            }),
+            damage,
+            persisted_number: Cell::new(0),
+            persisted_dirty: Cell::new(false),
+            hold_offset: Cell::new(i64::MAX),
+        });
+        if partition.damage.is_none() {
+            partition.log.set_high_watermark(end);
+            partition.state.borrow_mut().raft.campaign().expect("a group of one may always campaign");
+            partition.advance();
+        } else {
+            partition.gauges.damaged.store(1, Ordering::Relaxed);
+        }
+        partition.publish_gauges();
+        partition
+    }
+
+    pub fn damage(&self) -> Option<&str> {
+        self.damage.as_deref()
+    }
+
+    pub fn log_start_offset(&self) -> i64 {
+        self.log.log_start_offset()
+    }
+
+    pub fn high_watermark(&self) -> i64 {
+        self.state.borrow().high_watermark
+    }
+
+    pub fn log_end_offset(&self) -> i64 {
+        self.state.borrow().next_offset
+    }
+
+    pub fn leader_epoch(&self) -> i32 {
+        self.state.borrow().raft.leader_epoch()
+    }
+
+    pub fn size_bytes(&self) -> u64 {
+        self.log.size_bytes()
+    }
+
+    pub fn set_config(&self, config: TopicConfig) {
+        self.log.set_config(group_config(&config));
+        *self.config.borrow_mut() = config;
+    }
+
+    pub fn set_hold_offset(&self, offset: i64) {
+        self.hold_offset.set(offset);
+    }
+
+    pub fn enforce_retention(&self, now_ms: i64) {
+        if self.damage.is_some() {
+            return;
+        }
+        if !self.config.borrow().deletes() {
+            return;
+        }
+        self.log.enforce_retention(now_ms, self.hold_offset.get().min(self.high_watermark()));
+        self.publish_gauges();
+    }
+
+    pub fn expire_producers(&self, now_ms: i64, expiration_ms: i64) {
+        self.log.producers().expire(now_ms, expiration_ms);
+    }
+
+    /// Called by the shard when the log has made outputs up to `number` durable; true when this
+    /// partition was not already on the list of those to advance.
+    pub fn note_persisted(&self, number: u64) -> bool {
+        self.persisted_number.set(number);
+        !self.persisted_dirty.replace(true)
+    }
+
+    /// Tells raft what is durable and acts on what it answers.
+    pub fn apply_persisted(&self) {
+        self.persisted_dirty.set(false);
+        self.state.borrow_mut().raft.on_persisted(self.persisted_number.get());
+        self.advance();
+    }
+
+    /// Runs raft's outputs: entries go to the shard log, commits move the high watermark.
+    fn advance(&self) {
+        let mut new_high_watermark = None;
+        loop {
+            let Some(outputs) = self.state.borrow_mut().raft.take_outputs() else { break };
+            if outputs.must_persist() {
+                let hard_state = outputs.hard_state.map(|hs| flumen_storage::HardState {
+                    term: hs.term,
+                    vote: hs.vote,
+                    commit: hs.commit,
+                });
+                let entries: Vec<flumen_storage::Entry> = outputs
+                    .entries
+                    .into_iter()
+                    .map(|e| flumen_storage::Entry {
+                        index: e.index,
+                        term: e.term,
+                        payload: if e.data.is_empty() || e.is_membership {
+                            Payload::Control(e.data)
+                        } else {
+                            Payload::Batch(e.data)
+                        },
+                    })
+                    .collect();
+                match self.log.stage(hard_state, &entries) {
+                    Ok((lane, lsn)) => {
+                        if let Some(shard) = self.shard.upgrade() {
+                            shard.note_staged(lane, lsn, self.group_id, outputs.number);
+                        }
+                    }
+                    // Raft already counts these entries in its log; the shard is about to stop, and
+                    // whoever waits for them hears nothing, which is the truth: the outcome is unknown.
+                    Err(error) => {
+                        tracing::error!(topic = %self.topic, partition = self.index, %error, "the log refused an entry that raft had accepted");
+                        if let Some(shard) = self.shard.upgrade() {
+                            shard.poison(&error.to_string());
+                        }
+                        return;
+                    }
+                }
+            }
+            if let Some(index) = outputs.committed_index {
+                let mut state = self.state.borrow_mut();
+                while state.uncommitted.front().is_some_and(|(i, _)| *i <= index) {
+                    if let Some((_, end)) = state.uncommitted.pop_front() {
+                        assert!(end > state.high_watermark, "the high watermark never goes back");
+                        state.high_watermark = end;
+                        new_high_watermark = Some(end);
+                    }
+                }
+            }
+        }
+        if let Some(high_watermark) = new_high_watermark {
+            self.log.set_high_watermark(high_watermark);
+            self.gauges.high_watermark.store(high_watermark, Ordering::Relaxed);
+            self.complete(high_watermark);
+        }
+    }
+
+    fn publish_gauges(&self) {
+        self.gauges.leader_epoch.store(self.leader_epoch(), Ordering::Relaxed);
+        self.gauges.log_start_offset.store(self.log.log_start_offset(), Ordering::Relaxed);
+        self.gauges.high_watermark.store(self.high_watermark(), Ordering::Relaxed);
+        self.gauges.size_bytes.store(self.log.size_bytes(), Ordering::Relaxed);
+    }
+}
+
+/// What the store needs to know of a topic's configuration.
+pub fn group_config(config: &TopicConfig) -> flumen_storage::GroupConfig {
+    flumen_storage::GroupConfig {
+        durability: match config.durability {
+            flumen_metadata::Durability::Durable => flumen_storage::Durability::Durable,
+            flumen_metadata::Durability::Os => flumen_storage::Durability::Os,
+        },
+        segment_bytes: u64::try_from(config.segment_bytes).unwrap_or(1 << 30),
+        segment_ms: config.segment_ms,
+        retention_bytes: config.retention_bytes,
+        retention_ms: config.retention_ms,
+    }
+}

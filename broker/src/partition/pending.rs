@@ -1,0 +1,129 @@
+//! Who waits for a partition: produces for the high watermark, fetches for new records.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use flumen_protocol::error_code::ErrorCode;
+use flumen_protocol::produce::ProducePartitionResult;
+use tokio::sync::{Notify, oneshot};
+
+use super::Partition;
+
+/// Dead fetch waiters are swept once a list is longer than this; a list only grows on a partition
+/// that gets no records while its consumers come and go.
+const WAITERS_SWEEP: usize = 64;
+
+pub(super) struct Pending {
+    /// Complete when the high watermark is at or above this.
+    pub(super) need: i64,
+    pub(super) completion: Completion,
+}
+
+pub enum Completion {
+    /// One partition of a produce request.
+    Produce(Rc<ProduceInFlight>, usize),
+    /// Anything the broker itself appends: group state, metadata, export plans, dead letters.
+    Callback(Box<dyn FnOnce()>),
+}
+
+/// A produce request (or the part of it for this shard) that waits for its partitions.
+pub struct ProduceInFlight {
+    results: RefCell<Vec<ProducePartitionResult>>,
+    remaining: Cell<usize>,
+    done: RefCell<Option<oneshot::Sender<Vec<ProducePartitionResult>>>>,
+}
+
+impl ProduceInFlight {
+    pub fn new(
+        results: Vec<ProducePartitionResult>,
+        done: oneshot::Sender<Vec<ProducePartitionResult>>,
+    ) -> Rc<ProduceInFlight> {
+        // One more than the partitions, taken back by `submitted`, so that it cannot end while it is built.
+        let remaining = Cell::new(results.len() + 1);
+        Rc::new(ProduceInFlight { results: RefCell::new(results), remaining, done: RefCell::new(Some(done)) })
+    }
+
+    pub fn set(&self, slot: usize, fill: impl FnOnce(&mut ProducePartitionResult)) {
+        if let Some(result) = self.results.borrow_mut().get_mut(slot) {
+            fill(result);
+        }
+    }
+
+    pub fn fail(&self, slot: usize, error: ErrorCode, message: Option<Box<str>>) {
+        self.set(slot, |r| {
+            r.error = error;
+            r.error_message = message;
+        });
+        self.finish_one();
+    }
+
+    pub fn submitted(&self) {
+        self.finish_one();
+    }
+
+    pub fn finish_one(&self) {
+        let left = self.remaining.get() - 1;
+        self.remaining.set(left);
+        if left == 0
+            && let Some(done) = self.done.borrow_mut().take()
+        {
+            // The connection may be gone; the records stay where they are.
+            let _ = done.send(std::mem::take(&mut self.results.borrow_mut()));
+        }
+    }
+}
+
+/// A fetch that waits for any of its partitions to get a committed record.
+#[derive(Default)]
+pub struct DataWaiter {
+    pub notify: Notify,
+}
+
+impl Partition {
+    pub fn wait_for_data(&self, waiter: &Rc<DataWaiter>) {
+        let mut state = self.state.borrow_mut();
+        if state.waiters.len() >= WAITERS_SWEEP {
+            state.waiters.retain(|w| w.strong_count() > 0);
+        }
+        state.waiters.push(Rc::downgrade(waiter));
+    }
+
+    pub(super) fn wait_for_offset(&self, need: i64, completion: Completion) {
+        let mut state = self.state.borrow_mut();
+        if state.high_watermark >= need {
+            drop(state);
+            run(completion);
+            return;
+        }
+        let at = match state.pending.back() {
+            Some(last) if last.need > need => state.pending.partition_point(|p| p.need <= need),
+            _ => state.pending.len(),
+        };
+        state.pending.insert(at, Pending { need, completion });
+    }
+
+    pub(super) fn complete(&self, high_watermark: i64) {
+        loop {
+            let next = {
+                let mut state = self.state.borrow_mut();
+                match state.pending.front() {
+                    Some(p) if p.need <= high_watermark => state.pending.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some(pending) = next else { break };
+            run(pending.completion);
+        }
+        let waiters = std::mem::take(&mut self.state.borrow_mut().waiters);
+        for waiter in waiters.iter().filter_map(std::rc::Weak::upgrade) {
+            waiter.notify.notify_one();
+        }
+    }
+}
+
+fn run(completion: Completion) {
+    match completion {
+        Completion::Produce(request, _slot) => request.finish_one(),
+        Completion::Callback(callback) => callback(),
+    }
+}

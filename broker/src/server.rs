@@ -1,0 +1,186 @@
+//! Start and stop, in order. Runs on the main thread, which then only accepts connections, serves the
+//! admin API and waits for a signal.
+//!
+//! Start: configuration -> data directory (lock, format) -> ports (so that a port in use fails before
+//! anything else is touched) -> recovery -> shards -> metadata -> partitions -> exports -> accept.
+//! Stop: no new connections -> exports -> shards flush and close their logs -> exit 0.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
+use flumen_storage::{DataDir, ShardStore, StoreConfig};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::admin_http;
+use crate::controller::{self, Controller, RecoveredGroups};
+use crate::export::Exports;
+use crate::mailbox::{ShardHandle, ShardMessage};
+use crate::net::listener;
+use crate::node::{CONTROLLER_SHARD, Node};
+use crate::shard::Shard;
+
+/// What the command line says.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    pub data_dir: PathBuf,
+    pub kafka: SocketAddr,
+    pub admin: SocketAddr,
+    /// One per core when absent.
+    pub shards: Option<usize>,
+    pub config: BrokerConfig,
+}
+
+/// A shard that does not finish flushing by then is left to recovery, which loses nothing either.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+
+pub fn run(options: ServerOptions) -> anyhow::Result<()> {
+    let started = Instant::now();
+    // Read once, here: asked from a pinned thread, the list would have one core.
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    let shard_count = options.shards.unwrap_or(cores.len().max(1)).max(1);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async move {
+        let data_dir = Arc::new(DataDir::open(&options.data_dir)?);
+        let kafka = bind(options.kafka, "kafka").await?;
+        let admin = bind(options.admin, "admin").await?;
+        let kafka_address = kafka.local_addr()?;
+        let admin_address = admin.local_addr()?;
+
+        let recovered: RecoveredGroups = Arc::new(Mutex::new(
+            data_dir.recover()?.into_iter().map(|g| (g.group_id, g)).collect(),
+        ));
+        let (host, port) = options.config.advertised(kafka_address);
+        let image = MetadataImage::empty(NodeInfo {
+            id: options.config.node_id,
+            host,
+            port,
+            rack: options.config.rack.clone(),
+        })
+        .with_static_configs(&options.config);
+        let (handles, mailboxes): (Vec<_>, Vec<_>) = (0..shard_count).map(|_| ShardHandle::new()).unzip();
+        let exports = Exports::default();
+        let node =
+            Arc::new(Node::new(options.config.clone(), options.data_dir.clone(), image, handles, exports));
+
+        let mut threads = Vec::new();
+        for (id, mailbox) in mailboxes.into_iter().enumerate() {
+            let core = if shard_count <= cores.len() { cores.get(id).copied() } else { None };
+            let (opened, is_open) = oneshot::channel();
+            let (node, data_dir) = (node.clone(), data_dir.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("flumen-shard-{id}"))
+                .spawn(move || shard_thread(id, core, node, data_dir, mailbox, opened))
+                .context("cannot start a shard thread")?;
+            threads.push(thread);
+            is_open.await.context("a shard thread ended before it was ready")?.map_err(anyhow::Error::msg)?;
+        }
+
+        let for_controller = recovered.clone();
+        on_shard(&node, CONTROLLER_SHARD, move |s| async move { Controller::start(&s, &for_controller).await }).await?;
+        for shard in 0..shard_count {
+            let recovered = recovered.clone();
+            on_shard(&node, shard, move |s| async move { controller::open_partitions(&s, &recovered) }).await?;
+        }
+        drop_orphans(&node, &recovered, &data_dir);
+
+        tokio::spawn(listener::accept(node.clone(), kafka));
+        tokio::spawn(admin_http::serve(node.clone(), admin));
+        println!("flumen ready kafka={kafka_address} admin={admin_address} took={}ms", started.elapsed().as_millis());
+        tracing::info!(kafka = %kafka_address, admin = %admin_address, shards = shard_count, "ready");
+
+        wait_for_stop().await?;
+        tracing::info!("stopping");
+        for shard in 0..shard_count {
+            let stopped = tokio::time::timeout(
+                SHUTDOWN_GRACE,
+                node.shards[shard].run(|s| async move { s.shutdown().await }),
+            )
+            .await;
+            match stopped {
+                Ok(Ok(Ok(()))) => {}
+                Ok(Ok(Err(error))) => bail!("shard {shard} could not close its log cleanly: {error}"),
+                Ok(Err(_)) => bail!("shard {shard} was gone before it could close its log"),
+                Err(_) => tracing::warn!(shard, "still flushing; leaving the rest to recovery"),
+            }
+        }
+        Ok(())
+    })
+}
+
+async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address} for {what}: is another process using the port? choose one with --{what} HOST:PORT")
+    })
+}
+
+async fn on_shard<T, F, Fut>(node: &Arc<Node>, shard: usize, work: F) -> anyhow::Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce(std::rc::Rc<Shard>) -> Fut + Send + 'static,
+    Fut: std::future::Future<Output = Result<T, String>> + 'static,
+{
+    node.shards[shard].run(work).await?.map_err(anyhow::Error::msg)
+}
+
+fn shard_thread(
+    id: usize,
+    core: Option<core_affinity::CoreId>,
+    node: Arc<Node>,
+    data_dir: Arc<DataDir>,
+    mailbox: mpsc::Receiver<ShardMessage>,
+    opened: oneshot::Sender<Result<(), String>>,
+) {
+    if let Some(core) = core {
+        core_affinity::set_for_current(core);
+    }
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = opened.send(Err(format!("cannot start the runtime of shard {id}: {error}")));
+            return;
+        }
+    };
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async move {
+        let config = StoreConfig { shard: id, ..StoreConfig::default() };
+        match ShardStore::open(&data_dir, config).await {
+            Ok(store) => {
+                let shard = Shard::new(id, node, store);
+                let _ = opened.send(Ok(()));
+                shard.serve(mailbox).await;
+            }
+            Err(error) => {
+                let _ = opened.send(Err(format!("cannot open the log of shard {id}: {error}")));
+            }
+        }
+    });
+}
+
+/// Logs that no topic names belong to topics whose deletion a crash interrupted.
+fn drop_orphans(node: &Arc<Node>, recovered: &RecoveredGroups, data_dir: &DataDir) {
+    let orphans: HashMap<u64, _> = std::mem::take(&mut *recovered.lock().expect("no panic under this lock"));
+    let _ = node;
+    for (group_id, group) in orphans {
+        tracing::info!(group_id, directory = %group.dir_name, "removing the log of a deleted topic");
+        if let Err(error) = data_dir.remove_group(&group.dir_name) {
+            tracing::warn!(group_id, %error, "could not remove it; the next start tries again");
+        }
+    }
+}
+
+async fn wait_for_stop() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

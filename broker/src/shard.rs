@@ -1,0 +1,229 @@
+//! One core: its partitions, its connections, its log, its mailbox.
+//!
+//! Runs on one pinned thread with a tokio `current_thread` runtime and a `LocalSet`; nothing in here is
+//! `Send`. Four loops share the thread: the mailbox, the durability loop (tells raft what the disk has),
+//! retention, and one task per connection. A shard with nothing to do sleeps.
+//!
+//! Invariants
+//! - A partition is opened once and closed once; its home shard is `group id % shards`.
+//! - Raft hears of durability in the order in which entries were staged.
+//! - A failed log stops the process: nothing from the failed range is acknowledged, ever.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use flumen_storage::{GroupLog, Lane, Lsn, RecoveredGroup, ShardStore};
+use tokio::sync::{Notify, mpsc};
+
+use crate::controller::Controller;
+use crate::coordinator::Coordinators;
+use crate::mailbox::ShardMessage;
+use crate::metrics::ShardMetrics;
+use crate::net::connection;
+use crate::node::{Node, now_ms};
+use crate::partition::{Partition, PartitionSpec, group_config};
+
+/// How often retention looks at the partitions of a shard, and how many it looks at before it lets
+/// requests go first.
+const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
+const RETENTION_PARTITIONS_PER_TURN: usize = 32;
+/// Producer state is forgotten after this long without a batch (Kafka's producer.id.expiration.ms).
+const PRODUCER_EXPIRATION_MS: i64 = 86_400_000;
+/// Exit status when the log failed: an operator has to look at the disk (sysexits EX_IOERR).
+const EXIT_LOG_FAILED: i32 = 74;
+
+pub struct Shard {
+    pub id: usize,
+    pub node: Arc<Node>,
+    pub metrics: Arc<ShardMetrics>,
+    pub coordinators: Coordinators,
+    store: ShardStore,
+    partitions: RefCell<HashMap<u64, Rc<Partition>>>,
+    /// Per lane: (log position, group, raft output number) staged and not yet durable, in staging order.
+    staged: [RefCell<VecDeque<(Lsn, u64, u64)>>; 2],
+    controller: OnceCell<Rc<Controller>>,
+    os_lane_used: Notify,
+    stopping: Cell<bool>,
+    pub stop: Notify,
+    /// Socket reads land here before frames are cut; one per shard, not per connection.
+    pub scratch: RefCell<Vec<u8>>,
+}
+
+/// Bytes read from a socket in one call. Small requests of one client mostly fit, so that a frame
+/// costs one system call; larger frames are read straight into their own buffer.
+const SCRATCH_BYTES: usize = 256 << 10;
+
+impl Shard {
+    pub fn new(id: usize, node: Arc<Node>, store: ShardStore) -> Rc<Shard> {
+        let metrics = node.metrics[id].clone();
+        Rc::new(Shard {
+            id,
+            node,
+            metrics,
+            coordinators: Coordinators::default(),
+            store,
+            partitions: RefCell::default(),
+            staged: Default::default(),
+            controller: OnceCell::new(),
+            os_lane_used: Notify::new(),
+            stopping: Cell::new(false),
+            stop: Notify::new(),
+            scratch: RefCell::new(vec![0; SCRATCH_BYTES]),
+        })
+    }
+
+    /// Runs until the mailbox closes.
+    pub async fn serve(self: Rc<Self>, mut mailbox: mpsc::Receiver<ShardMessage>) {
+        tokio::task::spawn_local(self.clone().watch_durability(Lane::Durable));
+        tokio::task::spawn_local(self.clone().watch_durability(Lane::Os));
+        tokio::task::spawn_local(self.clone().keep_retention());
+        tokio::task::spawn_local(self.clone().publish_store_stats());
+        while let Some(message) = mailbox.recv().await {
+            match message {
+                ShardMessage::Connection(stream, peer) => connection::start(&self, stream, peer),
+                ShardMessage::Job(job) => job(&self),
+            }
+        }
+    }
+
+    pub fn partition(&self, group_id: u64) -> Option<Rc<Partition>> {
+        self.partitions.borrow().get(&group_id).cloned()
+    }
+
+    pub fn partitions(&self) -> Vec<Rc<Partition>> {
+        let mut all: Vec<_> = self.partitions.borrow().values().cloned().collect();
+        all.sort_by_key(|p| p.group_id);
+        all
+    }
+
+    pub fn controller(&self) -> Rc<Controller> {
+        self.controller.get().expect("only the controller's shard is asked for it, after start").clone()
+    }
+
+    pub fn set_controller(&self, controller: Rc<Controller>) {
+        assert!(self.controller.set(controller).is_ok(), "the controller starts once");
+    }
+
+    /// Opens a partition that recovery found.
+    pub fn attach(self: &Rc<Self>, spec: PartitionSpec, recovered: RecoveredGroup) -> Rc<Partition> {
+        let log = self.store.attach(recovered, group_config(&spec.config));
+        self.insert(spec, log)
+    }
+
+    /// Creates a partition that is new.
+    pub fn create(self: &Rc<Self>, spec: PartitionSpec) -> Result<Rc<Partition>, flumen_storage::CreateError> {
+        if let Some(existing) = self.partition(spec.group_id) {
+            return Ok(existing);
+        }
+        let dir_name = dir_name(&spec.topic, spec.index, spec.group_id);
+        let log = self.store.create(spec.group_id, &dir_name, group_config(&spec.config))?;
+        Ok(self.insert(spec, log))
+    }
+
+    fn insert(self: &Rc<Self>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
+        let group_id = spec.group_id;
+        let partition = Partition::open(self, spec, log);
+        let before = self.partitions.borrow_mut().insert(group_id, partition.clone());
+        assert!(before.is_none(), "a partition is opened once");
+        partition
+    }
+
+    pub async fn delete(&self, group_id: u64) {
+        let removed = self.partitions.borrow_mut().remove(&group_id);
+        if removed.is_some() {
+            self.coordinators.remove(group_id);
+            self.node.forget_gauges(group_id);
+            if let Err(error) = self.store.delete(group_id).await {
+                tracing::warn!(group_id, %error, "a deleted partition's files remain; the next start removes them");
+            }
+        }
+    }
+
+    pub fn note_staged(&self, lane: Lane, lsn: Lsn, group_id: u64, number: u64) {
+        self.staged[lane as usize].borrow_mut().push_back((lsn, group_id, number));
+        if lane == Lane::Os {
+            self.os_lane_used.notify_one();
+        }
+    }
+
+    /// The log failed: say why and stop. Never retried into success.
+    pub fn poison(&self, reason: &str) -> ! {
+        tracing::error!(shard = self.id, reason, "the shard log failed; nothing unacknowledged is assumed stored");
+        eprintln!("flumen: the log of shard {} failed: {reason}; stopping without acknowledging what was in flight", self.id);
+        std::process::exit(EXIT_LOG_FAILED)
+    }
+
+    /// Stops taking requests and puts everything where the next start finds it quickly.
+    pub async fn shutdown(&self) -> Result<(), String> {
+        self.stopping.set(true);
+        self.stop.notify_waiters();
+        self.store.shutdown().await.map_err(|e| e.to_string())
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.get()
+    }
+
+    async fn watch_durability(self: Rc<Self>, lane: Lane) {
+        if lane == Lane::Os {
+            // Most brokers have no topic that asks for it; its log is opened by the first that does.
+            self.os_lane_used.notified().await;
+        }
+        let mut seen = 0;
+        let mut dirty: Vec<Rc<Partition>> = Vec::new();
+        loop {
+            match self.store.next_durable(lane, seen).await {
+                Ok(lsn) => seen = lsn,
+                Err(error) if self.is_stopping() => {
+                    tracing::debug!(shard = self.id, %error, "log closed");
+                    return;
+                }
+                Err(error) => self.poison(&error.to_string()),
+            }
+            {
+                let mut staged = self.staged[lane as usize].borrow_mut();
+                let partitions = self.partitions.borrow();
+                while staged.front().is_some_and(|(lsn, _, _)| *lsn <= seen) {
+                    let Some((_, group_id, number)) = staged.pop_front() else { break };
+                    if let Some(partition) = partitions.get(&group_id)
+                        && partition.note_persisted(number)
+                    {
+                        dirty.push(partition.clone());
+                    }
+                }
+            }
+            for partition in dirty.drain(..) {
+                partition.apply_persisted();
+            }
+        }
+    }
+
+    async fn keep_retention(self: Rc<Self>) {
+        loop {
+            tokio::time::sleep(RETENTION_INTERVAL).await;
+            for (i, partition) in self.partitions().into_iter().enumerate() {
+                if i % RETENTION_PARTITIONS_PER_TURN == RETENTION_PARTITIONS_PER_TURN - 1 {
+                    tokio::task::yield_now().await;
+                }
+                let now = now_ms();
+                partition.enforce_retention(now);
+                partition.expire_producers(now, PRODUCER_EXPIRATION_MS);
+            }
+        }
+    }
+
+    async fn publish_store_stats(self: Rc<Self>) {
+        loop {
+            self.metrics.set_store_stats(&self.store.stats());
+            tokio::time::sleep(RETENTION_INTERVAL).await;
+        }
+    }
+}
+
+/// The directory of a partition; the group id makes a recreated topic's directory a different one.
+pub fn dir_name(topic: &str, index: i32, group_id: u64) -> String {
+    format!("{topic}-{index}.g{group_id}")
+}
