@@ -18,10 +18,10 @@ if [ ${#need_packages[@]} -gt 0 ]; then
   fi
 fi
 
-if [ ! -x .cache/venv/bin/python ] || ! .cache/venv/bin/python -c 'import kafka, confluent_kafka, clickhouse_connect' 2>/dev/null; then
+if [ ! -x .cache/venv/bin/python ] || ! .cache/venv/bin/python -c 'import kafka, confluent_kafka, clickhouse_connect, snappy, lz4, zstandard' 2>/dev/null; then
   echo "== python clients into .cache/venv"
   python3 -m venv .cache/venv
-  .cache/venv/bin/pip install -q 'kafka-python>=2.2' confluent-kafka clickhouse-connect
+  .cache/venv/bin/pip install -q 'kafka-python>=2.2' confluent-kafka clickhouse-connect python-snappy lz4 zstandard
 fi
 
 if command -v java >/dev/null 2>&1 && command -v mvn >/dev/null 2>&1; then

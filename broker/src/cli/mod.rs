@@ -3,6 +3,16 @@
 //!
 //! Exit status: 0 done, 1 failed, 2 wrong usage, 3 not found, 10 unhealthy.
 
+/// Prints a line; ends quietly when the reader has gone (`flumen topic list | head`).
+macro_rules! out {
+    ($($arg:tt)*) => {{
+        use std::io::Write;
+        if writeln!(std::io::stdout(), $($arg)*).is_err() {
+            std::process::exit(0);
+        }
+    }};
+}
+
 mod admin_client;
 mod server;
 mod table;
@@ -53,7 +63,7 @@ pub fn main() -> ExitCode {
         Command::Clickhouse(args) => server::clickhouse(args),
         Command::Topic(args) => topic::run(args),
         Command::Version => {
-            println!("flumen {}", env!("CARGO_PKG_VERSION"));
+            out!("flumen {}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
     };

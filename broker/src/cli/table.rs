@@ -13,7 +13,7 @@ pub fn print(headers: &[&str], rows: &[Vec<String>]) {
             text.push_str(cell);
             text.extend(std::iter::repeat_n(' ', width.saturating_sub(cell.chars().count()) + 2));
         }
-        println!("{}", text.trim_end());
+        out!("{}", text.trim_end());
     };
     line(headers.to_vec());
     for row in rows {

@@ -73,7 +73,7 @@ pub fn run(args: TopicArgs) -> Result<(), Failure> {
                 "configs": key_values(&config)?, "if_not_exists": if_not_exists,
             });
             let created = admin.call("POST", "/v1/topics", Some(&body))?;
-            show(admin, &created, || println!("created topic {name} with {} partitions", created["partitions"]));
+            show(admin, &created, || out!("created topic {name} with {} partitions", created["partitions"]));
         }
         TopicCommand::List { internal } => {
             let topics = admin.get("/v1/topics")?;
@@ -92,7 +92,7 @@ pub fn run(args: TopicArgs) -> Result<(), Failure> {
         }
         TopicCommand::Delete { name } => {
             let deleted = admin.call("DELETE", &format!("/v1/topics/{}", segment(&name)), None)?;
-            show(admin, &deleted, || println!("deleted topic {name}"));
+            show(admin, &deleted, || out!("deleted topic {name}"));
         }
         TopicCommand::Alter { name, config, delete_config, partitions } => {
             let mut configs = key_values(&config)?;
@@ -102,7 +102,7 @@ pub fn run(args: TopicArgs) -> Result<(), Failure> {
                 body["partitions"] = json!(partitions);
             }
             let altered = admin.call("PATCH", &format!("/v1/topics/{}", segment(&name)), Some(&body))?;
-            show(admin, &altered, || println!("altered topic {name}"));
+            show(admin, &altered, || out!("altered topic {name}"));
         }
     }
     Ok(())
@@ -110,7 +110,7 @@ pub fn run(args: TopicArgs) -> Result<(), Failure> {
 
 pub fn show(admin: &AdminArgs, value: &Value, as_text: impl FnOnce()) {
     if admin.is_json() {
-        println!("{}", serde_json::to_string_pretty(value).unwrap_or_default());
+        out!("{}", serde_json::to_string_pretty(value).unwrap_or_default());
     } else {
         as_text();
     }
@@ -125,11 +125,11 @@ pub fn text(value: &Value) -> String {
 }
 
 fn describe(topic: &Value) {
-    println!("NAME        {}", text(&topic["name"]));
-    println!("ID          {}", text(&topic["id"]));
-    println!("DURABILITY  {}", text(&topic["durability"]));
-    println!("GUARANTEE   {}", text(&topic["durability_meaning"]));
-    println!();
+    out!("NAME        {}", text(&topic["name"]));
+    out!("ID          {}", text(&topic["id"]));
+    out!("DURABILITY  {}", text(&topic["durability"]));
+    out!("GUARANTEE   {}", text(&topic["durability_meaning"]));
+    out!();
     let rows: Vec<Vec<String>> = topic["partition_list"]
         .as_array()
         .into_iter()
@@ -142,7 +142,7 @@ fn describe(topic: &Value) {
         })
         .collect();
     table::print(&["PARTITION", "LEADER", "EPOCH", "LOG-START-OFFSET", "HIGH-WATERMARK", "BYTES", "HEALTH"], &rows);
-    println!();
+    out!();
     let rows: Vec<Vec<String>> = topic["configs"]
         .as_object()
         .into_iter()
