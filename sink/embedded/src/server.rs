@@ -40,7 +40,9 @@ const SESSION_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest life of an unused session: ClickHouse's default maximum.
 const MAX_SESSION_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long a stop waits for running statements. Leaving them is safe, as a kill is.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a stop looks whether statements still run whose clients have left.
+const STOP_POLL: Duration = Duration::from_millis(10);
 
 /// How `flumen clickhouse` runs.
 #[derive(Debug, Clone)]
@@ -101,7 +103,8 @@ pub fn find_library(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
     }
 }
 
-/// Serves until SIGTERM or SIGINT. Blocks; builds its own runtime.
+/// Serves until SIGTERM or SIGINT. Blocks; builds its own runtime. Where statements outlast the time for stopping, the
+/// process ends here with status 0.
 pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let started = Instant::now();
     let lib = find_library(options.lib.as_deref())?;
@@ -140,20 +143,32 @@ pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
             started.elapsed().as_millis()
         );
         let _ = out.flush();
-        tokio::select! {
-            served = serving => served.map_err(ServeError::Io),
-            () = async {
-                let _ = stopped.wait_for(|stop| *stop).await;
-                tokio::time::sleep(STOP_TIMEOUT).await;
-            } => {
-                tracing::warn!("statements still run; leaving them");
-                Ok(())
+        let late = async {
+            let _ = stopped.wait_for(|stop| *stop).await;
+            tokio::time::sleep(STOP_TIMEOUT).await;
+        };
+        let drained = async {
+            let served = serving.await;
+            // Statements outlive the connections of their clients.
+            while server.waiting.load(Ordering::Relaxed) > 0 {
+                tokio::time::sleep(STOP_POLL).await;
             }
+            served.map_err(ServeError::Io)
+        };
+        tokio::select! {
+            served = drained => served,
+            () = late => Ok(()),
         }
     });
-    // Statements that still run keep their threads; the process ends without them.
-    runtime.shutdown_timeout(Duration::from_millis(100));
+    if server.waiting.load(Ordering::Relaxed) > 0 {
+        // The engine aborts if the process is torn down under a running INSERT; ending at once is safe, as a kill is.
+        tracing::warn!("statements still run after {STOP_TIMEOUT:?}; leaving them");
+        crate::engine::leave_process();
+    }
+    // Closes sessions, then the engine itself with the last reference.
     lock(&server.sessions).clear();
+    drop(server);
+    drop(runtime);
     result
 }
 

@@ -267,3 +267,22 @@ fn a_started_statement_ends_though_its_client_left() {
     while server.sql(running) != "0" {}
     assert_eq!(server.sql("SELECT count() FROM t"), "5");
 }
+
+#[test]
+fn a_stop_is_clean_whatever_runs() {
+    // Nothing runs, one client keeps its connection: at once. An INSERT without end: after the time for stopping.
+    for sql in ["SELECT 1", "INSERT INTO t (id) SELECT number FROM numbers(1000000000000)"] {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let server = Server::start(dir.path());
+        server.sql(TABLE);
+        let request = format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{sql}", sql.len());
+        let mut stream = TcpStream::connect(&server.address).expect("connect");
+        stream.write_all(request.as_bytes()).expect("send");
+        if sql.starts_with("INSERT") {
+            while server.sql("SELECT count() FROM system.processes WHERE query LIKE 'INSERT%'") != "1" {}
+        }
+        assert_eq!(server.stop(), Some(0), "{sql}");
+        let server = Server::start(dir.path());
+        assert_eq!(server.sql("SELECT count() - uniqExact(id) FROM t"), "0");
+    }
+}
