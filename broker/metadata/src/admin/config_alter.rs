@@ -66,6 +66,7 @@ pub fn incremental_alter_configs(
                 .and(changes)
                 .and_then(|changes| plan(resource.resource_type, name, &changes, false, image, config));
             let result = IncrementalResult::default()
+                .with_error_message(None)
                 .with_resource_type(resource.resource_type)
                 .with_resource_name(resource.resource_name.clone());
             match planned {
@@ -108,6 +109,7 @@ pub fn alter_configs(
             let planned = not_repeated(&repeated, resource.resource_type, name)
                 .and_then(|()| plan(resource.resource_type, name, &changes, true, image, config));
             let result = AlterResult::default()
+                .with_error_message(None)
                 .with_resource_type(resource.resource_type)
                 .with_resource_name(resource.resource_name.clone());
             match planned {

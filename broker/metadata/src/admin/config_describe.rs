@@ -50,6 +50,7 @@ pub fn describe_configs(
         .iter()
         .map(|resource| {
             let result = DescribeConfigsResult::default()
+                .with_error_message(None)
                 .with_resource_type(resource.resource_type)
                 .with_resource_name(resource.resource_name.clone());
             match describe(resource, image, config) {

@@ -2,6 +2,8 @@
 //!
 //! The answer is what to send once the commands are committed. When they cannot be, [`Fail::fail`] rewrites what
 //! would have succeeded. Nothing here proposes or waits.
+//!
+//! The generated responses default to empty text where Kafka sends null, so every success sets its message to none.
 
 mod api_versions;
 mod cluster;

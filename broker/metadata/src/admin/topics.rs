@@ -66,6 +66,7 @@ pub fn create_topics(
             continue;
         }
         let result = CreatableTopicResult::default()
+            .with_error_message(None)
             .with_name(topic.name.clone())
             .with_num_partitions(-1)
             .with_replication_factor(-1)
@@ -510,6 +511,7 @@ impl Fail for CreateTopicsResponse {
     fn fail(&mut self, error: ErrorCode) {
         for result in self.topics.iter_mut().filter(|result| result.error_code == 0) {
             *result = CreatableTopicResult::default()
+                .with_error_message(None)
                 .with_name(result.name.clone())
                 .with_error_code(error.0)
                 .with_num_partitions(-1)
