@@ -10,9 +10,10 @@ use kafka_protocol::messages::{
 
 use super::testing::*;
 use super::*;
-use crate::broker_config::{BROKER_CONFIGS, BrokerConfig};
+use crate::broker_config::BrokerConfig;
+use crate::broker_table::BROKER_CONFIGS;
 use crate::config_def::{ConfigKind, ExtraConfig};
-use crate::topic_config::TOPIC_CONFIGS;
+use crate::topic_table::TOPIC_CONFIGS;
 
 const TOPIC: i8 = 2;
 const BROKER: i8 = 4;

@@ -85,6 +85,13 @@ fn unknown_names_are_created_when_the_client_and_the_broker_agree() {
 }
 
 #[test]
+fn one_request_creates_a_bounded_number_of_topics() {
+    let request = asking(Some((0..1500).map(|i| named(&format!("t{i}"))).collect()));
+    let plan = metadata(&request, 9, &image(&[]), &BrokerConfig::default(), &healthy);
+    assert_eq!((plan.response.topics.len(), plan.to_create.len()), (1500, 1000));
+}
+
+#[test]
 fn topics_are_found_by_id_from_version_12() {
     let image = image(&[("a", 1, 1)]);
     let config = BrokerConfig::default();
