@@ -146,12 +146,10 @@ impl Client {
             }
         }
         for _ in 0..LEADER_TRIES_MAX {
-            if let Some(led) = self.led_partitions(topic).await? {
-                if led >= partitions {
-                    // Metadata can name a leader before that leader knows; only an answer from it proves it.
-                    self.offsets(topic, partitions, LATEST).await?;
-                    return Ok(());
-                }
+            if self.led_partitions(topic).await?.is_some_and(|led| led >= partitions) {
+                // Metadata can name a leader before that leader knows; only an answer from it proves it.
+                self.offsets(topic, partitions, LATEST).await?;
+                return Ok(());
             }
             tokio::time::sleep(LEADER_WAIT).await;
         }

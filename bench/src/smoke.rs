@@ -463,7 +463,7 @@ fn table(config: &SmokeConfig, rounds: &[Round], export: Option<&ExportResult>) 
 fn number(v: Option<f64>) -> String {
     match v {
         None => "-".into(),
-        Some(v) if v == 0.0 => "0".into(),
+        Some(0.0) => "0".into(),
         Some(v) if v >= 1_000.0 => format!("{v:.0}"),
         Some(v) if v >= 10.0 => format!("{v:.1}"),
         Some(v) => format!("{v:.2}"),

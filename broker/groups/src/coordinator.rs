@@ -1,16 +1,18 @@
 //! The coordinator of one `__consumer_offsets` partition: its groups, what is being appended, and time.
 //!
-//! Loading replays the partition's records in order; after that every change goes through an append, and
-//! `append_done` must be called in the order of append ids, as a log completes them.
+//! Loading replays the partition's records in order; after that every change goes through an append. Successes
+//! must reach `append_done` in the order of append ids, as a log completes them; failures may overtake.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use flumen_protocol::error_code::ErrorCode;
 
+use crate::group::Reply;
 use crate::group::{AppendKind, Committed, Ctx, Group, Member, NEVER, PendingAppend, StaticReplacement};
-use crate::group::{Reply, join_error};
+use crate::rebalance::join_error;
 use crate::record::{GroupMetadataValue, OffsetCommitValue, RecordKey};
+use crate::transactions::{apply_offset, hold_offset};
 use crate::types::{
     Client, GroupRequest, GroupResponse, GroupState, GroupSummary, GroupsConfig,
     OFFSETS_RETENTION_CHECK_INTERVAL_MS, Output, own_str,
@@ -31,6 +33,7 @@ impl Coordinator {
             out: Vec::new(),
             appends: BTreeMap::new(),
             next_append_id: 1,
+            open_transactions: BTreeMap::new(),
             wakes: BTreeSet::new(),
         };
         Coordinator { groups: BTreeMap::new(), ctx, next_expiration_ms: NEVER }
@@ -51,17 +54,17 @@ impl Coordinator {
                 }
                 Some(value) => {
                     if let Ok(value) = OffsetCommitValue::decode(value) {
+                        let committed = Committed::new(value, self.next_seq());
                         let group = self.loaded_group(&group, record_timestamp_ms);
-                        group.offsets.entry(topic).or_default().insert(partition, value.into());
+                        group.offsets.entry(topic).or_default().insert(partition, committed);
                     }
                 }
             },
             RecordKey::Group { group } => match value {
                 None => {
                     if let Some(group) = self.groups.get_mut(group.as_str()) {
-                        let offsets = std::mem::take(&mut group.offsets);
-                        *group = Group::new(&group.id.clone(), record_timestamp_ms);
-                        group.offsets = offsets;
+                        let fresh = Group::new(&group.id.clone(), record_timestamp_ms);
+                        replace_metadata(group, fresh);
                     }
                 }
                 Some(value) => {
@@ -75,7 +78,13 @@ impl Coordinator {
         }
     }
 
-    fn loaded_group(&mut self, group_id: &str, now_ms: i64) -> &mut Group {
+    pub(crate) fn next_seq(&mut self) -> u64 {
+        let seq = self.ctx.next_append_id;
+        self.ctx.next_append_id += 1;
+        seq
+    }
+
+    pub(crate) fn loaded_group(&mut self, group_id: &str, now_ms: i64) -> &mut Group {
         if !self.groups.contains_key(group_id) {
             let group = Group::new(group_id, now_ms);
             self.groups.insert(group.id.clone(), group);
@@ -125,7 +134,7 @@ impl Coordinator {
             }
             GroupRequest::Delete { group_id } => self.delete_group(token, &group_id),
         }
-        std::mem::take(&mut self.ctx.out)
+        self.take_outputs()
     }
 
     pub fn append_done(&mut self, append_id: u64, result: Result<(), ErrorCode>, now_ms: i64) -> Vec<Output> {
@@ -140,7 +149,7 @@ impl Coordinator {
             }
         }
         self.drop_if_vacant(&group_id);
-        std::mem::take(&mut self.ctx.out)
+        self.take_outputs()
     }
 
     pub fn next_deadline_ms(&self) -> Option<i64> {
@@ -170,10 +179,14 @@ impl Coordinator {
             self.next_expiration_ms = self.ctx.after(OFFSETS_RETENTION_CHECK_INTERVAL_MS);
             self.expire_offsets();
         }
+        self.take_outputs()
+    }
+
+    pub(crate) fn take_outputs(&mut self) -> Vec<Output> {
         std::mem::take(&mut self.ctx.out)
     }
 
-    fn set_now(&mut self, now_ms: i64) {
+    pub(crate) fn set_now(&mut self, now_ms: i64) {
         self.ctx.now_ms = now_ms;
         if self.next_expiration_ms == NEVER {
             self.next_expiration_ms = self.ctx.after(OFFSETS_RETENTION_CHECK_INTERVAL_MS);
@@ -229,9 +242,7 @@ impl Coordinator {
 }
 
 fn restore(group: &mut Group, value: GroupMetadataValue) {
-    let offsets = std::mem::take(&mut group.offsets);
     let mut restored = Group::new(&group.id.clone(), value.current_state_timestamp_ms);
-    restored.offsets = offsets;
     restored.persisted = true;
     let protocol = value.protocol.clone().unwrap_or_default();
     for member in value.members {
@@ -264,7 +275,14 @@ fn restore(group: &mut Group, value: GroupMetadataValue) {
         // A leader the members do not contain would never sync; the first one took its place above.
         restored.leader = value.leader.filter(|id| restored.members.contains_key(id)).or(restored.leader);
     }
-    *group = restored;
+    replace_metadata(group, restored);
+}
+
+/// Offsets have records of their own and stay.
+fn replace_metadata(group: &mut Group, fresh: Group) {
+    let old = std::mem::replace(group, fresh);
+    group.offsets = old.offsets;
+    group.txn_offsets = old.txn_offsets;
 }
 
 pub(crate) fn remove_offset(group: &mut Group, topic: &str, partition: i32) {
@@ -274,6 +292,10 @@ pub(crate) fn remove_offset(group: &mut Group, topic: &str, partition: i32) {
             group.offsets.remove(topic);
         }
     }
+    group.txn_offsets.retain(|_, offsets| {
+        offsets.retain(|(name, index), _| name != topic || *index != partition);
+        !offsets.is_empty()
+    });
 }
 
 /// What the client hears when the group's record could not be appended.
@@ -299,7 +321,9 @@ fn finish_append(
     result: Result<(), ErrorCode>,
 ) {
     match append.kind {
-        AppendKind::Commit { reply, offsets } => finish_commit(group, ctx, reply, offsets, result),
+        AppendKind::Commit { reply, offsets, producer_id } => {
+            finish_commit(group, ctx, reply, offsets, producer_id, result);
+        }
         AppendKind::Assignment { generation, assignments } => {
             let current = group.state == GroupState::CompletingRebalance && group.generation == generation;
             if !current || group.assignment_append != Some(append_id) {
@@ -383,12 +407,16 @@ fn finish_commit(
     ctx: &mut Ctx,
     mut reply: Reply,
     offsets: Vec<(String, i32, Committed)>,
+    producer_id: Option<i64>,
     result: Result<(), ErrorCode>,
 ) {
     match result {
         Ok(()) => {
             for (topic, partition, committed) in offsets {
-                group.offsets.entry(topic).or_default().insert(partition, committed);
+                match producer_id {
+                    Some(producer_id) => hold_offset(group, ctx, producer_id, topic, partition, committed),
+                    None => apply_offset(group, topic, partition, committed),
+                }
             }
         }
         Err(error) => {

@@ -10,7 +10,8 @@
 //! a rebalance); offsets become visible only when their append is done; a state that survives a restart was
 //! appended before anyone was told about it.
 //!
-//! Not here: transactions, KIP-848 and share groups, authorization, topic ids (the broker resolves them).
+//! Not here: KIP-848 and share groups, authorization, topic ids (the broker resolves them), producer epochs (the
+//! log checks them when it appends a transaction's offsets).
 #![forbid(unsafe_code)]
 
 mod admin;
@@ -18,8 +19,10 @@ mod coordinator;
 mod group;
 mod membership;
 mod offsets;
+mod rebalance;
 pub mod record;
 mod subscription;
+mod transactions;
 mod types;
 
 pub use coordinator::Coordinator;

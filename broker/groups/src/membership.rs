@@ -13,9 +13,8 @@ use kafka_protocol::messages::{
 use kafka_protocol::protocol::StrBytes;
 
 use crate::coordinator::Coordinator;
-use crate::group::{
-    AppendKind, Ctx, Group, Member, Reply, StaticReplacement, WaitingJoin, join_error, sync_error,
-};
+use crate::group::{AppendKind, Ctx, Group, Member, Reply, StaticReplacement, WaitingJoin};
+use crate::rebalance::{join_error, sync_error};
 use crate::types::{
     Client, GroupResponse, GroupState, MAX_GROUPS, MAX_INSTANCE_ID_BYTES, MAX_MEMBER_ID_PREFIX_BYTES,
     MAX_MEMBERS_PER_LEAVE, MAX_PENDING_MEMBERS, MAX_PROTOCOLS_PER_MEMBER, MAX_STRING_BYTES, own_bytes,

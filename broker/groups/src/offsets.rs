@@ -21,6 +21,7 @@ use crate::coordinator::Coordinator;
 use crate::group::{AppendKind, Committed, Ctx, Group, Reply};
 use crate::membership::check_member;
 use crate::record::{OffsetCommitValue, OffsetsRecord, group_metadata_key, offset_commit_key};
+use crate::transactions::is_unstable;
 use crate::types::{
     GroupResponse, GroupState, MAX_APPENDS_IN_FLIGHT, MAX_GROUPS, MAX_OFFSETS_PER_COMMIT, MAX_STRING_BYTES,
     MAX_TOMBSTONES_PER_APPEND, OffsetFetchGroup, OffsetFetchPartition, OffsetFetchResult, OffsetFetchTopic,
@@ -29,8 +30,19 @@ use crate::types::{
 
 impl Coordinator {
     pub(crate) fn offset_commit(&mut self, token: u64, request: OffsetCommitRequest, version: i16) {
-        match self.check_commit(&request, version) {
-            Ok(()) => self.append_commit(token, &request),
+        self.commit(token, request, version, None);
+    }
+
+    /// With a producer id the offsets belong to its open transaction.
+    pub(crate) fn commit(
+        &mut self,
+        token: u64,
+        request: OffsetCommitRequest,
+        version: i16,
+        producer_id: Option<i64>,
+    ) {
+        match self.check_commit(&request, version, producer_id.is_some()) {
+            Ok(()) => self.append_commit(token, &request, producer_id),
             Err(error) => {
                 let response = commit_response(&request, |_, _| error);
                 self.ctx.reply(token, GroupResponse::OffsetCommit(response));
@@ -39,7 +51,12 @@ impl Coordinator {
         self.drop_if_vacant(&request.group_id);
     }
 
-    fn check_commit(&mut self, request: &OffsetCommitRequest, version: i16) -> Result<(), ErrorCode> {
+    fn check_commit(
+        &mut self,
+        request: &OffsetCommitRequest,
+        version: i16,
+        transactional: bool,
+    ) -> Result<(), ErrorCode> {
         let group_id = &**request.group_id;
         if group_id.len() > MAX_STRING_BYTES {
             return Err(ErrorCode::INVALID_GROUP_ID);
@@ -56,7 +73,11 @@ impl Coordinator {
             // Without a generation this is an admin tool or a consumer that assigns its own partitions.
             if generation >= 0 {
                 let gone = ErrorCode::GROUP_ID_NOT_FOUND;
-                return Err(if version >= 9 { gone } else { ErrorCode::ILLEGAL_GENERATION });
+                return Err(if version >= 9 && !transactional {
+                    gone
+                } else {
+                    ErrorCode::ILLEGAL_GENERATION
+                });
             }
             if self.groups.len() >= MAX_GROUPS {
                 return Err(ErrorCode::COORDINATOR_NOT_AVAILABLE);
@@ -73,10 +94,12 @@ impl Coordinator {
         }
         let instance_id = request.group_instance_id.as_deref();
         if generation < 0 && request.member_id.is_empty() && instance_id.is_none() {
-            return Err(ErrorCode::UNKNOWN_MEMBER_ID);
+            // Producers before KIP-447 do not know the members of the group they commit for.
+            return if transactional { Ok(()) } else { Err(ErrorCode::UNKNOWN_MEMBER_ID) };
         }
         check_member(group, &request.member_id, instance_id, Some(generation))?;
         match group.state {
+            _ if transactional => Ok(()),
             // The member knows the new generation but not yet its assignment.
             GroupState::CompletingRebalance => Err(ErrorCode::REBALANCE_IN_PROGRESS),
             _ => {
@@ -86,12 +109,13 @@ impl Coordinator {
         }
     }
 
-    fn append_commit(&mut self, token: u64, request: &OffsetCommitRequest) {
+    fn append_commit(&mut self, token: u64, request: &OffsetCommitRequest, producer_id: Option<i64>) {
         let Some(group) = self.groups.get_mut(&**request.group_id) else { return };
         let ctx = &mut self.ctx;
         let expire_timestamp_ms =
             if request.retention_time_ms < 0 { -1 } else { ctx.after(request.retention_time_ms) };
         let metadata_max = ctx.config.offset_metadata_bytes_max;
+        let seq = ctx.next_append_id;
         let mut records = Vec::new();
         let mut offsets = Vec::new();
         let response = commit_response(request, |topic, partition| {
@@ -117,7 +141,7 @@ impl Coordinator {
             };
             let key = offset_commit_key(&group.id, topic, partition.partition_index);
             records.push(OffsetsRecord { key, value: Some(value.encode()) });
-            offsets.push((topic.to_owned(), partition.partition_index, Committed::from(value)));
+            offsets.push((topic.to_owned(), partition.partition_index, Committed::new(value, seq)));
             ErrorCode::NONE
         });
         let response = GroupResponse::OffsetCommit(response);
@@ -125,11 +149,16 @@ impl Coordinator {
             return ctx.reply(token, response);
         }
         let reply = Reply { token, response };
-        ctx.append(group, records, AppendKind::Commit { reply, offsets });
+        ctx.append(group, records, AppendKind::Commit { reply, offsets, producer_id });
     }
 
     pub(crate) fn offset_fetch(&mut self, token: u64, asked: OffsetFetchGroup) {
         let group = self.groups.get(&*asked.group_id);
+        let require_stable = asked.require_stable;
+        let fetched = |topic: &str, partition: i32, committed: Option<&Committed>| {
+            let unstable = require_stable && group.is_some_and(|group| is_unstable(group, topic, partition));
+            if unstable { unstable_offset(partition) } else { fetched(partition, committed) }
+        };
         let topics = match asked.topics {
             Some(topics) => topics
                 .into_iter()
@@ -137,7 +166,9 @@ impl Coordinator {
                     let known = group.and_then(|group| group.offsets.get(name.as_str()));
                     let partitions = partitions
                         .into_iter()
-                        .map(|partition| fetched(partition, known.and_then(|known| known.get(&partition))))
+                        .map(|partition| {
+                            fetched(&name, partition, known.and_then(|known| known.get(&partition)))
+                        })
                         .collect();
                     OffsetFetchTopic { name, partitions }
                 })
@@ -149,7 +180,7 @@ impl Coordinator {
                     name: own_str(name).into(),
                     partitions: partitions
                         .iter()
-                        .map(|(partition, committed)| fetched(*partition, Some(committed)))
+                        .map(|(partition, committed)| fetched(name, *partition, Some(committed)))
                         .collect(),
                 })
                 .collect(),
@@ -207,7 +238,7 @@ impl Coordinator {
             if group.state != GroupState::Dead {
                 let known =
                     group.offsets.get(topic).into_iter().flat_map(|partitions| partitions.keys().copied());
-                let coming = in_flight(group, &self.ctx).filter(|(name, _)| *name == topic);
+                let coming = pending(group, &self.ctx).filter(|(name, _)| *name == topic);
                 let doomed = known
                     .chain(coming.map(|(_, partition)| partition))
                     .map(|partition| (topic.to_owned(), partition))
@@ -215,7 +246,7 @@ impl Coordinator {
                 append_tombstones(group, &mut self.ctx, doomed, false, None);
             }
         }
-        std::mem::take(&mut self.ctx.out)
+        self.take_outputs()
     }
 
     /// Tombstones for offsets nobody used for the retention time, and for groups that have nothing left.
@@ -227,8 +258,10 @@ impl Coordinator {
             }
             let doomed = expired_offsets(group, &self.ctx);
             let left: usize = group.offsets.values().map(|partitions| partitions.len()).sum();
-            let whole_group =
-                group.state == GroupState::Empty && group.pending_members.is_empty() && left == doomed.len();
+            let whole_group = group.state == GroupState::Empty
+                && group.txn_offsets.is_empty()
+                && group.pending_members.is_empty()
+                && left == doomed.len();
             append_tombstones(group, &mut self.ctx, doomed, whole_group, None);
         }
         let ids: Vec<Arc<str>> =
@@ -276,6 +309,11 @@ fn fetched(partition: i32, committed: Option<&Committed>) -> OffsetFetchPartitio
     OffsetFetchPartition { partition, offset, leader_epoch, metadata, error: ErrorCode::NONE }
 }
 
+/// The consumer must ask again when the transaction has ended.
+fn unstable_offset(partition: i32) -> OffsetFetchPartition {
+    OffsetFetchPartition { error: ErrorCode::UNSTABLE_OFFSET_COMMIT, ..fetched(partition, None) }
+}
+
 /// Offsets of the group whose commit is under way.
 fn in_flight<'a>(group: &Group, ctx: &'a Ctx) -> impl Iterator<Item = (&'a str, i32)> {
     let group_id = group.id.clone();
@@ -292,9 +330,15 @@ fn in_flight<'a>(group: &Group, ctx: &'a Ctx) -> impl Iterator<Item = (&'a str, 
         .map(|(topic, partition, _)| (topic.as_str(), *partition))
 }
 
+/// Offsets the log knows, or will, that are not visible yet.
+fn pending<'a>(group: &'a Group, ctx: &'a Ctx) -> impl Iterator<Item = (&'a str, i32)> {
+    let held = group.txn_offsets.values().flat_map(|offsets| offsets.keys());
+    in_flight(group, ctx).chain(held.map(|(topic, partition)| (topic.as_str(), *partition)))
+}
+
 fn is_committed(group: &Group, ctx: &Ctx, topic: &str, partition: i32) -> bool {
     group.offsets.get(topic).is_some_and(|partitions| partitions.contains_key(&partition))
-        || in_flight(group, ctx).any(|found| found == (topic, partition))
+        || pending(group, ctx).any(|found| found == (topic, partition))
 }
 
 pub(crate) fn all_offsets(group: &Group, ctx: &Ctx) -> Vec<(String, i32)> {
@@ -302,7 +346,7 @@ pub(crate) fn all_offsets(group: &Group, ctx: &Ctx) -> Vec<(String, i32)> {
         .offsets
         .iter()
         .flat_map(|(topic, partitions)| partitions.keys().map(move |partition| (topic.clone(), *partition)))
-        .chain(in_flight(group, ctx).map(|(topic, partition)| (topic.to_owned(), partition)))
+        .chain(pending(group, ctx).map(|(topic, partition)| (topic.to_owned(), partition)))
         .collect();
     all.sort_unstable();
     all.dedup();
@@ -336,7 +380,7 @@ fn expired_offsets(group: &Group, ctx: &Ctx) -> Vec<(String, i32)> {
             } else {
                 ctx.now_ms.saturating_sub(unused_since) >= ctx.config.offsets_retention_ms
             };
-            if due {
+            if due && !is_unstable(group, topic, *partition) {
                 expired.push((topic.clone(), *partition));
             }
         }
@@ -364,6 +408,7 @@ pub(crate) fn append_tombstones(
     if whole_group {
         group.state = GroupState::Dead;
     }
+    group.delete_error = ErrorCode::NONE;
     let mut reply = reply;
     loop {
         let rest = doomed.split_off(doomed.len().min(MAX_TOMBSTONES_PER_APPEND));

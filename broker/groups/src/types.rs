@@ -139,7 +139,8 @@ pub enum Output {
         token: u64,
         response: GroupResponse,
     },
-    /// To be appended as one batch. Every append is answered by `append_done`, in the order of append ids.
+    /// To be appended as one batch, in the order given. Each is answered once by `append_done`: successes in
+    /// the order of append ids, failures whenever they are known.
     Append {
         append_id: u64,
         records: Vec<OffsetsRecord>,

@@ -192,7 +192,7 @@ fn silence_ends_a_session_and_heartbeats_keep_it() {
     // The last one goes, too: the empty group is in the log.
     rig.advance(SESSION_MS);
     assert_eq!(rig.state("g"), Some(GroupState::Empty));
-    let last = rig.log.last().unwrap();
+    let Some(Logged::Record(last)) = rig.log.last() else { panic!() };
     let value = record::GroupMetadataValue::decode(last.value.as_ref().unwrap()).unwrap();
     assert_eq!((value.generation, value.members.len(), value.protocol), (2, 0, None));
     assert_eq!(value.protocol_type, "consumer");

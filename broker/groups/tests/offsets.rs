@@ -318,3 +318,82 @@ fn records_of_other_coordinators_are_skipped() {
     let token = rig.send(GroupRequest::OffsetDelete { request: empty });
     assert!(rig.take(token).is_some());
 }
+
+fn stable_fetch(rig: &mut Rig, group: &str, topics: Option<&str>) -> Vec<(i64, ErrorCode)> {
+    let group = OffsetFetchGroup {
+        group_id: s(group),
+        topics: topics.map(|topic| vec![(name(topic), vec![0])]),
+        require_stable: true,
+        ..OffsetFetchGroup::default()
+    };
+    let token = rig.send(GroupRequest::OffsetFetch { group });
+    match rig.take(token) {
+        Some(GroupResponse::OffsetFetch(result)) => result
+            .topics
+            .iter()
+            .flat_map(|topic| topic.partitions.iter().map(|p| (p.offset, p.error)))
+            .collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn offsets_of_a_transaction_wait_for_its_end() {
+    let mut rig = Rig::new(config());
+    let token = rig.commit(commit("g", "", -1, "topic", 1), 8);
+    assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+    for (committed, expected) in [(true, 10), (false, 1)] {
+        let mut rig = Rig::new(config());
+        let token = rig.commit(commit("g", "", -1, "topic", 1), 8);
+        assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+        let token = rig.txn_commit(7, commit("g", "", -1, "topic", 10));
+        assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+        rig.restart();
+        assert_eq!(rig.fetch("g", "topic", 0).offset, 1);
+        for topics in [Some("topic"), None] {
+            assert_eq!(stable_fetch(&mut rig, "g", topics), [(-1, ErrorCode::UNSTABLE_OFFSET_COMMIT)]);
+        }
+        rig.end_transaction(7, committed);
+        assert_eq!(stable_fetch(&mut rig, "g", Some("topic")), [(expected, ErrorCode::NONE)]);
+        rig.restart();
+        assert_eq!(stable_fetch(&mut rig, "g", None), [(expected, ErrorCode::NONE)]);
+    }
+    // A plain commit after the transaction's own stays; a group of an aborted one leaves nothing.
+    let token = rig.txn_commit(7, commit("g", "", -1, "topic", 10));
+    assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+    let token = rig.commit(commit("g", "", -1, "topic", 11), 8);
+    assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+    let token = rig.txn_commit(7, commit("h", "", -1, "topic", 10));
+    assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+    rig.end_transaction(7, true);
+    assert_eq!(rig.fetch("g", "topic", 0).offset, 11);
+    assert_eq!(rig.fetch("h", "topic", 0).offset, 10);
+    let token = rig.txn_commit(8, commit("i", "", -1, "topic", 10));
+    assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+    assert_eq!(rig.state("i"), Some(GroupState::Empty));
+    rig.end_transaction(8, false);
+    assert_eq!(rig.state("i"), None);
+}
+
+#[test]
+fn commits_of_a_transaction_are_fenced_by_generation() {
+    let mut rig = Rig::new(config());
+    let ids = stable(&mut rig, "g", 1);
+    for (request, expected) in [
+        (commit("g", &ids[0], 1, "topic", 1), ErrorCode::NONE),
+        (commit("g", "", -1, "topic", 1), ErrorCode::NONE),
+        (commit("g", &ids[0], 2, "topic", 1), ErrorCode::ILLEGAL_GENERATION),
+        (commit("g", "who", 1, "topic", 1), ErrorCode::UNKNOWN_MEMBER_ID),
+        (commit("none", "m", 1, "topic", 1), ErrorCode::ILLEGAL_GENERATION),
+    ] {
+        let token = rig.txn_commit(7, request);
+        assert_eq!(rig.committed(token), [expected]);
+    }
+    // A deletion takes offsets of open transactions with it.
+    assert_eq!(rig.leave("g", &[(&ids[0], None)]), [ErrorCode::NONE]);
+    assert_eq!(rig.delete("g"), ErrorCode::NONE);
+    rig.end_transaction(7, true);
+    assert_eq!(rig.state("g"), None);
+    rig.restart();
+    assert_eq!(rig.state("g"), None);
+}

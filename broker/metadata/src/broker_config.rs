@@ -1,796 +1,24 @@
-//! The broker's own configurations: the table, and the typed form the process starts with.
+//! The broker's own configurations in the typed form the process starts with.
 //!
 //! Names, defaults and units are Kafka's where Kafka has them. Names that mean nothing here are accepted, so that
 //! an existing `server.properties` can be used, and reported as such.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 
-use crate::config_def::{Check, ConfigDef, ConfigKind, ExtraConfig, Layers, at_least, suggestion};
+use crate::broker_table::{BROKER_CONFIGS, broker_def};
+use crate::config_def::{ExtraConfig, Layers, suggestion};
 use crate::image::MetadataImage;
-use crate::topic_config::{
-    CLEANUP_POLICIES, COMPRESSION_TYPES, DURABILITIES, TIMESTAMP_TYPES, check_together,
-};
+use crate::topic_config::check_together;
+use crate::topic_table::topic_def;
 
-#[derive(Debug, Clone, Copy)]
-pub struct BrokerConfigDef {
-    pub def: ConfigDef,
-    /// Whether it can be altered while the broker runs.
-    pub dynamic: bool,
-}
-
-const fn row(
-    name: &'static str,
-    kind: ConfigKind,
-    default: Option<&'static str>,
-    check: Check,
-    honoured: bool,
-    dynamic: bool,
-    doc: &'static str,
-) -> BrokerConfigDef {
-    BrokerConfigDef { def: ConfigDef { name, kind, default, check, doc, honoured }, dynamic }
-}
-
-const H: bool = true;
-const R: bool = false;
-/// Can be altered while the broker runs.
-const D: bool = true;
-/// Needs a restart.
-const S: bool = false;
-const LONG_MAX: Option<&str> = Some("9223372036854775807");
-
-/// Sorted by name.
-pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
-    row(
-        "advertised.listeners",
-        ConfigKind::String,
-        None,
-        Check::With(check_advertised),
-        H,
-        S,
-        "Address that clients are told to connect to, as PLAINTEXT://host:port; the listening address when absent.",
-    ),
-    row(
-        "auto.create.topics.enable",
-        ConfigKind::Boolean,
-        Some("true"),
-        Check::Any,
-        H,
-        D,
-        "Whether a topic that a client asks for is created.",
-    ),
-    row("background.threads", ConfigKind::Int, Some("10"), at_least(1), R, S, "Threads for background work."),
-    row("broker.id", ConfigKind::Int, None, at_least(0), H, S, "Older name of node.id."),
-    row(
-        "broker.rack",
-        ConfigKind::String,
-        None,
-        Check::Any,
-        H,
-        S,
-        "Rack or zone of this broker, told to clients.",
-    ),
-    row(
-        "clickhouse.database",
-        ConfigKind::String,
-        Some("default"),
-        Check::Any,
-        H,
-        S,
-        "Database of exported topics that name none.",
-    ),
-    row("clickhouse.password", ConfigKind::Password, None, Check::Any, H, S, "Password for clickhouse.url."),
-    row(
-        "clickhouse.url",
-        ConfigKind::String,
-        None,
-        Check::With(check_url),
-        H,
-        S,
-        "HTTP address of the ClickHouse server that topics are exported to.",
-    ),
-    row("clickhouse.user", ConfigKind::String, Some("default"), Check::Any, H, S, "User for clickhouse.url."),
-    row(
-        "compression.gzip.level",
-        ConfigKind::Int,
-        Some("-1"),
-        Check::Between(-1, 9),
-        R,
-        D,
-        "Default of the topic config of the same name.",
-    ),
-    row(
-        "compression.lz4.level",
-        ConfigKind::Int,
-        Some("9"),
-        Check::Between(1, 17),
-        R,
-        D,
-        "Default of the topic config of the same name.",
-    ),
-    row(
-        "compression.type",
-        ConfigKind::String,
-        Some("producer"),
-        Check::OneOf(COMPRESSION_TYPES),
-        R,
-        D,
-        "Default of the topic config of the same name.",
-    ),
-    row(
-        "compression.zstd.level",
-        ConfigKind::Int,
-        Some("3"),
-        Check::Between(-131_072, 22),
-        R,
-        D,
-        "Default of the topic config of the same name.",
-    ),
-    row(
-        "connections.max.idle.ms",
-        ConfigKind::Long,
-        Some("600000"),
-        Check::Any,
-        R,
-        S,
-        "Time (ms) after which an idle connection is closed.",
-    ),
-    row(
-        "controller.listener.names",
-        ConfigKind::String,
-        None,
-        Check::Any,
-        R,
-        S,
-        "Listeners of the controller.",
-    ),
-    row(
-        "controller.quorum.bootstrap.servers",
-        ConfigKind::List,
-        Some(""),
-        Check::Any,
-        R,
-        S,
-        "Where the controllers are found.",
-    ),
-    row(
-        "controller.quorum.voters",
-        ConfigKind::List,
-        Some(""),
-        Check::Any,
-        R,
-        S,
-        "Voters of the metadata quorum.",
-    ),
-    row(
-        "default.replication.factor",
-        ConfigKind::Int,
-        Some("1"),
-        Check::Between(1, 32_767),
-        H,
-        D,
-        "Replicas of a topic that is created without saying how many.",
-    ),
-    row(
-        "delete.topic.enable",
-        ConfigKind::Boolean,
-        Some("true"),
-        Check::Any,
-        H,
-        D,
-        "Whether topics can be deleted.",
-    ),
-    row(
-        "flumen.durability",
-        ConfigKind::String,
-        Some("durable"),
-        Check::OneOf(DURABILITIES),
-        H,
-        D,
-        "Default of the topic config of the same name: when records are acknowledged.",
-    ),
-    row(
-        "follower.replication.throttled.rate",
-        ConfigKind::Long,
-        LONG_MAX,
-        at_least(0),
-        R,
-        D,
-        "Bytes per second of throttled incoming replication.",
-    ),
-    row(
-        "group.initial.rebalance.delay.ms",
-        ConfigKind::Int,
-        Some("3000"),
-        at_least(0),
-        H,
-        S,
-        "Time (ms) a new group waits for more members before its first assignment.",
-    ),
-    row(
-        "group.max.session.timeout.ms",
-        ConfigKind::Int,
-        Some("1800000"),
-        at_least(1),
-        H,
-        S,
-        "Longest session timeout (ms) a group member may ask for.",
-    ),
-    row(
-        "group.max.size",
-        ConfigKind::Int,
-        Some("2147483647"),
-        at_least(1),
-        H,
-        S,
-        "Most members of one group.",
-    ),
-    row(
-        "group.min.session.timeout.ms",
-        ConfigKind::Int,
-        Some("6000"),
-        at_least(0),
-        H,
-        S,
-        "Shortest session timeout (ms) a group member may ask for.",
-    ),
-    row(
-        "inter.broker.listener.name",
-        ConfigKind::String,
-        None,
-        Check::Any,
-        R,
-        S,
-        "Listener that brokers use among each other.",
-    ),
-    row(
-        "inter.broker.protocol.version",
-        ConfigKind::String,
-        None,
-        Check::Any,
-        R,
-        S,
-        "Removed from Kafka; brokers agree by feature levels.",
-    ),
-    row(
-        "leader.replication.throttled.rate",
-        ConfigKind::Long,
-        LONG_MAX,
-        at_least(0),
-        R,
-        D,
-        "Bytes per second of throttled outgoing replication.",
-    ),
-    row(
-        "listener.security.protocol.map",
-        ConfigKind::String,
-        Some("PLAINTEXT:PLAINTEXT"),
-        Check::Any,
-        R,
-        S,
-        "Security protocol of each listener name.",
-    ),
-    row(
-        "listeners",
-        ConfigKind::String,
-        Some("PLAINTEXT://:9092"),
-        Check::Any,
-        R,
-        S,
-        "Addresses to listen on; the command line decides them.",
-    ),
-    row(
-        "log.cleaner.delete.retention.ms",
-        ConfigKind::Long,
-        Some("86400000"),
-        at_least(0),
-        H,
-        D,
-        "Default of the topic config delete.retention.ms.",
-    ),
-    row(
-        "log.cleaner.enable",
-        ConfigKind::Boolean,
-        Some("true"),
-        Check::Any,
-        R,
-        S,
-        "Whether logs are compacted.",
-    ),
-    row(
-        "log.cleaner.max.compaction.lag.ms",
-        ConfigKind::Long,
-        LONG_MAX,
-        at_least(1),
-        H,
-        D,
-        "Default of the topic config max.compaction.lag.ms.",
-    ),
-    row(
-        "log.cleaner.min.cleanable.ratio",
-        ConfigKind::Double,
-        Some("0.5"),
-        Check::Ratio,
-        H,
-        D,
-        "Default of the topic config min.cleanable.dirty.ratio.",
-    ),
-    row(
-        "log.cleaner.min.compaction.lag.ms",
-        ConfigKind::Long,
-        Some("0"),
-        at_least(0),
-        H,
-        D,
-        "Default of the topic config min.compaction.lag.ms.",
-    ),
-    row(
-        "log.cleanup.policy",
-        ConfigKind::List,
-        Some("delete"),
-        Check::SomeOf(CLEANUP_POLICIES),
-        H,
-        D,
-        "Default of the topic config cleanup.policy.",
-    ),
-    row(
-        "log.dir",
-        ConfigKind::String,
-        None,
-        Check::Any,
-        R,
-        S,
-        "Data directory; the command line decides it.",
-    ),
-    row(
-        "log.dirs",
-        ConfigKind::String,
-        None,
-        Check::Any,
-        R,
-        S,
-        "Data directory; the command line decides it.",
-    ),
-    row(
-        "log.flush.interval.messages",
-        ConfigKind::Long,
-        LONG_MAX,
-        at_least(1),
-        R,
-        D,
-        "Default of the topic config flush.messages.",
-    ),
-    row(
-        "log.flush.interval.ms",
-        ConfigKind::Long,
-        None,
-        at_least(0),
-        H,
-        D,
-        "Default of the topic config flush.ms; never when absent.",
-    ),
-    row(
-        "log.index.interval.bytes",
-        ConfigKind::Int,
-        Some("4096"),
-        at_least(0),
-        R,
-        D,
-        "Default of the topic config index.interval.bytes.",
-    ),
-    row(
-        "log.index.size.max.bytes",
-        ConfigKind::Int,
-        Some("10485760"),
-        at_least(4),
-        R,
-        D,
-        "Default of the topic config segment.index.bytes.",
-    ),
-    row(
-        "log.local.retention.bytes",
-        ConfigKind::Long,
-        Some("-2"),
-        at_least(-2),
-        R,
-        D,
-        "Default of the topic config local.retention.bytes.",
-    ),
-    row(
-        "log.local.retention.ms",
-        ConfigKind::Long,
-        Some("-2"),
-        at_least(-2),
-        R,
-        D,
-        "Default of the topic config local.retention.ms.",
-    ),
-    row(
-        "log.message.timestamp.after.max.ms",
-        ConfigKind::Long,
-        Some("3600000"),
-        at_least(0),
-        H,
-        D,
-        "Default of the topic config message.timestamp.after.max.ms.",
-    ),
-    row(
-        "log.message.timestamp.before.max.ms",
-        ConfigKind::Long,
-        LONG_MAX,
-        at_least(0),
-        H,
-        D,
-        "Default of the topic config message.timestamp.before.max.ms.",
-    ),
-    row(
-        "log.message.timestamp.type",
-        ConfigKind::String,
-        Some("CreateTime"),
-        Check::OneOf(TIMESTAMP_TYPES),
-        H,
-        D,
-        "Default of the topic config message.timestamp.type.",
-    ),
-    row(
-        "log.preallocate",
-        ConfigKind::Boolean,
-        Some("false"),
-        Check::Any,
-        R,
-        D,
-        "Default of the topic config preallocate.",
-    ),
-    row(
-        "log.retention.bytes",
-        ConfigKind::Long,
-        Some("-1"),
-        at_least(-1),
-        H,
-        D,
-        "Default of the topic config retention.bytes.",
-    ),
-    row(
-        "log.retention.check.interval.ms",
-        ConfigKind::Long,
-        Some("300000"),
-        at_least(1),
-        R,
-        S,
-        "Time (ms) between looks at what has become too old.",
-    ),
-    row(
-        "log.retention.hours",
-        ConfigKind::Int,
-        Some("168"),
-        at_least(-1),
-        H,
-        S,
-        "Default of the topic config retention.ms, in hours; log.retention.minutes and .ms come before it.",
-    ),
-    row(
-        "log.retention.minutes",
-        ConfigKind::Int,
-        None,
-        at_least(-1),
-        H,
-        S,
-        "Default of the topic config retention.ms, in minutes; log.retention.ms comes before it.",
-    ),
-    row(
-        "log.retention.ms",
-        ConfigKind::Long,
-        None,
-        at_least(-1),
-        H,
-        D,
-        "Default of the topic config retention.ms.",
-    ),
-    row(
-        "log.roll.hours",
-        ConfigKind::Int,
-        Some("168"),
-        at_least(1),
-        H,
-        S,
-        "Default of the topic config segment.ms, in hours; log.roll.ms comes before it.",
-    ),
-    row(
-        "log.roll.jitter.hours",
-        ConfigKind::Int,
-        Some("0"),
-        at_least(0),
-        R,
-        S,
-        "Default of the topic config segment.jitter.ms, in hours.",
-    ),
-    row(
-        "log.roll.jitter.ms",
-        ConfigKind::Long,
-        None,
-        at_least(0),
-        R,
-        D,
-        "Default of the topic config segment.jitter.ms.",
-    ),
-    row("log.roll.ms", ConfigKind::Long, None, at_least(1), H, D, "Default of the topic config segment.ms."),
-    row(
-        "log.segment.bytes",
-        ConfigKind::Int,
-        Some("1073741824"),
-        at_least(1 << 20),
-        H,
-        D,
-        "Default of the topic config segment.bytes.",
-    ),
-    row(
-        "log.segment.delete.delay.ms",
-        ConfigKind::Long,
-        Some("60000"),
-        at_least(0),
-        R,
-        D,
-        "Default of the topic config file.delete.delay.ms.",
-    ),
-    row(
-        "message.max.bytes",
-        ConfigKind::Int,
-        Some("1048588"),
-        at_least(0),
-        H,
-        D,
-        "Default of the topic config max.message.bytes.",
-    ),
-    row("metadata.log.dir", ConfigKind::String, None, Check::Any, R, S, "Directory of the metadata log."),
-    row(
-        "min.insync.replicas",
-        ConfigKind::Int,
-        Some("1"),
-        at_least(1),
-        R,
-        D,
-        "Default of the topic config of the same name.",
-    ),
-    row("node.id", ConfigKind::Int, Some("1"), at_least(0), H, S, "Number of this broker in its cluster."),
-    row(
-        "num.io.threads",
-        ConfigKind::Int,
-        Some("8"),
-        at_least(1),
-        R,
-        S,
-        "Request threads; the number of shards decides here.",
-    ),
-    row(
-        "num.network.threads",
-        ConfigKind::Int,
-        Some("3"),
-        at_least(1),
-        R,
-        S,
-        "Network threads; the number of shards decides here.",
-    ),
-    row(
-        "num.partitions",
-        ConfigKind::Int,
-        Some("1"),
-        at_least(1),
-        H,
-        D,
-        "Partitions of a topic that is created without saying how many.",
-    ),
-    row(
-        "num.recovery.threads.per.data.dir",
-        ConfigKind::Int,
-        Some("2"),
-        at_least(1),
-        R,
-        S,
-        "Threads that recover logs at start.",
-    ),
-    row("num.replica.fetchers", ConfigKind::Int, Some("1"), Check::Any, R, S, "Threads that replicate."),
-    row(
-        "offset.metadata.max.bytes",
-        ConfigKind::Int,
-        Some("4096"),
-        at_least(0),
-        H,
-        S,
-        "Largest metadata (bytes) beside a committed offset.",
-    ),
-    row(
-        "offsets.retention.minutes",
-        ConfigKind::Int,
-        Some("10080"),
-        at_least(1),
-        H,
-        S,
-        "Time (minutes) after which the offsets of an empty group are forgotten.",
-    ),
-    // Kafka's 50 are spread over a cluster; here each is a log with buffers of its own on one node.
-    row(
-        "offsets.topic.num.partitions",
-        ConfigKind::Int,
-        Some("16"),
-        Check::Between(1, 1000),
-        H,
-        S,
-        "Partitions of the topic of committed offsets; fixed once it exists.",
-    ),
-    row(
-        "offsets.topic.replication.factor",
-        ConfigKind::Short,
-        Some("1"),
-        at_least(1),
-        R,
-        S,
-        "Replicas of the topic of committed offsets; never more than there are brokers.",
-    ),
-    row(
-        "offsets.topic.segment.bytes",
-        ConfigKind::Int,
-        Some("104857600"),
-        at_least(1 << 20),
-        H,
-        S,
-        "Segment size (bytes) of the topic of committed offsets; smaller ones load and compact faster.",
-    ),
-    row(
-        "process.roles",
-        ConfigKind::List,
-        Some("broker,controller"),
-        Check::Any,
-        R,
-        S,
-        "Roles of this process.",
-    ),
-    row(
-        "producer.id.expiration.ms",
-        ConfigKind::Int,
-        Some("86400000"),
-        at_least(1),
-        H,
-        S,
-        "Time (ms) after which an idempotent producer that wrote nothing is forgotten.",
-    ),
-    row("queued.max.requests", ConfigKind::Int, Some("500"), at_least(1), R, S, "Requests that may wait."),
-    row(
-        "replica.lag.time.max.ms",
-        ConfigKind::Long,
-        Some("30000"),
-        Check::Any,
-        R,
-        S,
-        "Time (ms) after which a silent follower counts as lagging.",
-    ),
-    row(
-        "share.coordinator.state.topic.replication.factor",
-        ConfigKind::Short,
-        Some("1"),
-        at_least(1),
-        R,
-        S,
-        "Replicas of the topic of share-group state.",
-    ),
-    row(
-        "socket.listen.backlog.size",
-        ConfigKind::Int,
-        Some("50"),
-        at_least(1),
-        R,
-        S,
-        "Connections that may wait to be accepted.",
-    ),
-    row(
-        "socket.receive.buffer.bytes",
-        ConfigKind::Int,
-        Some("102400"),
-        Check::Any,
-        R,
-        S,
-        "Receive buffer (bytes) of a connection.",
-    ),
-    row(
-        "socket.request.max.bytes",
-        ConfigKind::Int,
-        Some("104857600"),
-        at_least(1),
-        R,
-        S,
-        "Largest request (bytes) that is read.",
-    ),
-    row(
-        "socket.send.buffer.bytes",
-        ConfigKind::Int,
-        Some("102400"),
-        Check::Any,
-        R,
-        S,
-        "Send buffer (bytes) of a connection.",
-    ),
-    row(
-        "transaction.max.timeout.ms",
-        ConfigKind::Int,
-        Some("900000"),
-        at_least(1),
-        R,
-        S,
-        "Longest timeout (ms) a transactional producer may ask for.",
-    ),
-    row(
-        "transaction.state.log.min.isr",
-        ConfigKind::Int,
-        Some("1"),
-        at_least(1),
-        R,
-        S,
-        "min.insync.replicas of the topic of transaction state.",
-    ),
-    row(
-        "transaction.state.log.num.partitions",
-        ConfigKind::Int,
-        Some("16"),
-        Check::Between(1, 1000),
-        R,
-        S,
-        "Partitions of the topic of transaction state.",
-    ),
-    row(
-        "transaction.state.log.replication.factor",
-        ConfigKind::Short,
-        Some("1"),
-        at_least(1),
-        R,
-        S,
-        "Replicas of the topic of transaction state.",
-    ),
-    row(
-        "transactional.id.expiration.ms",
-        ConfigKind::Int,
-        Some("604800000"),
-        at_least(1),
-        R,
-        S,
-        "Time (ms) after which an unused transactional id is forgotten.",
-    ),
-    row(
-        "unclean.leader.election.enable",
-        ConfigKind::Boolean,
-        Some("false"),
-        Check::Any,
-        R,
-        D,
-        "Default of the topic config of the same name.",
-    ),
-];
-
-/// Broker configs of which the first one set counts, for the synonyms that DescribeConfigs lists.
-const SYNONYM_GROUPS: &[&[&str]] = &[
-    &["log.retention.ms", "log.retention.minutes", "log.retention.hours"],
-    &["log.roll.ms", "log.roll.hours"],
-    &["log.roll.jitter.ms", "log.roll.jitter.hours"],
-    &["node.id", "broker.id"],
-    &["log.dirs", "log.dir"],
-];
-
-pub fn broker_def(name: &str) -> Option<&'static BrokerConfigDef> {
-    BROKER_CONFIGS.binary_search_by_key(&name, |row| row.def.name).ok().and_then(|at| BROKER_CONFIGS.get(at))
-}
-
-/// `name` and whatever else sets the same thing, in the order in which they count.
-pub fn synonyms(name: &'static str) -> Vec<&'static str> {
-    SYNONYM_GROUPS
-        .iter()
-        .find(|group| group.contains(&name))
-        .map_or_else(|| vec![name], |group| group.to_vec())
-}
-
-fn check_advertised(value: &str) -> Result<(), String> {
+pub(crate) fn check_advertised(value: &str) -> Result<(), String> {
     parse_listener(value).map(|_| ())
 }
 
-fn check_url(value: &str) -> Result<(), String> {
+pub(crate) fn check_url(value: &str) -> Result<(), String> {
     if value.starts_with("http://") || value.starts_with("https://") {
         return Ok(());
     }
@@ -843,6 +71,9 @@ pub enum ConfigError {
     Conflict(String),
 }
 
+/// A rule over all overrides of a topic; the text says why they do not go together.
+pub type TopicCheck = fn(&BTreeMap<String, String>) -> Result<(), String>;
+
 /// What the broker was started with, typed. `values` holds every key that was given, secrets excepted.
 #[derive(Debug, Clone)]
 pub struct BrokerConfig {
@@ -858,7 +89,7 @@ pub struct BrokerConfig {
     pub offsets_topic_num_partitions: i32,
     pub offsets_topic_segment_bytes: i32,
     pub offset_metadata_max_bytes: usize,
-    pub group_initial_rebalance_delay_ms: i32,
+    pub group_initial_rebalance_delay_ms: i64,
     pub group_min_session_timeout_ms: i32,
     pub group_max_session_timeout_ms: i32,
     pub group_max_size: usize,
@@ -872,7 +103,7 @@ pub struct BrokerConfig {
     /// Topic configurations of other parts of the broker.
     pub topic_extras: &'static [ExtraConfig],
     /// What the overrides of a topic must satisfy together, beyond the rules known here.
-    pub topic_check: Option<fn(&BTreeMap<String, String>) -> Result<(), String>>,
+    pub topic_check: Option<TopicCheck>,
 }
 
 impl Default for BrokerConfig {
@@ -964,34 +195,43 @@ impl BrokerConfig {
         self
     }
 
-    pub fn with_topic_check(mut self, check: fn(&BTreeMap<String, String>) -> Result<(), String>) -> Self {
+    pub fn with_topic_check(mut self, check: TopicCheck) -> Self {
         self.topic_check = Some(check);
         self
     }
 
     /// With what was altered while the broker ran.
-    pub fn with_dynamic(&self, image: &MetadataImage) -> BrokerConfig {
+    pub fn with_dynamic(&self, image: &MetadataImage) -> Cow<'_, BrokerConfig> {
         let of_node = image.node_configs.get(&image.node.id);
         if image.broker_configs.is_empty() && of_node.is_none() {
-            return self.clone();
+            return Cow::Borrowed(self);
         }
         let mut values = self.values.clone();
-        let dynamic = image.broker_configs.iter().chain(of_node.into_iter().flatten());
-        for (key, value) in dynamic {
+        for (key, value) in image.broker_configs.iter().chain(of_node.into_iter().flatten()) {
             // Another release may have left what this one does not know.
             if check_broker_setting(key, value).is_ok() {
                 values.insert(key.clone(), value.clone());
             }
         }
         match BrokerConfig::from_map(&values) {
-            Ok(config) => BrokerConfig {
+            Ok(config) => Cow::Owned(BrokerConfig {
                 clickhouse_password: self.clickhouse_password.clone(),
                 topic_extras: self.topic_extras,
                 topic_check: self.topic_check,
                 ..config
-            },
-            Err(_) => self.clone(),
+            }),
+            Err(_) => Cow::Borrowed(self),
         }
+    }
+
+    /// As [`Self::with_dynamic`] would say, without building it: Metadata asks for every request.
+    pub(crate) fn may_auto_create(&self, image: &MetadataImage) -> bool {
+        const NAME: &str = "auto.create.topics.enable";
+        let of_node = image.node_configs.get(&image.node.id).and_then(|configs| configs.get(NAME));
+        of_node
+            .or_else(|| image.broker_configs.get(NAME))
+            .and_then(|value| value.parse().ok())
+            .unwrap_or(self.auto_create_topics_enable)
     }
 
     /// What clients are told to connect to when the broker listens on `listening`.
@@ -1013,7 +253,7 @@ impl BrokerConfig {
 /// The value in its stored form.
 pub fn check_broker_setting(key: &str, value: &str) -> Result<String, ConfigError> {
     let Some(row) = broker_def(key) else {
-        let topic_key = crate::topic_config::topic_def(key).and_then(|row| row.synonyms.first());
+        let topic_key = topic_def(key).and_then(|row| row.synonyms.first());
         if let Some((broker_key, _)) = topic_key {
             return Err(ConfigError::TopicKey { key: key.to_string(), broker_key });
         }
@@ -1044,7 +284,7 @@ mod tests {
                 assert_eq!(row.def.normalise(default).as_deref(), Ok(default), "{}", row.def.name);
             }
         }
-        for name in SYNONYM_GROUPS.iter().flat_map(|group| group.iter()) {
+        for name in crate::broker_table::SYNONYM_GROUPS.iter().flat_map(|group| group.iter()) {
             assert!(broker_def(name).is_some(), "{name}");
         }
     }

@@ -49,6 +49,8 @@ pub enum Check {
     /// Every element of a list; an empty list is refused.
     SomeOf(&'static [&'static str]),
     With(fn(&str) -> Result<(), String>),
+    /// As `With`, told the name as well.
+    Named(fn(&str, &str) -> Result<(), String>),
 }
 
 pub const fn at_least(min: i64) -> Check {
@@ -100,6 +102,7 @@ impl ConfigDef {
                 }
             }
             Check::With(check) => check(&normal)?,
+            Check::Named(check) => check(self.name, &normal)?,
         }
         Ok(normal)
     }
@@ -125,7 +128,8 @@ pub struct ExtraConfig {
     pub default: &'static str,
     pub kind: ConfigKind,
     pub doc: &'static str,
-    pub validate: fn(&str) -> Result<(), String>,
+    /// Given the name and the value; the type has been checked before.
+    pub validate: fn(&str, &str) -> Result<(), String>,
 }
 
 impl ExtraConfig {
@@ -134,7 +138,7 @@ impl ExtraConfig {
             name: self.name,
             kind: self.kind,
             default: if self.default.is_empty() { None } else { Some(self.default) },
-            check: Check::With(self.validate),
+            check: Check::Named(self.validate),
             doc: self.doc,
             honoured: true,
         }

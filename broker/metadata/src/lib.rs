@@ -15,6 +15,7 @@
 
 pub mod admin;
 pub mod broker_config;
+pub mod broker_table;
 mod codec;
 mod command;
 pub mod config_def;
@@ -22,15 +23,16 @@ mod image;
 mod snapshot;
 pub mod topic_config;
 pub mod topic_name;
+pub mod topic_table;
 
-pub use broker_config::{BROKER_CONFIGS, BrokerConfig, BrokerConfigDef, ConfigError, Secret};
+pub use broker_config::{BrokerConfig, ConfigError, Secret, TopicCheck};
+pub use broker_table::{BROKER_CONFIGS, BrokerConfigDef};
 pub use codec::CodecError;
 pub use command::Command;
 pub use config_def::{ConfigKind, ConfigSource, ExtraConfig};
 pub use image::{
     Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, PartitionInfo, Topic,
 };
-pub use topic_config::{
-    CompressionType, Durability, TOPIC_CONFIGS, TimestampType, TopicConfig, TopicConfigDef,
-};
+pub use topic_config::{CleanupPolicy, CompressionType, Durability, TimestampType, TopicConfig};
 pub use topic_name::OFFSETS_TOPIC;
+pub use topic_table::{TOPIC_CONFIGS, TopicConfigDef};

@@ -7,11 +7,6 @@
 
 use std::io::Read;
 
-/// End mark of an LZ4 frame without content checksum.
-const LZ4_END_MARK: [u8; 4] = [0; 4];
-/// Bit of the LZ4 frame descriptor that says a 4-byte checksum of the content follows the end mark.
-const LZ4_CONTENT_CHECKSUM: u8 = 0x04;
-
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum EncodingError {
     #[error(
@@ -33,11 +28,7 @@ pub fn decode(encoding: &str, body: &[u8], limit: usize) -> Result<Option<Vec<u8
         "deflate" => read_all("deflate", flate2::read::ZlibDecoder::new(body), limit)?,
         "lz4" => {
             let plain = read_all("lz4", lz4_flex::frame::FrameDecoder::new(body), limit)?;
-            // The decoder takes an end of input between two blocks for the end of the frame.
-            let flags = body.get(4).copied().unwrap_or(0);
-            let tail = if flags & LZ4_CONTENT_CHECKSUM != 0 { 8 } else { 4 };
-            let mark = body.len().checked_sub(tail).and_then(|from| body.get(from..from + 4));
-            if mark != Some(LZ4_END_MARK.as_slice()) {
+            if !lz4_is_whole(body) {
                 return Err(EncodingError::Damaged { encoding: "lz4", reason: "it ends early".into() });
             }
             plain
@@ -50,6 +41,38 @@ pub fn decode(encoding: &str, body: &[u8], limit: usize) -> Result<Option<Vec<u8
         _ => return Err(EncodingError::Unknown(encoding.trim().chars().take(40).collect())),
     };
     Ok(Some(plain))
+}
+
+/// Whether the LZ4 frames of a body reach their end marks. The decoder cannot tell: it takes an end of input between
+/// two blocks for the end of the frame.
+fn lz4_is_whole(body: &[u8]) -> bool {
+    // Bits of the frame descriptor's first byte.
+    const DICTIONARY: u8 = 0x01;
+    const CONTENT_CHECKSUM: u8 = 0x04;
+    const CONTENT_SIZE: u8 = 0x08;
+    const BLOCK_CHECKSUM: u8 = 0x10;
+    // High bit of a block's size: the block is stored plain.
+    const SIZE_MASK: u32 = 0x7fff_ffff;
+    let bit = |flags: u8, mask: u8, bytes: usize| if flags & mask != 0 { bytes } else { 0 };
+    let mut at = 0usize;
+    while at < body.len() {
+        let Some(flags) = body.get(at + 4).copied() else { return false };
+        // Magic, two descriptor bytes, the optional fields, the header checksum.
+        at += 7 + bit(flags, CONTENT_SIZE, 8) + bit(flags, DICTIONARY, 4);
+        loop {
+            let Some(Ok(size)) = body.get(at..at + 4).map(<[u8; 4]>::try_from) else { return false };
+            at += 4;
+            match u32::from_le_bytes(size) & SIZE_MASK {
+                0 => break,
+                size => at = at.saturating_add(size as usize + bit(flags, BLOCK_CHECKSUM, 4)),
+            }
+            if at > body.len() {
+                return false;
+            }
+        }
+        at += bit(flags, CONTENT_CHECKSUM, 4);
+    }
+    at == body.len()
 }
 
 fn read_all(encoding: &'static str, reader: impl Read, limit: usize) -> Result<Vec<u8>, EncodingError> {

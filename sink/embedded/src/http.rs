@@ -4,7 +4,7 @@
 //! the engine, which knows whether it exists. Does not run anything.
 #![forbid(unsafe_code)]
 
-use crate::engine::{EngineError, code};
+use crate::statement::{EngineError, code};
 
 /// Parameters of the interface that change nothing here: results are always complete before they are sent, so waiting
 /// and buffering are given; progress headers are not sent.
@@ -15,9 +15,6 @@ const IGNORED: &[&str] = &[
     "buffer_size",
     "http_headers_progress_interval_ms",
     "send_progress_in_http_headers",
-    "session_check",
-    "session_timeout",
-    "close_session",
     "client_protocol_version",
     "enable_http_compression",
     "http_zlib_compression_level",

@@ -23,14 +23,15 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header}
 use axum::response::Response;
 use bytes::Bytes;
 
-use crate::engine::{Answer, Engine, EngineError, Session, Statement, code};
+use crate::engine::{Door, Engine, MAX_RUNNING};
+use crate::run::Session;
+use crate::statement::{Answer, EngineError, Statement, code};
 use crate::{blocks, encoding, http, sql};
 
-/// Statements that run at once; each takes a thread and a connection. ClickHouse's own default is 100; this engine
-/// serves a laptop or a test.
-const MAX_RUNNING: usize = 64;
 /// Statements that may wait for a thread; beyond it clients get ClickHouse's error 202 and try again.
 const MAX_WAITING: usize = 1024;
+/// Threads that unpack compressed bodies beside the one that serves sockets.
+const UNPACKING_THREADS: usize = 4;
 /// Largest request body, plain or packed: held in memory whole, since a cut body must not insert.
 const MAX_BODY_BYTES: usize = 1 << 30;
 /// Sessions kept; every one holds a connection. The one unused for longest makes room.
@@ -40,7 +41,9 @@ const SESSION_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest life of an unused session: ClickHouse's default maximum.
 const MAX_SESSION_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How long a stop waits for running statements. Leaving them is safe, as a kill is.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a stop looks whether statements still run whose clients have left.
+const STOP_POLL: Duration = Duration::from_millis(10);
 
 /// How `flumen clickhouse` runs.
 #[derive(Debug, Clone)]
@@ -101,14 +104,14 @@ pub fn find_library(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
     }
 }
 
-/// Serves until SIGTERM or SIGINT. Blocks; builds its own runtime.
+/// Serves until SIGTERM or SIGINT. Blocks; builds its own runtime. Where statements outlast the time for stopping, the
+/// process ends here with status 0.
 pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let started = Instant::now();
     let lib = find_library(options.lib.as_deref())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(MAX_RUNNING)
-        .thread_name("clickhouse")
+        .max_blocking_threads(UNPACKING_THREADS)
         .build()?;
     let listen = options.listen;
     let listener = runtime
@@ -117,11 +120,14 @@ pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let address = listener.local_addr()?;
     let engine = Engine::open(&lib, &options.data_dir).map_err(ServeError::Engine)?;
     let server = Arc::new(Server {
-        engine: Arc::new(engine),
-        waiting: AtomicUsize::new(0),
-        running: Mutex::new(BTreeSet::new()),
-        sessions: Mutex::new(BTreeMap::new()),
+        engine,
+        board: Arc::new(Board {
+            waiting: AtomicUsize::new(0),
+            running: Mutex::new(BTreeSet::new()),
+            sessions: Mutex::new(BTreeMap::new()),
+        }),
     });
+    let board = server.board.clone();
     let result = runtime.block_on(async {
         let stop = stop_signal()?;
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);
@@ -140,20 +146,33 @@ pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
             started.elapsed().as_millis()
         );
         let _ = out.flush();
-        tokio::select! {
-            served = serving => served.map_err(ServeError::Io),
-            () = async {
-                let _ = stopped.wait_for(|stop| *stop).await;
-                tokio::time::sleep(STOP_TIMEOUT).await;
-            } => {
-                tracing::warn!("statements still run; leaving them");
-                Ok(())
+        let late = async {
+            let _ = stopped.wait_for(|stop| *stop).await;
+            tokio::time::sleep(STOP_TIMEOUT).await;
+        };
+        let drained = async {
+            let served = serving.await;
+            // Statements outlive the connections of their clients.
+            while board.waiting.load(Ordering::Relaxed) > 0 {
+                tokio::time::sleep(STOP_POLL).await;
             }
+            served.map_err(ServeError::Io)
+        };
+        tokio::select! {
+            served = drained => served,
+            () = late => Ok(()),
         }
     });
-    // Statements that still run keep their threads; the process ends without them.
-    runtime.shutdown_timeout(Duration::from_millis(100));
-    lock(&server.sessions).clear();
+    if board.waiting.load(Ordering::Relaxed) > 0 {
+        // The engine aborts if the process is torn down under a running INSERT; ending at once is safe, as a kill is.
+        tracing::warn!("statements still run after {STOP_TIMEOUT:?}; leaving them");
+        crate::engine::leave_process();
+    }
+    // Tasks hold the server; without them this is the last reference, so the engine closes here. Sessions are
+    // connections: they end on a thread of the engine.
+    drop(runtime);
+    server.engine.submit(move |_| lock(&board.sessions).clear());
+    drop(server);
     result
 }
 
@@ -170,9 +189,15 @@ fn stop_signal() -> Result<impl Future<Output = ()>, std::io::Error> {
     })
 }
 
-/// State of the server; every lock is held for a few instructions only.
+/// What the handlers share.
 struct Server {
-    engine: Arc<Engine>,
+    engine: Engine,
+    board: Arc<Board>,
+}
+
+/// What statements share; they outlive the handler that started them, and must not keep the engine, whose threads they
+/// run on. Every lock is held for a few instructions only.
+struct Board {
     waiting: AtomicUsize,
     running: Mutex<BTreeSet<String>>,
     sessions: Mutex<BTreeMap<String, Slot>>,
@@ -192,21 +217,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Counts a statement from its acceptance to its end and holds its query id.
 struct Running {
-    server: Arc<Server>,
+    board: Arc<Board>,
     query_id: String,
 }
 
 impl Running {
-    fn enter(server: &Arc<Server>, query_id: &str) -> Result<Running, EngineError> {
-        if server.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_RUNNING + MAX_WAITING {
-            server.waiting.fetch_sub(1, Ordering::Relaxed);
+    fn enter(board: &Arc<Board>, query_id: &str) -> Result<Running, EngineError> {
+        if board.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_RUNNING + MAX_WAITING {
+            board.waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(EngineError::new(
                 code::TOO_MANY_QUERIES,
                 "Too many simultaneous queries for the embedded engine. (TOO_MANY_SIMULTANEOUS_QUERIES)",
             ));
         }
-        if !lock(&server.running).insert(query_id.to_owned()) {
-            server.waiting.fetch_sub(1, Ordering::Relaxed);
+        if !lock(&board.running).insert(query_id.to_owned()) {
+            board.waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(EngineError::new(
                 code::SAME_QUERY_ID,
                 format!(
@@ -214,31 +239,31 @@ impl Running {
                 ),
             ));
         }
-        Ok(Running { server: server.clone(), query_id: query_id.to_owned() })
+        Ok(Running { board: board.clone(), query_id: query_id.to_owned() })
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.server.waiting.fetch_sub(1, Ordering::Relaxed);
-        lock(&self.server.running).remove(&self.query_id);
+        self.board.waiting.fetch_sub(1, Ordering::Relaxed);
+        lock(&self.board.running).remove(&self.query_id);
     }
 }
 
 /// Takes a session out for one statement and puts it back.
 struct Lease {
-    server: Arc<Server>,
+    board: Arc<Board>,
     id: String,
     session: Option<Session>,
     close: bool,
 }
 
 impl Lease {
-    fn take(server: &Arc<Server>, ask: &http::Ask, id: &str) -> Result<Lease, EngineError> {
+    fn take(door: &Door, board: &Arc<Board>, ask: &http::Ask, id: &str) -> Result<Lease, EngineError> {
         let now = Instant::now();
         let timeout =
             ask.session_timeout_s.map_or(SESSION_TIMEOUT, Duration::from_secs).min(MAX_SESSION_TIMEOUT);
-        let mut sessions = lock(&server.sessions);
+        let mut sessions = lock(&board.sessions);
         // Sessions are closed after the lock is released: closing calls into the engine.
         let mut dropped = Vec::new();
         let expired = |slot: &Slot| slot.session.is_some() && now.duration_since(slot.used) > slot.timeout;
@@ -276,10 +301,9 @@ impl Lease {
         };
         drop(sessions);
         drop(dropped);
-        let mut lease =
-            Lease { server: server.clone(), id: id.to_owned(), session, close: ask.close_session };
+        let mut lease = Lease { board: board.clone(), id: id.to_owned(), session, close: ask.close_session };
         if lease.session.is_none() {
-            lease.session = Some(server.engine.session()?);
+            lease.session = Some(door.session()?);
         }
         Ok(lease)
     }
@@ -287,7 +311,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let mut sessions = lock(&self.server.sessions);
+        let mut sessions = lock(&self.board.sessions);
         match (self.session.take(), self.close) {
             (Some(session), false) => {
                 if let Some(slot) = sessions.get_mut(&self.id) {
@@ -423,28 +447,24 @@ async fn answer(
         statement.settings.push(("log_comment".to_owned(), format!("query_id={query_id}")));
     }
     let format = sql::output_format(&statement.sql).map_or(format, str::to_owned);
-    let running = Running::enter(server, query_id)?;
+    let running = Running::enter(&server.board, query_id)?;
     let started = Instant::now();
     let compress = ask.compress;
-    let worker = server.clone();
-    let done = tokio::task::spawn_blocking(move || {
+    let board = server.board.clone();
+    let (reply, outcome) = tokio::sync::oneshot::channel();
+    server.engine.submit(move |door| {
         // Lives as long as the statement, not as long as the connection of the client.
-        let _running = running;
-        let answer = match &ask.session_id {
-            Some(id) => {
-                let mut lease = Lease::take(&worker, &ask, id)?;
-                match &mut lease.session {
-                    Some(session) => session.run(&statement),
-                    None => Err(EngineError::new(code::ABORTED, "the session is closed. (ABORTED)")),
-                }
-            }
-            None => worker.engine.run(&statement),
-        }?;
-        let wire = if compress { blocks::encode(&answer.data) } else { Vec::new() };
-        Ok::<_, EngineError>((answer, wire))
+        let running = running;
+        let outcome = execute(door, &board, &ask, &statement).map(|answer| {
+            let wire = if compress { blocks::encode(&answer.data) } else { Vec::new() };
+            (answer, wire)
+        });
+        drop(running);
+        // A client that left does not hear of it; the statement has run all the same.
+        let _ = reply.send(outcome);
     });
-    let (mut answer, wire) = done.await.map_err(|e| {
-        EngineError::new(code::LOGICAL_ERROR, format!("the statement was not finished: {e}. (ABORTED)"))
+    let (mut answer, wire) = outcome.await.map_err(|_| {
+        EngineError::new(code::ABORTED, "the statement did not end: its thread failed. (ABORTED)")
     })??;
     let summary = summary(&answer, started.elapsed());
     let data = if compress { wire } else { std::mem::take(&mut answer.data) };
@@ -454,6 +474,23 @@ async fn answer(
     set(headers, "x-clickhouse-format", &format);
     set(headers, "x-clickhouse-summary", &summary);
     Ok(response)
+}
+
+/// Runs on a thread of the engine.
+fn execute(
+    door: &Door,
+    board: &Arc<Board>,
+    ask: &http::Ask,
+    statement: &Statement,
+) -> Result<Answer, EngineError> {
+    let Some(id) = &ask.session_id else {
+        return door.run(statement);
+    };
+    let mut lease = Lease::take(door, board, ask, id)?;
+    match &mut lease.session {
+        Some(session) => session.run(statement),
+        None => Err(EngineError::new(code::ABORTED, "the session is closed. (ABORTED)")),
+    }
 }
 
 fn text_of(headers: &HeaderMap, name: HeaderName) -> String {

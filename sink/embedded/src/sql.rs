@@ -288,7 +288,7 @@ pub fn quote_identifier(name: &str) -> String {
 mod tests {
     use super::*;
 
-    fn insert<'a>(text: &'a str) -> (&'a str, &'a str, &'a str) {
+    fn insert(text: &str) -> (&str, &str, &str) {
         match shape(text.as_bytes()) {
             Shape::Insert { head, format, data_at } => {
                 (std::str::from_utf8(head).expect("ascii"), format, &text[data_at..])

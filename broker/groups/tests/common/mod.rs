@@ -34,6 +34,12 @@ pub fn config() -> GroupsConfig {
     GroupsConfig { initial_rebalance_delay_ms: 3_000, group_members_max: 200, ..GroupsConfig::default() }
 }
 
+pub enum Logged {
+    Record(OffsetsRecord),
+    Transactional(i64, OffsetsRecord),
+    Marker(i64, bool),
+}
+
 pub struct Rig {
     pub coordinator: Coordinator,
     pub config: GroupsConfig,
@@ -42,7 +48,9 @@ pub struct Rig {
     pub replies: BTreeMap<u64, GroupResponse>,
     pub answered: BTreeSet<u64>,
     pub appends: Vec<(u64, Vec<OffsetsRecord>)>,
-    pub log: Vec<OffsetsRecord>,
+    pub log: Vec<Logged>,
+    /// Appends that belong to a producer's transaction.
+    pub transactional: BTreeMap<u64, i64>,
     /// Whether appends finish by themselves.
     pub auto: bool,
     fresh: u128,
@@ -59,6 +67,7 @@ impl Rig {
             answered: BTreeSet::new(),
             appends: Vec::new(),
             log: Vec::new(),
+            transactional: BTreeMap::new(),
             auto: true,
             fresh: 0,
         }
@@ -90,8 +99,12 @@ impl Rig {
                 return;
             }
             let (append_id, records) = self.appends.remove(0);
+            let producer_id = self.transactional.remove(&append_id);
             if result.is_ok() {
-                self.log.extend(records);
+                self.log.extend(records.into_iter().map(|record| match producer_id {
+                    Some(producer_id) => Logged::Transactional(producer_id, record),
+                    None => Logged::Record(record),
+                }));
             }
             let outputs = self.coordinator.append_done(append_id, result, self.now_ms);
             self.absorb(outputs);
@@ -129,8 +142,20 @@ impl Rig {
     pub fn restart(&mut self) {
         self.coordinator = Coordinator::new(self.config.clone());
         self.appends.clear();
-        for record in &self.log {
-            self.coordinator.load(Some(&record.key), record.value.as_deref(), self.now_ms);
+        self.transactional.clear();
+        for logged in &self.log {
+            match logged {
+                Logged::Record(record) => {
+                    self.coordinator.load(Some(&record.key), record.value.as_deref(), self.now_ms);
+                }
+                Logged::Transactional(producer_id, record) => {
+                    let value = record.value.as_deref();
+                    self.coordinator.load_transactional(*producer_id, Some(&record.key), value, self.now_ms);
+                }
+                Logged::Marker(producer_id, committed) => {
+                    self.coordinator.end_transaction(*producer_id, *committed);
+                }
+            }
         }
         self.coordinator.finish_load(self.now_ms);
     }
@@ -217,6 +242,42 @@ impl Rig {
 
     pub fn commit(&mut self, request: OffsetCommitRequest, version: i16) -> u64 {
         self.send(GroupRequest::OffsetCommit { request, version })
+    }
+
+    pub fn txn_commit(&mut self, producer_id: i64, request: OffsetCommitRequest) -> u64 {
+        let topics = request.topics.iter().map(|topic| {
+            let partitions = topic.partitions.iter().map(|partition| {
+                txn_offset_commit_request::TxnOffsetCommitRequestPartition::default()
+                    .with_partition_index(partition.partition_index)
+                    .with_committed_offset(partition.committed_offset)
+                    .with_committed_metadata(partition.committed_metadata.clone())
+            });
+            txn_offset_commit_request::TxnOffsetCommitRequestTopic::default()
+                .with_name(topic.name.clone())
+                .with_partitions(partitions.collect())
+        });
+        let request = TxnOffsetCommitRequest::default()
+            .with_group_id(request.group_id.clone())
+            .with_member_id(request.member_id.clone())
+            .with_generation_id(request.generation_id_or_member_epoch)
+            .with_producer_id(producer_id.into())
+            .with_topics(topics.collect());
+        self.token += 1;
+        let outputs = self.coordinator.txn_offset_commit(self.token, request, 3, self.now_ms);
+        for output in &outputs {
+            if let Output::Append { append_id, .. } = output {
+                self.transactional.insert(*append_id, producer_id);
+            }
+        }
+        self.absorb(outputs);
+        self.token
+    }
+
+    /// Writes a marker, after everything before it.
+    pub fn end_transaction(&mut self, producer_id: i64, committed: bool) {
+        self.finish(usize::MAX, Ok(()));
+        self.log.push(Logged::Marker(producer_id, committed));
+        self.coordinator.end_transaction(producer_id, committed);
     }
 
     pub fn committed(&mut self, token: u64) -> Vec<ErrorCode> {

@@ -65,7 +65,7 @@ pub fn find_coordinator(
     let mut entries: Vec<Coordinator> = keys
         .iter()
         .map(|key| {
-            let entry = Coordinator::default().with_key(key.clone());
+            let entry = Coordinator::default().with_key(key.clone()).with_error_message(None);
             match coordinated(request.key_type, key, group_ready) {
                 Ok(()) => entry
                     .with_node_id(BrokerId(image.node.id))
@@ -79,7 +79,7 @@ pub fn find_coordinator(
             }
         })
         .collect();
-    let mut response = FindCoordinatorResponse::default();
+    let mut response = FindCoordinatorResponse::default().with_error_message(None);
     if version >= 4 {
         response.coordinators = entries;
     } else if let Some(entry) = entries.pop() {

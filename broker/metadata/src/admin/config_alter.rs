@@ -12,11 +12,13 @@ use kafka_protocol::messages::{
 
 use super::config_describe::{RESOURCE_BROKER, RESOURCE_TOPIC, check_broker_name, unsupported_resource};
 use super::{AdminPlan, Fail, Refused};
-use crate::broker_config::{BrokerConfig, broker_def, check_broker_setting};
+use crate::broker_config::{BrokerConfig, check_broker_setting};
+use crate::broker_table::broker_def;
 use crate::command::Command;
 use crate::config_def::{ConfigDef, ConfigKind, Layers, list};
 use crate::image::{MetadataImage, Topic};
-use crate::topic_config::{broker_level, check_setting, check_together, find_def, is_removed, topic_def};
+use crate::topic_config::{broker_level, check_setting, check_together, find_def};
+use crate::topic_table::{is_removed, topic_def};
 
 /// Overrides by name, before or after a change.
 type Overrides = BTreeMap<String, String>;
@@ -66,6 +68,7 @@ pub fn incremental_alter_configs(
                 .and(changes)
                 .and_then(|changes| plan(resource.resource_type, name, &changes, false, image, config));
             let result = IncrementalResult::default()
+                .with_error_message(None)
                 .with_resource_type(resource.resource_type)
                 .with_resource_name(resource.resource_name.clone());
             match planned {
@@ -108,6 +111,7 @@ pub fn alter_configs(
             let planned = not_repeated(&repeated, resource.resource_type, name)
                 .and_then(|()| plan(resource.resource_type, name, &changes, true, image, config));
             let result = AlterResult::default()
+                .with_error_message(None)
                 .with_resource_type(resource.resource_type)
                 .with_resource_name(resource.resource_name.clone());
             match planned {

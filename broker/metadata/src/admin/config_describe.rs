@@ -10,10 +10,12 @@ use kafka_protocol::messages::describe_configs_response::{
 use kafka_protocol::messages::{DescribeConfigsRequest, DescribeConfigsResponse};
 
 use super::{Refused, text};
-use crate::broker_config::{BROKER_CONFIGS, BrokerConfig, BrokerConfigDef, broker_def, synonyms};
+use crate::broker_config::BrokerConfig;
+use crate::broker_table::{BROKER_CONFIGS, BrokerConfigDef, broker_def, synonyms};
 use crate::config_def::{ConfigDef, ConfigKind, ConfigSource, Layers};
 use crate::image::MetadataImage;
-use crate::topic_config::{Synonym, TOPIC_CONFIGS, broker_level};
+use crate::topic_config::broker_level;
+use crate::topic_table::{Synonym, TOPIC_CONFIGS};
 
 pub(super) const RESOURCE_TOPIC: i8 = 2;
 pub(super) const RESOURCE_BROKER: i8 = 4;
@@ -50,6 +52,7 @@ pub fn describe_configs(
         .iter()
         .map(|resource| {
             let result = DescribeConfigsResult::default()
+                .with_error_message(None)
                 .with_resource_type(resource.resource_type)
                 .with_resource_name(resource.resource_name.clone());
             match describe(resource, image, config) {

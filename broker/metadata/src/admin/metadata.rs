@@ -20,6 +20,9 @@ const BY_ID_MIN_VERSION: i16 = 12;
 /// Clients say whether topics may be created from here on; before, they always may.
 const AUTO_CREATE_FLAG_MIN_VERSION: i16 = 4;
 
+/// Topics that one request may bring into being; clients ask again for the others, which by then are fewer.
+pub const AUTO_CREATE_PER_REQUEST_MAX: usize = 1000;
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct MetadataPlan {
     pub response: MetadataResponse,
@@ -50,7 +53,7 @@ pub fn metadata(
             OPERATIONS_NOT_ASKED
         },
         may_create: (version < AUTO_CREATE_FLAG_MIN_VERSION || request.allow_auto_topic_creation)
-            && config.with_dynamic(image).auto_create_topics_enable,
+            && config.may_auto_create(image),
         to_create: BTreeSet::new(),
     };
     let topics = if all {
@@ -110,7 +113,8 @@ impl Answer<'_> {
         if topic_name::check(name).is_err() || (self.may_create && collides()) {
             return self.failed(topic, ErrorCode::INVALID_TOPIC_EXCEPTION);
         }
-        if self.may_create && name.as_str() != topic_name::METADATA_TOPIC {
+        let room = self.to_create.len() < AUTO_CREATE_PER_REQUEST_MAX;
+        if self.may_create && room && name.as_str() != topic_name::METADATA_TOPIC {
             self.to_create.insert(name.to_string());
         }
         self.failed(topic, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION)

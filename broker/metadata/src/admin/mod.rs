@@ -2,6 +2,8 @@
 //!
 //! The answer is what to send once the commands are committed. When they cannot be, [`Fail::fail`] rewrites what
 //! would have succeeded. Nothing here proposes or waits.
+//!
+//! The generated responses default to empty text where Kafka sends null, so every success sets its message to none.
 
 mod api_versions;
 mod cluster;
@@ -9,6 +11,7 @@ mod config_alter;
 mod config_describe;
 mod log_dirs;
 mod metadata;
+mod partitions;
 mod topic_partitions;
 mod topics;
 
@@ -18,13 +21,14 @@ use kafka_protocol::protocol::StrBytes;
 pub use api_versions::{answer_api_versions, api_versions};
 pub use cluster::{describe_cluster, find_coordinator};
 pub use config_alter::{alter_configs, incremental_alter_configs, plan_topic_configs};
-pub use config_describe::{DescribedConfig, broker_configs, describe_configs, topic_configs};
+pub use config_describe::{ConfigSynonym, DescribedConfig, broker_configs, describe_configs, topic_configs};
 pub use log_dirs::{LogDir, describe_log_dirs};
 pub use metadata::{MetadataPlan, metadata};
+pub use partitions::create_partitions;
 pub use topic_partitions::describe_topic_partitions;
 pub use topics::{
-    PARTITIONS_PER_REQUEST_MAX, create_partitions, create_topics, delete_topics, plan_auto_create,
-    plan_create_topic, plan_offsets_topic,
+    PARTITIONS_PER_REQUEST_MAX, create_topics, delete_topics, plan_auto_create, plan_create_topic,
+    plan_offsets_topic,
 };
 
 use crate::command::Command;

@@ -1,16 +1,13 @@
-//! CreateTopics, DeleteTopics, CreatePartitions, and the topics the broker makes by itself.
+//! CreateTopics, DeleteTopics, and the topics the broker makes by itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use flumen_protocol::error_code::ErrorCode;
-use kafka_protocol::messages::create_partitions_request::CreatePartitionsTopic;
-use kafka_protocol::messages::create_partitions_response::CreatePartitionsTopicResult;
 use kafka_protocol::messages::create_topics_request::{CreatableReplicaAssignment, CreatableTopic};
 use kafka_protocol::messages::create_topics_response::{CreatableTopicConfigs, CreatableTopicResult};
 use kafka_protocol::messages::delete_topics_response::DeletableTopicResult;
 use kafka_protocol::messages::{
-    BrokerId, CreatePartitionsRequest, CreatePartitionsResponse, CreateTopicsRequest, CreateTopicsResponse,
-    DeleteTopicsRequest, DeleteTopicsResponse, TopicName,
+    BrokerId, CreateTopicsRequest, CreateTopicsResponse, DeleteTopicsRequest, DeleteTopicsResponse, TopicName,
 };
 use uuid::Uuid;
 
@@ -66,6 +63,7 @@ pub fn create_topics(
             continue;
         }
         let result = CreatableTopicResult::default()
+            .with_error_message(None)
             .with_name(topic.name.clone())
             .with_num_partitions(-1)
             .with_replication_factor(-1)
@@ -107,14 +105,14 @@ pub fn create_topics(
     AdminPlan { response: CreateTopicsResponse::default().with_topics(results), commands }
 }
 
-fn too_many() -> Refused {
+pub(super) fn too_many() -> Refused {
     let message = format!(
         "Excessively large number of partitions per request: at most {PARTITIONS_PER_REQUEST_MAX} can be created at once."
     );
     Refused::new(ErrorCode::POLICY_VIOLATION, message)
 }
 
-fn repeated<'a>(names: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
+pub(super) fn repeated<'a>(names: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
     let mut seen = BTreeSet::new();
     names.filter(|name| !seen.insert(*name)).collect()
 }
@@ -222,7 +220,7 @@ fn check_counts(
     Ok((partitions, replication_factor))
 }
 
-fn bad_assignment(message: impl Into<String>) -> Refused {
+pub(super) fn bad_assignment(message: impl Into<String>) -> Refused {
     Refused::new(ErrorCode::INVALID_REPLICA_ASSIGNMENT, message)
 }
 
@@ -252,7 +250,7 @@ fn check_assignments(topic: &CreatableTopic, image: &MetadataImage) -> Result<(i
 }
 
 /// One broker, this one: what else a list can hold is an error.
-fn check_replicas(replicas: &[BrokerId], image: &MetadataImage) -> Result<(), Refused> {
+pub(super) fn check_replicas(replicas: &[BrokerId], image: &MetadataImage) -> Result<(), Refused> {
     if replicas.is_empty() {
         return Err(bad_assignment("The manual partition assignment includes an empty replica list."));
     }
@@ -431,85 +429,11 @@ fn check_deletion<'a>(
     Ok(topic)
 }
 
-pub fn create_partitions(
-    request: &CreatePartitionsRequest,
-    image: &MetadataImage,
-) -> AdminPlan<CreatePartitionsResponse> {
-    let mut commands = Vec::new();
-    let twice = repeated(request.topics.iter().map(|topic| topic.name.as_str()));
-    let mut answered = BTreeSet::new();
-    let mut left = PARTITIONS_PER_REQUEST_MAX;
-    let mut results = Vec::with_capacity(request.topics.len());
-    for topic in &request.topics {
-        if !answered.insert(topic.name.as_str()) {
-            continue;
-        }
-        let planned = if twice.contains(topic.name.as_str()) {
-            Err(Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic name."))
-        } else {
-            check_growth(topic, image, &mut left)
-        };
-        let result = CreatePartitionsTopicResult::default().with_name(topic.name.clone());
-        results.push(match planned {
-            Ok(command) => {
-                commands.push(command);
-                result
-            }
-            Err(refused) => result.with_error_code(refused.code.0).with_error_message(refused.text()),
-        });
-    }
-    if request.validate_only {
-        commands.clear();
-    }
-    AdminPlan { response: CreatePartitionsResponse::default().with_results(results), commands }
-}
-
-fn check_growth(
-    topic: &CreatePartitionsTopic,
-    image: &MetadataImage,
-    left: &mut i32,
-) -> Result<Command, Refused> {
-    let found = image.topics.get(topic.name.as_str()).ok_or_else(|| {
-        Refused::new(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, "This server does not host this topic.")
-    })?;
-    let refuse = |message: String| Err(Refused::new(ErrorCode::INVALID_PARTITIONS, message));
-    let has = super::index_of(found.partitions.len());
-    if topic.count == has {
-        return refuse(format!("Topic already has {has} partition(s)."));
-    }
-    if topic.count < has {
-        return refuse(format!(
-            "The topic {} currently has {has} partition(s); {} would not be an increase.",
-            found.name, topic.count
-        ));
-    }
-    if found.internal {
-        let message = "The partition count of an internal topic is fixed: groups are assigned by it.";
-        return Err(Refused::new(ErrorCode::INVALID_REQUEST, message));
-    }
-    let added = topic.count - has;
-    *left = left.checked_sub(added).filter(|left| *left >= 0).ok_or_else(too_many)?;
-    if topic.count > TOPIC_PARTITIONS_MAX {
-        return Err(too_many());
-    }
-    if let Some(assignments) = &topic.assignments {
-        if super::index_of(assignments.len()) != added {
-            return Err(bad_assignment(format!(
-                "Attempted to add {added} additional partition(s), but only {} assignment(s) were specified.",
-                assignments.len()
-            )));
-        }
-        for assignment in assignments {
-            check_replicas(&assignment.broker_ids, image)?;
-        }
-    }
-    Ok(Command::CreatePartitions { topic_id: found.id, total: topic.count })
-}
-
 impl Fail for CreateTopicsResponse {
     fn fail(&mut self, error: ErrorCode) {
         for result in self.topics.iter_mut().filter(|result| result.error_code == 0) {
             *result = CreatableTopicResult::default()
+                .with_error_message(None)
                 .with_name(result.name.clone())
                 .with_error_code(error.0)
                 .with_num_partitions(-1)
@@ -522,14 +446,6 @@ impl Fail for CreateTopicsResponse {
 impl Fail for DeleteTopicsResponse {
     fn fail(&mut self, error: ErrorCode) {
         for result in self.responses.iter_mut().filter(|result| result.error_code == 0) {
-            result.error_code = error.0;
-        }
-    }
-}
-
-impl Fail for CreatePartitionsResponse {
-    fn fail(&mut self, error: ErrorCode) {
-        for result in self.results.iter_mut().filter(|result| result.error_code == 0) {
             result.error_code = error.0;
         }
     }
