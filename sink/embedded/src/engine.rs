@@ -84,8 +84,8 @@ struct Api {
     bytes_written: CountFn,
     destroy_result: HandleFn,
     classify: Option<ClassifyFn>,
-    // Never unloaded before the pointers above are gone: fields drop in order, and they have no drop.
-    _library: Library,
+    // Never unloaded: threads that ran a query keep destructors that lie in the library, and run them when they end.
+    _library: std::mem::ManuallyDrop<Library>,
 }
 
 impl Api {
@@ -129,7 +129,7 @@ impl Api {
             destroy_result: symbol!("chdb_destroy_query_result", HandleFn),
             // SAFETY: as above; older libraries do not have it.
             classify: unsafe { library.get::<ClassifyFn>(b"chdb_classify_query_n\0") }.ok().map(|s| *s),
-            _library: library,
+            _library: std::mem::ManuallyDrop::new(library),
         };
         // SAFETY: takes a flag; called before the first connection, as the header asks.
         unsafe { signals(0) };
