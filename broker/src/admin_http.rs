@@ -29,6 +29,9 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
     let app = Router::new()
         .route("/v1/topics", get(list_topics).post(create_topic))
         .route("/v1/topics/{topic}", get(describe_topic).delete(delete_topic).patch(alter_topic))
+        .route("/v1/exports", get(list_exports))
+        .route("/v1/exports/{topic}", get(get_export).put(put_export).delete(delete_export).post(export_action))
+        .route("/v1/exports/{topic}/status", get(export_status))
         .route("/v1/status/ready", get(ready))
         .route("/v1/status/live", get(ready))
         .route("/v1/brokers", get(brokers))
@@ -248,4 +251,144 @@ async fn alter_topic(
         topic_admin::create_partitions(&node, &topic, partitions).await?;
     }
     Ok(Json(json!({ "name": topic, "altered": true })))
+}
+
+async fn list_exports(State(node): Shared) -> Json<Value> {
+    let exports: Vec<Value> = node
+        .exports
+        .statuses()
+        .into_iter()
+        .map(|(topic, mut status)| {
+            status["topic"] = json!(topic);
+            status
+        })
+        .collect();
+    Json(json!({ "exports": exports }))
+}
+
+fn exported(node: &Arc<Node>, topic: &str) -> Result<BTreeMap<String, String>, Problem> {
+    let image = node.image.load();
+    let found =
+        image.topics.get(topic).ok_or_else(|| Problem::not_found(format!("topic '{topic}' does not exist")))?;
+    let own: BTreeMap<String, String> = found
+        .configs
+        .iter()
+        .filter(|(k, _)| k.starts_with(EXPORT_PREFIX))
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect();
+    if own.get(ENABLE).map(String::as_str) == Some("true") {
+        Ok(own)
+    } else {
+        Err(Problem::not_found(format!("topic '{topic}' is not exported"))
+            .with_fix(format!("flumen export create {topic}")))
+    }
+}
+
+const EXPORT_PREFIX: &str = "flumen.clickhouse.";
+const ENABLE: &str = "flumen.clickhouse.enable";
+
+async fn get_export(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+    let configs = exported(&node, &topic)?;
+    Ok(Json(json!({ "topic": topic, "configs": configs, "status": node.exports.status(&topic) })))
+}
+
+async fn export_status(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+    exported(&node, &topic)?;
+    // Turned on a moment ago, the export may not have reported yet.
+    Ok(Json(node.exports.status(&topic).unwrap_or_else(|| json!({ "state": "starting" }))))
+}
+
+/// `{"table": "orders", "auto_create": true}` -> `flumen.clickhouse.table`, `flumen.clickhouse.auto.create`.
+fn export_changes(body: &Value) -> Result<BTreeMap<String, Option<String>>, Problem> {
+    let object = match body {
+        Value::Null => return Ok(BTreeMap::new()),
+        Value::Object(object) => object,
+        _ => return Err(Problem::bad_request("an export is a JSON object of settings")),
+    };
+    let mut changes = BTreeMap::new();
+    for (key, value) in object {
+        let key = match key.strip_prefix(EXPORT_PREFIX) {
+            Some(rest) => rest.to_string(),
+            None => key.replace('_', "."),
+        };
+        changes.insert(format!("{EXPORT_PREFIX}{key}"), config_text(value));
+    }
+    Ok(changes)
+}
+
+/// The settings that the export would have after `changes`.
+fn merged(node: &Arc<Node>, topic: &str, changes: &BTreeMap<String, Option<String>>) -> Result<BTreeMap<String, String>, Problem> {
+    let image = node.image.load();
+    let found = image.topics.get(topic).ok_or_else(|| {
+        Problem::not_found(format!("topic '{topic}' does not exist")).with_fix(format!("flumen topic create {topic}"))
+    })?;
+    let mut all = found.configs.clone();
+    for (key, value) in changes {
+        match value {
+            Some(value) => drop(all.insert(key.clone(), value.clone())),
+            None => drop(all.remove(key)),
+        }
+    }
+    all.insert(ENABLE.to_string(), "true".to_string());
+    Ok(all)
+}
+
+async fn put_export(
+    State(node): Shared,
+    Path(topic): Path<String>,
+    body: axum::body::Bytes,
+) -> Result<Json<Value>, Problem> {
+    let mut changes = export_changes(&parse_body(&body)?)?;
+    changes.insert(ENABLE.to_string(), Some("true".to_string()));
+    // PUT states the whole export: settings that it does not name go back to their defaults.
+    {
+        let image = node.image.load();
+        for key in image.topics.get(&topic).into_iter().flat_map(|t| t.configs.keys()) {
+            if key.starts_with(EXPORT_PREFIX) && !changes.contains_key(key) {
+                changes.insert(key.clone(), None);
+            }
+        }
+    }
+    let admission = node.exports.validate(&topic, merged(&node, &topic, &changes)?).await?;
+    topic_admin::alter_configs(&node, &topic, changes).await?;
+    Ok(Json(admission))
+}
+
+fn parse_body(body: &[u8]) -> Result<Value, Problem> {
+    if body.iter().all(u8::is_ascii_whitespace) {
+        return Ok(Value::Null);
+    }
+    serde_json::from_slice(body).map_err(|e| Problem::bad_request(format!("the body is not JSON: {e}")))
+}
+
+async fn delete_export(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+    let changes = exported(&node, &topic)?.into_keys().map(|k| (k, None)).collect();
+    topic_admin::alter_configs(&node, &topic, changes).await?;
+    Ok(Json(json!({ "topic": topic, "deleted": true })))
+}
+
+/// `POST /v1/exports/{topic}:pause` and the like: the action is part of the last path segment.
+async fn export_action(
+    State(node): Shared,
+    Path(segment): Path<String>,
+    body: axum::body::Bytes,
+) -> Result<Json<Value>, Problem> {
+    let (topic, action) = segment
+        .rsplit_once(':')
+        .ok_or_else(|| Problem::not_found("expected /v1/exports/{topic}:pause, :resume or :validate"))?;
+    match action {
+        "validate" => {
+            let changes = export_changes(&parse_body(&body)?)?;
+            Ok(Json(node.exports.validate(topic, merged(&node, topic, &changes)?).await?))
+        }
+        "pause" | "resume" => {
+            exported(&node, topic)?;
+            let paused = (action == "pause").then(|| "true".to_string());
+            let changes = BTreeMap::from([(format!("{EXPORT_PREFIX}paused"), paused)]);
+            topic_admin::alter_configs(&node, topic, changes).await?;
+            Ok(Json(json!({ "topic": topic, "paused": action == "pause" })))
+        }
+        other => Err(Problem::not_found(format!("'{other}' is not something an export can do"))
+            .with_fix("use :pause, :resume or :validate")),
+    }
 }

@@ -73,6 +73,7 @@ impl Controller {
             index: 0,
             group_id: METADATA_GROUP,
             config: TopicConfig::metadata_log(),
+            exported: false,
         };
         let found = recovered.lock().expect("no panic under this lock").remove(&METADATA_GROUP);
         let fresh = found.is_none();
@@ -175,6 +176,7 @@ impl Controller {
         for change in &applied {
             self.carry_out(change).await;
         }
+        self.shard.node.exports.metadata_changed();
         Ok(applied)
     }
 
@@ -205,11 +207,11 @@ impl Controller {
             let found = self.image.borrow().topics.get(name).cloned();
             if let Some(topic) = found {
                 for p in &topic.partitions {
-                    let (group_id, config) = (p.group_id, topic.effective.clone());
+                    let (group_id, config, exported) = (p.group_id, topic.effective.clone(), is_exported(&topic));
                     let _ = node.shards[node.shard_of(group_id)]
                         .run(move |s| async move {
                             if let Some(partition) = s.partition(group_id) {
-                                partition.set_config(config);
+                                partition.set_config(config, exported);
                             }
                         })
                         .await;
@@ -227,8 +229,14 @@ impl Controller {
             index,
             group_id: info.group_id,
             config: found.effective.clone(),
+            exported: is_exported(found),
         })
     }
+}
+
+/// Whether retention has to wait for ClickHouse.
+fn is_exported(topic: &flumen_metadata::Topic) -> bool {
+    topic.configs.get("flumen.clickhouse.enable").is_some_and(|v| v == "true")
 }
 
 /// Opens every partition of the image that lives on this shard. Returns how many.
@@ -246,6 +254,7 @@ pub fn open_partitions(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result
                 index: i32::try_from(index).unwrap_or(i32::MAX),
                 group_id: info.group_id,
                 config: topic.effective.clone(),
+                exported: is_exported(topic),
             };
             let found = recovered.lock().expect("no panic under this lock").remove(&info.group_id);
             match found {

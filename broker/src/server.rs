@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::admin_http;
 use crate::controller::{self, Controller, RecoveredGroups};
-use crate::export::Exports;
+use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
 use crate::net::listener;
 use crate::node::{CONTROLLER_SHARD, Node};
@@ -64,7 +64,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         })
         .with_static_configs(&options.config);
         let (handles, mailboxes): (Vec<_>, Vec<_>) = (0..shard_count).map(|_| ShardHandle::new()).unzip();
-        let exports = Exports::default();
+        let (exports, export_commands) = Exports::new();
         let node =
             Arc::new(Node::new(options.config.clone(), options.data_dir.clone(), image, handles, exports));
 
@@ -88,6 +88,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             on_shard(&node, shard, move |s| async move { controller::open_partitions(&s, &recovered) }).await?;
         }
         drop_orphans(&node, &recovered, &data_dir);
+        export::start(node.clone(), export_commands)?;
 
         tokio::spawn(listener::accept(node.clone(), kafka));
         tokio::spawn(admin_http::serve(node.clone(), admin));
@@ -96,6 +97,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
 
         wait_for_stop().await?;
         tracing::info!("stopping");
+        node.exports.stop().await;
         for shard in 0..shard_count {
             let stopped = tokio::time::timeout(
                 SHUTDOWN_GRACE,

@@ -14,6 +14,7 @@ macro_rules! out {
 }
 
 mod admin_client;
+mod export;
 mod server;
 mod table;
 mod topic;
@@ -41,6 +42,8 @@ enum Command {
     Clickhouse(server::ClickhouseArgs),
     /// Create, list, describe, alter and delete topics
     Topic(topic::TopicArgs),
+    /// Turn export to ClickHouse on and off, and look at it
+    Export(export::ExportArgs),
     /// Print the version
     Version,
 }
@@ -62,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Server(args) => server::server(args),
         Command::Clickhouse(args) => server::clickhouse(args),
         Command::Topic(args) => topic::run(args),
+        Command::Export(args) => export::run(args),
         Command::Version => {
             out!("flumen {}", env!("CARGO_PKG_VERSION"));
             Ok(())

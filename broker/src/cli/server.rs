@@ -66,7 +66,9 @@ pub fn server(args: ServerArgs) -> Result<(), Failure> {
         };
         settings.insert(key.trim().to_string(), value.trim().to_string());
     }
-    let config = BrokerConfig::from_map(&settings).map_err(|e| Failure::new(e.to_string()))?;
+    let config = BrokerConfig::from_map(&settings)
+        .map_err(|e| Failure::new(e.to_string()))?
+        .with_topic_extras(crate::export::topic_configs());
     server::run(ServerOptions {
         data_dir: args.data_dir,
         kafka: args.kafka,

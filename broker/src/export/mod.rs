@@ -4,17 +4,38 @@
 //! a backlog never delays a produce. This file is the handle that every other thread holds: statuses to
 //! read, and a word to say when the metadata changed.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, RwLock};
+mod manager;
+mod source;
+mod state_log;
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock, RwLock};
+
+use axum::http::StatusCode;
+use flumen_metadata::{ConfigKind, ExtraConfig};
 use kafka_protocol::messages::GroupId;
 use kafka_protocol::messages::describe_groups_response::{DescribedGroup, DescribedGroupMember};
 use kafka_protocol::messages::list_groups_response::ListedGroup;
 use kafka_protocol::protocol::StrBytes;
 use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::admin_http::Problem;
+
+pub use manager::start;
 
 /// Exports appear to Kafka tools as consumer groups with this prefix.
 const GROUP_PREFIX: &str = "export.";
+/// Commands waiting for the manager. Metadata changes collapse into one look at the image, so a full
+/// queue loses nothing but duplicates.
+const COMMANDS_MAX: usize = 64;
+
+pub(crate) enum Command {
+    MetadataChanged,
+    Validate { topic: String, configs: BTreeMap<String, String>, answer: oneshot::Sender<Result<Value, Problem>> },
+    Stop { done: oneshot::Sender<()> },
+}
+
 /// What one export last said of itself.
 #[derive(Clone, Default)]
 pub(crate) struct View {
@@ -23,12 +44,45 @@ pub(crate) struct View {
     pub settled: Vec<(i32, i64)>,
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Exports {
     views: Arc<RwLock<BTreeMap<String, View>>>,
+    commands: mpsc::Sender<Command>,
 }
 
 impl Exports {
+    pub fn new() -> (Exports, ExportCommands) {
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        (Exports { views: Arc::default(), commands }, ExportCommands(receiver))
+    }
+
+    pub fn metadata_changed(&self) {
+        // Full means that a look at the metadata is already due.
+        let _ = self.commands.try_send(Command::MetadataChanged);
+    }
+
+    /// Asks what an export with these settings would guarantee, without changing anything.
+    pub async fn validate(&self, topic: &str, configs: BTreeMap<String, String>) -> Result<Value, Problem> {
+        let gone = || Problem {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            code: "STOPPING",
+            detail: "the broker is stopping".to_string(),
+            fix: None,
+        };
+        let (answer, receiver) = oneshot::channel();
+        let command = Command::Validate { topic: topic.to_string(), configs, answer };
+        self.commands.send(command).await.map_err(|_| gone())?;
+        receiver.await.map_err(|_| gone())?
+    }
+
+    pub async fn stop(&self) {
+        let (done, stopped) = oneshot::channel();
+        if self.commands.send(Command::Stop { done }).await.is_ok() {
+            // An error means that the thread has already ended.
+            let _ = stopped.await;
+        }
+    }
+
     pub(crate) fn publish(&self, topic: &str, view: View) {
         self.views.write().expect("no panic under this lock").insert(topic.to_string(), view);
     }
@@ -98,6 +152,30 @@ impl Exports {
         Some(described)
     }
 }
+
+/// The export's topic configurations, as the table of all topic configurations wants them.
+pub fn topic_configs() -> &'static [ExtraConfig] {
+    static TABLE: LazyLock<Vec<ExtraConfig>> = LazyLock::new(|| {
+        flumen_sink::config::CONFIG_KEYS
+            .iter()
+            .map(|key| ExtraConfig {
+                name: key.name,
+                default: key.default,
+                kind: match key.kind {
+                    flumen_sink::config::ConfigKind::Boolean => ConfigKind::Boolean,
+                    flumen_sink::config::ConfigKind::Number { .. } => ConfigKind::Long,
+                    _ => ConfigKind::String,
+                },
+                doc: key.doc,
+                validate: flumen_sink::config::validate,
+            })
+            .collect()
+    });
+    &TABLE
+}
+
+/// The receiving end, handed to the manager's thread once.
+pub struct ExportCommands(mpsc::Receiver<Command>);
 
 fn group_id(topic: &str) -> GroupId {
     GroupId(StrBytes::from_string(format!("{GROUP_PREFIX}{topic}")))

@@ -76,6 +76,8 @@ pub struct PartitionSpec {
     pub index: i32,
     pub group_id: u64,
     pub config: TopicConfig,
+    /// An export is turned on: nothing that it has not settled may go.
+    pub exported: bool,
 }
 
 impl Partition {
@@ -100,6 +102,8 @@ impl Partition {
         };
         let raft = Group::start(&start).expect("recovered raft state is consistent by construction");
         let end = log.log_end_offset();
+        // Until the export says how far it is, everything is held.
+        let hold = if spec.exported { log.log_start_offset() } else { i64::MAX };
         let gauges = shard.node.gauges_of(spec.group_id);
         let partition = Rc::new(Partition {
             topic: spec.topic,
@@ -120,7 +124,7 @@ impl Partition {
             damage,
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),
-            hold_offset: Cell::new(i64::MAX),
+            hold_offset: Cell::new(hold),
         });
         if partition.damage.is_none() {
             partition.log.set_high_watermark(end);
@@ -157,13 +161,21 @@ impl Partition {
         self.log.size_bytes()
     }
 
-    pub fn set_config(&self, config: TopicConfig) {
+    pub fn set_config(&self, config: TopicConfig, exported: bool) {
+        match (exported, self.hold_offset.get()) {
+            (false, _) => self.hold_offset.set(i64::MAX),
+            (true, i64::MAX) => self.hold_offset.set(self.log_start_offset()),
+            (true, _) => {}
+        }
         self.log.set_config(group_config(&config));
         *self.config.borrow_mut() = config;
     }
 
+    /// How far the export is. Ignored once the export is turned off.
     pub fn set_hold_offset(&self, offset: i64) {
-        self.hold_offset.set(offset);
+        if self.hold_offset.get() != i64::MAX {
+            self.hold_offset.set(offset);
+        }
     }
 
     pub fn enforce_retention(&self, now_ms: i64) {
