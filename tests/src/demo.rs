@@ -166,7 +166,7 @@ fn main() -> anyhow::Result<()> {
     let admission = broker.call(
         "PUT",
         &format!("/v1/exports/{TOPIC}"),
-        Some(&json!({ "table": TOPIC, "server_defaults": "visible_at" })),
+        Some(&json!({ "table": TOPIC, "server_default_columns": "visible_at" })),
     )?;
     println!("   export {TOPIC} -> table {TOPIC}, guarantee: {}", admission["guarantee"]);
 
