@@ -5,15 +5,14 @@
 //! closing the last one shuts the engine down. Every statement gets a connection of its own (0.2 ms), so settings, the
 //! current database and temporary tables of one statement cannot reach another; a `Session` keeps its connection.
 //! Invariants: one connection is used by one thread at a time (the library forbids more), which Rust's ownership of
-//! `Connection` gives us; the library is called only on threads of this module (pool and keeper), since it leaves state in
-//! every thread that calls it and a thread that ends after the engine was closed crashes the process.
+//! `Connection` gives us; statements run on the pool's threads, which end before the engine is closed; the library is
+//! never unloaded.
 //! Does not know HTTP, does not limit how many statements wait (the server does), never installs signal handlers.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
 
 use libloading::Library;
 
@@ -64,7 +63,8 @@ struct Analysis {
     query_class: u32,
 }
 
-/// The symbols that are used, and the library that keeps them alive.
+/// The symbols that are used. The library is never unloaded: it has threads of its own, and state in every thread that
+/// called it, whose code must stay.
 struct Api {
     connect: ConnectFn,
     close: CloseFn,
@@ -84,8 +84,6 @@ struct Api {
     bytes_written: CountFn,
     destroy_result: HandleFn,
     classify: Option<ClassifyFn>,
-    // Never unloaded: threads that ran a query keep destructors that lie in the library, and run them when they end.
-    _library: std::mem::ManuallyDrop<Library>,
 }
 
 impl Api {
@@ -97,8 +95,7 @@ impl Api {
             .map_err(|e| cannot(format!("cannot load the ClickHouse engine {}: {e}", lib.display())))?;
         macro_rules! symbol {
             ($name:literal, $type:ty) => {
-                // SAFETY: the type is the one that chdb.h declares for this name; the pointer is kept beside the
-                // library, which outlives it.
+                // SAFETY: the type is the one that chdb.h declares for this name, and the library stays loaded.
                 *unsafe { library.get::<$type>(concat!($name, "\0").as_bytes()) }.map_err(|e| {
                     cannot(format!(
                         "{} lacks {}: it is not libchdb, or older than 26.7 ({e}); run sink/embedded/fetch-engine.sh",
@@ -129,8 +126,8 @@ impl Api {
             destroy_result: symbol!("chdb_destroy_query_result", HandleFn),
             // SAFETY: as above; older libraries do not have it.
             classify: unsafe { library.get::<ClassifyFn>(b"chdb_classify_query_n\0") }.ok().map(|s| *s),
-            _library: std::mem::ManuallyDrop::new(library),
         };
+        std::mem::forget(library);
         // SAFETY: takes a flag; called before the first connection, as the header asks.
         unsafe { signals(0) };
         Ok(api)
@@ -372,85 +369,12 @@ impl Door {
     }
 }
 
-/// The thread that opens and closes the engine.
-///
-/// The library leaves state in every thread that calls it, and a thread that ends after the engine was closed crashes
-/// the process in that state's destructor. So the thread that closes the engine never ends: it sleeps from then on.
-struct Keeper {
-    /// Takes the sender that is told when the engine is closed.
-    close: Sender<Sender<()>>,
-}
-
-type Opened = Result<(Arc<Api>, About), EngineError>;
-
-impl Keeper {
-    fn open(lib: PathBuf, data_dir: PathBuf) -> Result<(Keeper, Arc<Api>, About), EngineError> {
-        let failed =
-            |what: &str| EngineError::new(code::CANNOT_OPEN_FILE, format!("the engine's thread {what}"));
-        let (opened_to, opened) = channel::<Opened>();
-        let (close, close_asked) = channel::<Sender<()>>();
-        std::thread::Builder::new()
-            .name("clickhouse-keeper".to_owned())
-            .spawn(move || {
-                match Keeper::boot(&lib, &data_dir) {
-                    Ok((anchor, api, about)) => {
-                        let _ = opened_to.send(Ok((api, about)));
-                        let closed = close_asked.recv();
-                        drop(anchor);
-                        if let Ok(closed) = closed {
-                            let _ = closed.send(());
-                        }
-                    }
-                    Err(e) => {
-                        let _ = opened_to.send(Err(e));
-                    }
-                }
-                loop {
-                    std::thread::park();
-                }
-            })
-            .map_err(|e| failed(&format!("cannot start: {e}")))?;
-        let (api, about) = opened.recv().map_err(|_| failed("failed"))??;
-        Ok((Keeper { close }, api, about))
-    }
-
-    fn boot(lib: &Path, data_dir: &Path) -> Result<(Connection, Arc<Api>, About), EngineError> {
-        let api = Arc::new(Api::load(lib)?);
-        // The library gives no reason; these are the ones that occur.
-        let mut anchor = Connection::open(&api, data_dir).ok_or_else(|| {
-            EngineError::new(
-                code::CANNOT_OPEN_FILE,
-                format!(
-                    "the ClickHouse engine cannot open {}: another process uses it (stop that one, or choose another \
-                     directory), this process has the engine open on another directory, or the directory cannot be \
-                     written",
-                    data_dir.display()
-                ),
-            )
-        })?;
-        let about = About {
-            version: anchor.text("SELECT version()")?,
-            timezone: anchor.text("SELECT timezone()")?,
-            host: anchor.text("SELECT hostName()")?,
-        };
-        Ok((anchor, api, about))
-    }
-}
-
-impl Drop for Keeper {
-    fn drop(&mut self) {
-        let (closed_to, closed) = channel();
-        if self.close.send(closed_to).is_ok() {
-            let _ = closed.recv();
-        }
-    }
-}
-
 /// The engine on one data directory. Thread-safe.
 pub struct Engine {
     // Fields drop in this order: first the threads end, then the last connection closes the engine.
     pool: Pool<Door>,
-    _keeper: Keeper,
+    // Behind a mutex only to be Sync; never used for statements.
+    _anchor: Mutex<Connection>,
     about: About,
     data_dir: PathBuf,
 }
@@ -470,9 +394,26 @@ impl Engine {
         let data_dir = data_dir
             .canonicalize()
             .map_err(|e| EngineError::new(code::CANNOT_OPEN_FILE, format!("cannot open {dir}: {e}")))?;
-        let (keeper, api, about) = Keeper::open(lib.to_path_buf(), data_dir.clone())?;
+        let api = Arc::new(Api::load(lib)?);
+        // The library gives no reason; these are the ones that occur.
+        let mut anchor = Connection::open(&api, &data_dir).ok_or_else(|| {
+            EngineError::new(
+                code::CANNOT_OPEN_FILE,
+                format!(
+                    "the ClickHouse engine cannot open {}: another process uses it (stop that one, or choose another \
+                     directory), this process has the engine open on another directory, or the directory cannot be \
+                     written",
+                    data_dir.display()
+                ),
+            )
+        })?;
+        let about = About {
+            version: anchor.text("SELECT version()")?,
+            timezone: anchor.text("SELECT timezone()")?,
+            host: anchor.text("SELECT hostName()")?,
+        };
         let pool = Pool::new("clickhouse", MAX_RUNNING, Door { api, data_dir: data_dir.clone() });
-        Ok(Engine { pool, _keeper: keeper, about, data_dir })
+        Ok(Engine { pool, _anchor: Mutex::new(anchor), about, data_dir })
     }
 
     pub fn about(&self) -> &About {

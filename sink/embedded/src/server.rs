@@ -168,10 +168,9 @@ pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
         tracing::warn!("statements still run after {STOP_TIMEOUT:?}; leaving them");
         crate::engine::leave_process();
     }
-    // Tasks hold the server; without them this is the last reference, so the engine closes here. Sessions are
-    // connections: they end on a thread of the engine.
+    // Tasks hold the server; without them this is the last reference, so the engine closes here, after the sessions.
     drop(runtime);
-    server.engine.submit(move |_| lock(&board.sessions).clear());
+    lock(&board.sessions).clear();
     drop(server);
     result
 }

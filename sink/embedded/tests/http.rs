@@ -271,7 +271,10 @@ fn a_started_statement_ends_though_its_client_left() {
 #[test]
 fn a_stop_is_clean_whatever_runs() {
     // Nothing runs, one client keeps its connection: at once. An INSERT without end: after the time for stopping.
-    for sql in ["SELECT 1", "INSERT INTO t (id) SELECT number FROM numbers(1000000000000)"] {
+    for sql in [
+        "SELECT 1",
+        "INSERT INTO t (id) SELECT number + sleepEachRow(0.0001) FROM numbers(1000000000) SETTINGS max_block_size = 1000",
+    ] {
         let dir = tempfile::tempdir().expect("temporary directory");
         let server = Server::start(dir.path());
         server.sql(TABLE);

@@ -1,0 +1,222 @@
+//! An HTTP proxy that breaks inserts on purpose and passes everything else through.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::Random;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Forwarded as it is.
+    None,
+    /// Never reaches the server; the connection is closed.
+    DropBefore,
+    /// Committed; the answer is dropped.
+    DropAfter,
+    /// A 500 that is not ClickHouse's, without forwarding.
+    Refuse500,
+    /// A 502 that is not ClickHouse's, after the server committed.
+    Commit502,
+    /// Half of the body reaches the server, then the connection is cut.
+    CutBody,
+    /// The server gets it twice; the client gets the second answer.
+    Twice,
+    /// Held back longer than the client waits, then forwarded all the same.
+    Late,
+    /// The server's answer is cut in the middle of its head.
+    CutAnswer,
+}
+
+struct Shared {
+    server: u16,
+    /// Chosen from for every insert; empty: no faults.
+    faults: Vec<Fault>,
+    random: Random,
+    late: Duration,
+    log: Vec<Fault>,
+}
+
+#[derive(Clone)]
+pub struct Proxy {
+    pub port: u16,
+    shared: Rc<RefCell<Shared>>,
+}
+
+struct Request {
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Proxy {
+    pub async fn start(server: u16, seed: u64, late: Duration) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let port = listener.local_addr().expect("bound").port();
+        let shared = Shared { server, faults: Vec::new(), random: Random(seed), late, log: Vec::new() };
+        let proxy = Proxy { port, shared: Rc::new(RefCell::new(shared)) };
+        let serving = proxy.clone();
+        tokio::task::spawn_local(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let proxy = serving.clone();
+                tokio::task::spawn_local(async move { proxy.serve(client).await });
+            }
+        });
+        proxy
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}/", self.port)
+    }
+
+    pub fn set_faults(&self, faults: &[Fault]) {
+        self.shared.borrow_mut().faults = faults.to_vec();
+    }
+
+    pub fn happened(&self, fault: Fault) -> usize {
+        self.shared.borrow().log.iter().filter(|f| **f == fault).count()
+    }
+
+    async fn serve(&self, mut client: TcpStream) {
+        let mut buffer = Vec::new();
+        while let Some(request) = read_request(&mut client, &mut buffer).await {
+            let insert = request.head.contains("INSERT") && !request.head.contains("SELECT");
+            let fault = {
+                let mut shared = self.shared.borrow_mut();
+                if insert && !shared.faults.is_empty() {
+                    let kinds = shared.faults.len() as u64;
+                    let at = shared.random.below(kinds) as usize;
+                    let fault = shared.faults[at];
+                    shared.log.push(fault);
+                    fault
+                } else {
+                    Fault::None
+                }
+            };
+            let (server, late) = {
+                let shared = self.shared.borrow();
+                (shared.server, shared.late)
+            };
+            let answer = match fault {
+                Fault::None => forward(server, &request, None).await,
+                Fault::Twice => {
+                    forward(server, &request, None).await;
+                    // The copy comes under the same query id, after the first is done.
+                    forward(server, &request, None).await
+                }
+                Fault::DropBefore => return,
+                Fault::DropAfter => {
+                    forward(server, &request, None).await;
+                    return;
+                }
+                Fault::Refuse500 => Some(plain("500 Internal Server Error", "the proxy is unwell")),
+                Fault::Commit502 => {
+                    forward(server, &request, None).await;
+                    Some(plain("502 Bad Gateway", ""))
+                }
+                Fault::CutBody => {
+                    forward(server, &request, Some(request.body.len() / 2)).await;
+                    return;
+                }
+                Fault::Late => {
+                    tokio::time::sleep(late).await;
+                    forward(server, &request, None).await;
+                    return;
+                }
+                Fault::CutAnswer => forward(server, &request, None).await.map(|mut answer| {
+                    answer.truncate(20);
+                    answer
+                }),
+            };
+            let Some(answer) = answer else { return };
+            if client.write_all(&answer).await.is_err() {
+                return;
+            }
+            // Answers end with the connection: simple, and every request may meet another fault.
+            return;
+        }
+    }
+}
+
+fn plain(status: &str, body: &str) -> Vec<u8> {
+    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+        .into_bytes()
+}
+
+async fn read_request(client: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Request> {
+    let head_end = loop {
+        if let Some(at) = buffer.windows(4).position(|w| w == b"\r\n\r\n") {
+            break at + 4;
+        }
+        if client.read_buf(buffer).await.ok()? == 0 {
+            return None;
+        }
+    };
+    let head = String::from_utf8(buffer.drain(..head_end).collect()).ok()?;
+    let lower = head.to_ascii_lowercase();
+    let mut body = Vec::new();
+    if lower.contains("transfer-encoding: chunked") {
+        loop {
+            let line_end = loop {
+                if let Some(at) = buffer.windows(2).position(|w| w == b"\r\n") {
+                    break at;
+                }
+                if client.read_buf(buffer).await.ok()? == 0 {
+                    return None;
+                }
+            };
+            let line = String::from_utf8(buffer.drain(..line_end + 2).collect()).ok()?;
+            let size = usize::from_str_radix(line.trim().split(';').next()?, 16).ok()?;
+            while buffer.len() < size + 2 {
+                if client.read_buf(buffer).await.ok()? == 0 {
+                    return None;
+                }
+            }
+            body.extend(buffer.drain(..size));
+            buffer.drain(..2);
+            if size == 0 {
+                break;
+            }
+        }
+    } else {
+        let length = lower
+            .lines()
+            .find_map(|line| line.strip_prefix("content-length:"))
+            .and_then(|value| value.trim().parse::<usize>().ok())
+            .unwrap_or(0);
+        while buffer.len() < length {
+            if client.read_buf(buffer).await.ok()? == 0 {
+                return None;
+            }
+        }
+        body.extend(buffer.drain(..length));
+    }
+    Some(Request { head, body })
+}
+
+/// Sends the request on a connection of its own and returns the whole answer; with `cut`, only that much of the body.
+async fn forward(server: u16, request: &Request, cut: Option<usize>) -> Option<Vec<u8>> {
+    let mut upstream = TcpStream::connect(("127.0.0.1", server)).await.ok()?;
+    let mut head = String::new();
+    for line in request.head.trim_end().lines() {
+        let lower = line.to_ascii_lowercase();
+        let framing = ["content-length:", "transfer-encoding:", "connection:", "expect:"];
+        if !framing.iter().any(|name| lower.starts_with(name)) {
+            head.push_str(line);
+            head.push_str("\r\n");
+        }
+    }
+    head.push_str(&format!("Content-Length: {}\r\nConnection: close\r\n\r\n", request.body.len()));
+    upstream.write_all(head.as_bytes()).await.ok()?;
+    let body = cut.map_or(&request.body[..], |cut| &request.body[..cut]);
+    upstream.write_all(body).await.ok()?;
+    if cut.is_some() {
+        // Closing with unread data behind the head: the server sees the body end early.
+        let _ = upstream.shutdown().await;
+    }
+    let mut answer = Vec::new();
+    upstream.read_to_end(&mut answer).await.ok()?;
+    Some(answer).filter(|answer| !answer.is_empty())
+}

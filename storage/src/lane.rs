@@ -1,0 +1,632 @@
+//! One lane of a shard's write-ahead log: the blocks being filled, the writer task, and the files of the ring.
+//!
+//! Runs on the shard thread. `append` is synchronous and copies into the block that is filling; the writer takes blocks
+//! in order and has one write in flight, so everything staged meanwhile shares the next one (group commit without a
+//! timer). A failed write poisons the shard; it is never retried, because the disk may have lost earlier bytes with it.
+//!
+//! Does not decide when files are retired (`flush.rs`) nor what counts after a crash (`wal_format.rs`).
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use flumen_io::{AlignedBuf, File, Mode, sync_dir};
+use tokio::sync::Notify;
+
+use crate::ring::{Class, Plan};
+use crate::store::Shard;
+use crate::types::{GroupId, Lsn};
+use crate::wal_format::{
+    BLOCK_HEADER_BYTES, BlockHeader, Bloom, RECORD_HEADER_BYTES, RecordHeader, block_bytes, write_record,
+};
+
+pub(crate) const DURABLE: usize = 0;
+pub(crate) const OS: usize = 1;
+
+/// Where a commit stops growing: at 1 MiB the disk's transfer time exceeds its latency, more would only add delay.
+const COMMIT_BYTES: usize = 1 << 20;
+
+/// Buffers kept for reuse: one in flight, one filling, two to ride out a slow commit.
+const SPARE_BUFFERS: usize = 4;
+
+/// How far the zero-filled part of a fresh file leads the writer: some tens of milliseconds at full speed.
+const ZERO_AHEAD_BYTES: u64 = 8 << 20;
+const ZERO_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Pause between tries to get space for a WAL file.
+const NO_SPACE_PAUSE: Duration = Duration::from_millis(200);
+
+#[derive(Debug)]
+pub(crate) struct Full;
+
+struct Block {
+    buf: AlignedBuf,
+    /// Header and records so far.
+    len: usize,
+    lsn: Lsn,
+    sequence: u64,
+    file_seq: u64,
+    position: u64,
+    oldest_live: u64,
+    groups: Bloom,
+}
+
+struct SlotFile {
+    file: File,
+    /// Up to here the file has been written once, so that writing again changes no metadata.
+    zeroed: u64,
+}
+
+struct State {
+    plan: Plan,
+    queue: VecDeque<Block>,
+    /// The block at the back takes more records.
+    open: bool,
+    in_flight: Option<Lsn>,
+    next_sequence: u64,
+    /// First sequence of each file in use, oldest first.
+    files: VecDeque<(u64, u64)>,
+    touched: BTreeMap<u64, Vec<GroupId>>,
+    spare: Vec<AlignedBuf>,
+    previous_groups: Bloom,
+    previous_payload_crc: u32,
+    slots: Vec<Option<SlotFile>>,
+    zeroing: Option<(u64, u64, u64)>,
+}
+
+pub(crate) struct Lane {
+    pub number: usize,
+    dir: PathBuf,
+    shard: u32,
+    wal_id: u64,
+    boot_id: u64,
+    file_bytes: u64,
+    files_max: u64,
+    state: RefCell<State>,
+    wake: Notify,
+    writer_idle: Cell<bool>,
+    zero_wake: Notify,
+    zero_done: Notify,
+    /// A file for the ring could not be made; entering it is refused until that works.
+    pub no_space: Cell<bool>,
+    /// The next durable commit must find this (os) lane on the disk: a partition changed its durability.
+    pub sync_before_durable: Cell<bool>,
+    /// Written and not synced since; os lane only.
+    unsynced: Cell<bool>,
+}
+
+impl Lane {
+    pub fn new(
+        number: usize,
+        dir: PathBuf,
+        shard: u32,
+        (wal_id, boot_id): (u64, u64),
+        file_bytes: u64,
+        files_max: usize,
+    ) -> Self {
+        Self {
+            number,
+            dir,
+            shard,
+            wal_id,
+            boot_id,
+            file_bytes,
+            files_max: files_max as u64,
+            state: RefCell::new(State {
+                plan: Plan::new(file_bytes, files_max as u64),
+                queue: VecDeque::new(),
+                open: false,
+                in_flight: None,
+                next_sequence: 1,
+                files: VecDeque::new(),
+                touched: BTreeMap::new(),
+                spare: Vec::new(),
+                previous_groups: Bloom::default(),
+                previous_payload_crc: 0,
+                slots: (0..files_max).map(|_| None).collect(),
+                zeroing: None,
+            }),
+            wake: Notify::new(),
+            writer_idle: Cell::new(false),
+            zero_wake: Notify::new(),
+            zero_done: Notify::new(),
+            no_space: Cell::new(false),
+            sync_before_durable: Cell::new(false),
+            unsynced: Cell::new(false),
+        }
+    }
+
+    pub fn set_groups(&self, groups: usize) {
+        self.state.borrow_mut().plan.set_groups(groups);
+    }
+
+    /// Copies a record into the filling block. Returns the commit it will be part of and its file.
+    pub fn append(
+        &self,
+        next_lsn: &Cell<Lsn>,
+        record: &RecordHeader,
+        payload: &[u8],
+        class: Class,
+    ) -> Result<(Lsn, u64), Full> {
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        let need = RECORD_HEADER_BYTES + payload.len();
+        if state.open {
+            let block = state.queue.back_mut().expect("an open block is at the back of the queue");
+            let len = block.len + need;
+            if len <= block.buf.len()
+                && state.plan.may_grow(block.position, len.next_multiple_of(4096) as u64, class)
+            {
+                write_record(&mut block.buf[block.len..], record, payload);
+                block.len = len;
+                block.groups.insert(record.group);
+                return Ok((block.lsn, block.file_seq));
+            }
+        }
+        let bytes = block_bytes(need);
+        // What the open block takes is only known when it closes; it must close before a new one is placed.
+        state.close();
+        let (file_seq, position) = state.plan.place(bytes as u64, class).ok_or(Full)?;
+        if file_seq != state.plan.file_seq && self.refuses_file(state, file_seq, class) {
+            return Err(Full);
+        }
+        let buf = if bytes > COMMIT_BYTES {
+            AlignedBuf::zeroed(bytes)
+        } else {
+            state.spare.pop().unwrap_or_else(|| AlignedBuf::zeroed(COMMIT_BYTES))
+        };
+        if state.files.back().is_none_or(|(last, _)| *last != file_seq) {
+            state.files.push_back((file_seq, state.next_sequence));
+        }
+        let lsn = next_lsn.get();
+        next_lsn.set(lsn + 1);
+        let mut block = Block {
+            buf,
+            len: BLOCK_HEADER_BYTES + need,
+            lsn,
+            sequence: state.next_sequence,
+            file_seq,
+            position,
+            oldest_live: state.files.front().map_or(state.next_sequence, |(_, first)| *first),
+            groups: Bloom::default(),
+        };
+        state.next_sequence += 1;
+        block.groups.insert(record.group);
+        write_record(&mut block.buf[BLOCK_HEADER_BYTES..], record, payload);
+        state.plan.file_seq = file_seq;
+        state.plan.position = position;
+        state.queue.push_back(block);
+        state.open = true;
+        Ok((lsn, file_seq))
+    }
+
+    fn refuses_file(&self, state: &State, file_seq: u64, class: Class) -> bool {
+        // A file that exists is recycled and needs no space.
+        class != Class::System && self.no_space.get() && state.slots[self.slot_of(file_seq)].is_none()
+    }
+
+    /// Whether a batch of `len` bytes may be accepted now.
+    pub fn has_room(&self, len: usize) -> bool {
+        let mut state = self.state.borrow_mut();
+        let bytes = (block_bytes(RECORD_HEADER_BYTES + len) + 4096) as u64;
+        let plan = &state.plan;
+        let open_bytes = match (state.open, state.queue.back()) {
+            (true, Some(block)) => block.len.next_multiple_of(4096) as u64,
+            _ => 0,
+        };
+        if plan.may_grow(plan.position + open_bytes, bytes, Class::Admit) {
+            return true;
+        }
+        let (file_seq, position) = (plan.file_seq, plan.position);
+        state.plan.position = self.file_bytes;
+        let next = state.plan.place(bytes, Class::Admit);
+        state.plan.position = position;
+        next.is_some_and(|(next, _)| next == file_seq + 1 && !self.refuses_file(&state, next, Class::Admit))
+    }
+
+    /// Whether entries of `total` bytes together, none above `largest`, surely fit.
+    pub fn fits_all(&self, total: usize, largest: usize, count: usize) -> bool {
+        let state = self.state.borrow();
+        let plan = &state.plan;
+        let largest_block = block_bytes(RECORD_HEADER_BYTES + largest) as u64;
+        if largest_block > plan.largest() {
+            return false;
+        }
+        // The open block, each file's end and each block's padding may be lost; what counts is a bound.
+        let padding = (2 * total / COMMIT_BYTES + 2) * (4096 + BLOCK_HEADER_BYTES);
+        let mut need = (total + count * RECORD_HEADER_BYTES + padding) as u64;
+        let open_bytes = match (state.open, state.queue.back()) {
+            (true, Some(block)) => block.len.next_multiple_of(4096) as u64,
+            _ => 0,
+        };
+        let mut file_seq = plan.file_seq;
+        let mut position = plan.position + open_bytes;
+        loop {
+            let mut probe = plan.clone();
+            (probe.file_seq, probe.position) = (file_seq, position);
+            if probe.may_grow(position, need, Class::Stage) {
+                return true;
+            }
+            need = need.saturating_sub(self.file_bytes.saturating_sub(position + largest_block));
+            probe.position = self.file_bytes;
+            match probe.place(largest_block, Class::Stage) {
+                Some((next, _)) if !self.refuses_file(&state, next, Class::Stage) => {
+                    (file_seq, position) = (next, 0);
+                }
+                _ => return false,
+            }
+        }
+    }
+
+    pub fn largest_record(&self) -> usize {
+        let block = self.state.borrow().plan.largest() as usize;
+        block.saturating_sub(BLOCK_HEADER_BYTES + RECORD_HEADER_BYTES + 4096)
+    }
+
+    /// A group has records in a file; called once per group and file.
+    pub fn touch(&self, file_seq: u64, group: GroupId) {
+        self.state.borrow_mut().touched.entry(file_seq).or_default().push(group);
+    }
+
+    pub fn wake_writer(&self) {
+        if self.writer_idle.replace(false) {
+            self.wake.notify_one();
+        }
+    }
+
+    pub fn wake_all(&self) {
+        self.wake.notify_one();
+        self.zero_wake.notify_one();
+        self.zero_done.notify_waiters();
+    }
+
+    /// Lowest commit of this lane that is not done.
+    pub fn oldest_pending(&self) -> Option<Lsn> {
+        let state = self.state.borrow();
+        state.in_flight.or_else(|| state.queue.front().map(|block| block.lsn))
+    }
+
+    pub fn files_in_use(&self) -> u64 {
+        let state = self.state.borrow();
+        if state.files.is_empty() { 0 } else { state.plan.files_in_use() }
+    }
+
+    pub fn files_max(&self) -> u64 {
+        self.files_max
+    }
+
+    /// The oldest file in use that the writer has left for good, and the groups with records in it.
+    pub fn retirable(&self) -> Option<(u64, Vec<GroupId>)> {
+        let state = self.state.borrow();
+        let (file_seq, _) = *state.files.front()?;
+        if state.files.len() < 2 {
+            return None;
+        }
+        Some((file_seq, state.touched.get(&file_seq).cloned().unwrap_or_default()))
+    }
+
+    /// From the filling block on, blocks say that the oldest file is no longer needed. The caller has just appended to
+    /// that block, in the same turn, the last record that makes this true.
+    pub fn announce_retired(&self, file_seq: u64) {
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        assert_eq!(state.files.front().map(|(seq, _)| *seq), Some(file_seq), "files retire in order");
+        assert!(state.open, "the caller has just appended");
+        state.files.pop_front();
+        state.touched.remove(&file_seq);
+        let first = state.files.front().map(|(_, first)| *first);
+        if let (Some(block), Some(first)) = (state.queue.back_mut(), first) {
+            block.oldest_live = first;
+        }
+    }
+
+    /// The announcement is durable: the file's slot may be written over.
+    pub fn retired(&self, file_seq: u64) {
+        self.state.borrow_mut().plan.oldest = file_seq + 1;
+        self.wake_writer();
+    }
+
+    pub fn files(&self) -> Vec<File> {
+        self.state.borrow().slots.iter().flatten().map(|slot| slot.file.clone()).collect()
+    }
+
+    fn slot_of(&self, file_seq: u64) -> usize {
+        (file_seq % self.files_max) as usize
+    }
+
+    /// Opens or makes the file for `file_seq`. Plain system calls: happens once per slot and run.
+    fn open_slot(&self, file_seq: u64) -> io::Result<File> {
+        let slot = self.slot_of(file_seq);
+        if let Some(open) = &self.state.borrow().slots[slot] {
+            return Ok(open.file.clone());
+        }
+        let durable = self.number == DURABLE;
+        let path = self.dir.join(format!("{slot:08}.wal"));
+        let mode = Mode { write: true, create: true, direct: durable, dsync: durable };
+        let file = File::open(&path, mode)?;
+        if file.len()? != self.file_bytes {
+            file.set_len(0)?;
+            if let Err(error) = file.allocate(self.file_bytes) {
+                // What was reserved goes back.
+                file.set_len(0)?;
+                return Err(error);
+            }
+            file.sync_all()?;
+            sync_dir(&self.dir)?;
+        }
+        let zeroed = if durable { file.written_until()?.min(self.file_bytes) } else { self.file_bytes };
+        self.state.borrow_mut().slots[slot] = Some(SlotFile { file: file.clone(), zeroed });
+        Ok(file)
+    }
+
+    /// The next block to write, closed.
+    fn take(&self) -> Option<Block> {
+        let mut state = self.state.borrow_mut();
+        if state.open && state.queue.len() == 1 {
+            state.close();
+        }
+        let block = state.queue.pop_front()?;
+        state.in_flight = Some(block.lsn);
+        Some(block)
+    }
+
+    fn seal(&self, block: &mut Block) -> usize {
+        let mut state = self.state.borrow_mut();
+        let payload_crc = crc32c::crc32c(&block.buf[BLOCK_HEADER_BYTES..block.len]);
+        let header = BlockHeader {
+            lane: self.number as u16,
+            shard: self.shard,
+            payload_len: (block.len - BLOCK_HEADER_BYTES) as u32,
+            wal_id: self.wal_id,
+            boot_id: self.boot_id,
+            sequence: block.sequence,
+            lsn: block.lsn,
+            file_seq: block.file_seq,
+            oldest_live: block.oldest_live,
+            groups: block.groups,
+            previous_groups: state.previous_groups,
+            payload_crc,
+            previous_payload_crc: state.previous_payload_crc,
+        };
+        header.encode(&mut block.buf);
+        state.previous_groups = block.groups;
+        state.previous_payload_crc = payload_crc;
+        let bytes = block.len.next_multiple_of(4096);
+        // What an earlier use left behind stays off the disk.
+        block.buf[block.len..bytes].fill(0);
+        bytes
+    }
+
+    fn done(&self, block: Block) {
+        let mut state = self.state.borrow_mut();
+        state.in_flight = None;
+        if block.buf.len() == COMMIT_BYTES && state.spare.len() < SPARE_BUFFERS {
+            state.spare.push(block.buf);
+        }
+    }
+
+    fn zeroing_overlaps(&self, block: &Block, bytes: u64) -> bool {
+        self.state.borrow().zeroing.is_some_and(|(file_seq, from, to)| {
+            file_seq == block.file_seq && from < block.position + bytes && block.position < to
+        })
+    }
+
+    /// Next part of a fresh file to fill with zeros, ahead of everything planned.
+    fn next_zeros(&self) -> Option<(u64, File, u64, u64)> {
+        let state = self.state.borrow();
+        let planned = match (state.open, state.queue.back()) {
+            (true, Some(block)) => block.position + block.len.next_multiple_of(4096) as u64,
+            _ => state.plan.position,
+        };
+        let lead_to = planned + ZERO_AHEAD_BYTES;
+        let here = (state.plan.file_seq, planned, lead_to.min(self.file_bytes));
+        let next = (state.plan.file_seq + 1, 0, lead_to.saturating_sub(self.file_bytes).min(self.file_bytes));
+        for (file_seq, from, to) in [here, next] {
+            let Some(slot) = &state.slots[(file_seq % state.slots.len() as u64) as usize] else { continue };
+            // The slot of the next file may still hold the oldest one.
+            if file_seq >= state.plan.oldest + state.slots.len() as u64 {
+                continue;
+            }
+            let from = slot.zeroed.max(from);
+            if from < to {
+                return Some((
+                    file_seq,
+                    slot.file.clone(),
+                    from,
+                    (from + ZERO_CHUNK_BYTES).min(self.file_bytes),
+                ));
+            }
+        }
+        None
+    }
+
+    /// The next file's slot, when it will be needed soon and does not exist yet.
+    fn wants_next_file(&self) -> Option<u64> {
+        let state = self.state.borrow();
+        let next = state.plan.file_seq + 1;
+        let near = state.plan.position + ZERO_AHEAD_BYTES.min(self.file_bytes / 2) > self.file_bytes;
+        let allowed = next < state.plan.oldest + state.slots.len() as u64;
+        let missing = state.slots[(next % state.slots.len() as u64) as usize].is_none();
+        (near && allowed && missing).then_some(next)
+    }
+}
+
+impl State {
+    fn close(&mut self) {
+        if std::mem::take(&mut self.open)
+            && let Some(block) = self.queue.back()
+        {
+            self.plan.position = block.position + block.len.next_multiple_of(4096) as u64;
+        }
+    }
+}
+
+fn is_no_space(error: &io::Error) -> bool {
+    crate::store::is_no_space(error)
+}
+
+/// The writer of one lane; ends when the shard is closed or poisoned.
+pub(crate) async fn write_blocks(shard: Rc<Shard>, number: usize) {
+    let lane = &shard.lanes[number];
+    let interval = Duration::from_micros(shard.config.min_commit_interval_us);
+    let mut last_start: Option<Instant> = None;
+    while shard.is_live() {
+        if lane.state.borrow().queue.is_empty() {
+            lane.writer_idle.set(true);
+            lane.wake.notified().await;
+            continue;
+        }
+        // Timers are too coarse for fractions of a millisecond; yielding lets the other tasks fill the block.
+        while let Some(last) = last_start
+            && last.elapsed() < interval
+        {
+            tokio::task::yield_now().await;
+        }
+        let Some(mut block) = lane.take() else { continue };
+        let file = loop {
+            match lane.open_slot(block.file_seq) {
+                Ok(file) => {
+                    if lane.no_space.replace(false) {
+                        shard.note_space();
+                    }
+                    break file;
+                }
+                Err(error) if is_no_space(&error) => {
+                    // Nothing of this block is on disk, so waiting is not a retry.
+                    lane.no_space.set(true);
+                    shard.note_no_space("making a WAL file", &error);
+                    tokio::time::sleep(NO_SPACE_PAUSE).await;
+                    if !shard.is_live() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    shard.poison(&format!("opening a WAL file in {}: {error}", lane.dir.display()));
+                    return;
+                }
+            }
+        };
+        lane.zero_wake.notify_one();
+        let bytes = lane.seal(&mut block);
+        while lane.zeroing_overlaps(&block, bytes as u64) {
+            lane.zero_done.notified().await;
+        }
+        if number == DURABLE && shard.lanes[OS].sync_before_durable.replace(false) {
+            if let Err(error) = sync_lane(&shard, OS).await {
+                shard.poison(&format!("syncing the os lane: {error}"));
+                return;
+            }
+        }
+        let start = Instant::now();
+        last_start = Some(start);
+        let (buf, result) = shard.disk.write_at(&file, block.buf, bytes, block.position).await;
+        block.buf = buf;
+        if let Err(error) = result {
+            shard.poison(&format!("writing {}: {error}", file.path().display()));
+            return;
+        }
+        if number == OS {
+            lane.unsynced.set(true);
+        }
+        {
+            let mut state = lane.state.borrow_mut();
+            let slot = (block.file_seq % state.slots.len() as u64) as usize;
+            let end = block.position + bytes as u64;
+            if let Some(slot) = &mut state.slots[slot]
+                && slot.zeroed >= block.position
+            {
+                slot.zeroed = slot.zeroed.max(end);
+            }
+        }
+        let entered_file = block.position == 0;
+        lane.done(block);
+        shard.note_commit(bytes as u64, start.elapsed());
+        if entered_file {
+            shard.wake_flusher();
+        }
+    }
+}
+
+/// Makes everything written to the os lane so far durable.
+pub(crate) async fn sync_lane(shard: &Rc<Shard>, number: usize) -> io::Result<()> {
+    let lane = &shard.lanes[number];
+    if !lane.unsynced.replace(false) {
+        return Ok(());
+    }
+    for file in lane.files() {
+        shard.disk.fdatasync(&file).await?;
+    }
+    Ok(())
+}
+
+/// Fills fresh files with zeros ahead of the writer, and makes the next file in time. Durable lane only: without a sync
+/// per commit there is nothing to gain.
+pub(crate) async fn fill_zeros(shard: Rc<Shard>, number: usize) {
+    let lane = &shard.lanes[number];
+    let mut chunk = Some(AlignedBuf::zeroed(ZERO_CHUNK_BYTES as usize));
+    let mut plain: Option<(u64, File)> = None;
+    while shard.is_live() {
+        if let Some(next) = lane.wants_next_file() {
+            match lane.open_slot(next) {
+                Ok(_) => {
+                    if lane.no_space.replace(false) {
+                        shard.note_space();
+                    }
+                }
+                Err(error) if is_no_space(&error) => {
+                    lane.no_space.set(true);
+                    shard.note_no_space("making a WAL file", &error);
+                    tokio::time::sleep(NO_SPACE_PAUSE).await;
+                    continue;
+                }
+                Err(error) => {
+                    shard.poison(&format!("opening a WAL file in {}: {error}", lane.dir.display()));
+                    return;
+                }
+            }
+        }
+        let Some((file_seq, file, from, to)) = lane.next_zeros() else {
+            // Idle rings hold no memory for this.
+            chunk = None;
+            plain = None;
+            lane.zero_wake.notified().await;
+            continue;
+        };
+        // Without O_DSYNC: one sync at the end of a chunk instead.
+        if plain.as_ref().is_none_or(|(seq, _)| *seq != file_seq) {
+            let mode = Mode { write: true, create: false, direct: true, dsync: false };
+            match File::open(file.path(), mode) {
+                Ok(file) => plain = Some((file_seq, file)),
+                Err(error) => {
+                    shard.poison(&format!("opening {}: {error}", file.path().display()));
+                    return;
+                }
+            }
+        }
+        let Some((_, file)) = &plain else { continue };
+        lane.state.borrow_mut().zeroing = Some((file_seq, from, to));
+        let zeros = chunk.take().unwrap_or_else(|| AlignedBuf::zeroed(ZERO_CHUNK_BYTES as usize));
+        let (zeros, result) = shard.disk.write_at(file, zeros, (to - from) as usize, from).await;
+        chunk = Some(zeros);
+        let result = match result {
+            Ok(()) => shard.disk.fdatasync(file).await,
+            error => error,
+        };
+        {
+            let mut state = lane.state.borrow_mut();
+            state.zeroing = None;
+            let slot = (file_seq % state.slots.len() as u64) as usize;
+            if let Some(slot) = &mut state.slots[slot] {
+                slot.zeroed = slot.zeroed.max(to);
+            }
+        }
+        lane.zero_done.notify_waiters();
+        if let Err(error) = result {
+            shard.poison(&format!("writing {}: {error}", file.path().display()));
+            return;
+        }
+    }
+}
