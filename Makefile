@@ -33,7 +33,7 @@ test-full: setup
 bench-smoke: engine
 	cargo build --release -p flumen-broker -p flumen-bench
 	bash bench/kafka.sh fetch
-	bash bench/smoke.sh
+	target/release/flumen-bench smoke --flumen target/release/flumen
 
 clean:
 	cargo clean
