@@ -207,29 +207,53 @@ async fn view_facts(
     };
     let (target_database, candidates) = match view_target(&row.create_table_query) {
         Some((db, table)) => (db.unwrap_or_else(|| database.to_owned()), vec![table]),
-        // A view with a table of its own: named by the view's id, or by its name in old databases.
-        None => (database.to_owned(), vec![format!(".inner_id.{}", row.uuid), format!(".inner.{view}")]),
+        None => (database.to_owned(), inner_tables(server, database, view, &row.uuid).await?),
     };
+    let mut found = None;
     for table in candidates {
-        if let Some(target) = table_row(server, &target_database, &table).await? {
-            let target_name = format!("{}.{}", quote_ident(&target_database), quote_ident(&table));
-            let (family, replicated) = family(&target.engine);
-            let setting = if replicated {
-                "replicated_deduplication_window"
-            } else {
-                "non_replicated_deduplication_window"
-            };
-            let fix = family
-                .ends_with("MergeTree")
-                .then(|| format!("ALTER TABLE {target_name} MODIFY SETTING {setting} = {WINDOW}"));
-            let deduplication_window = window_of(&target, windows);
-            return Ok(ViewFacts {
-                name,
-                target: Some(TargetFacts { name: target_name, deduplication_window, fix }),
-            });
+        let Some(target) = table_row(server, &target_database, &table).await? else { continue };
+        let target_name = format!("{}.{}", quote_ident(&target_database), quote_ident(&table));
+        let (family, replicated) = family(&target.engine);
+        let setting = if replicated {
+            "replicated_deduplication_window"
+        } else {
+            "non_replicated_deduplication_window"
+        };
+        let fix = family
+            .ends_with("MergeTree")
+            .then(|| format!("ALTER TABLE {target_name} MODIFY SETTING {setting} = {WINDOW}"));
+        let facts = TargetFacts { name: target_name, deduplication_window: window_of(&target, windows), fix };
+        // Where several tables may be the view's own, the worst of them counts.
+        if found.as_ref().is_none_or(|f: &TargetFacts| facts.deduplication_window < f.deduplication_window) {
+            found = Some(facts);
         }
     }
-    Ok(ViewFacts { name, target: None })
+    Ok(ViewFacts { name, target: found })
+}
+
+/// The table of a view that has one of its own: named by the view's id, or by its name in old databases. Some database
+/// engines do not tell ids; then it may be any table so named.
+async fn inner_tables(
+    server: &ClickHouse,
+    database: &str,
+    view: &str,
+    uuid: &str,
+) -> Result<Vec<String>, CallError> {
+    #[derive(Deserialize)]
+    struct Row {
+        name: String,
+    }
+    let mut candidates = vec![format!(".inner_id.{uuid}"), format!(".inner.{view}")];
+    if uuid.bytes().all(|b| matches!(b, b'0' | b'-')) {
+        let rows: Vec<Row> = server
+            .rows(&format!(
+                "SELECT name FROM system.tables WHERE database = {} AND startsWith(name, '.inner_id.') LIMIT {MAX_VIEWS}",
+                quote_string(database)
+            ))
+            .await?;
+        candidates.extend(rows.into_iter().map(|row| row.name));
+    }
+    Ok(candidates)
 }
 
 /// Everything about the table; `None` if it does not exist. A database that does not exist is an error (81).

@@ -507,7 +507,9 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         for (partition, offset) in self.state.settled_offsets() {
             self.source.settled(partition, offset);
         }
-        self.board.borrow_mut().positions(&self.state, false);
+        let mut board = self.board.borrow_mut();
+        board.positions(&self.state, false);
+        board.publish();
         Ok(())
     }
 

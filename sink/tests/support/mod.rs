@@ -1,6 +1,7 @@
 //! What the tests bring: the real engine in a process of its own, a topic held in memory as real Kafka batches, a state
 //! log, and a proxy that breaks inserts.
-#![allow(dead_code)]
+// Every test file uses its own part of it.
+#![allow(dead_code, unused_imports)]
 
 pub mod engine;
 pub mod proxy;
