@@ -13,7 +13,7 @@ use crate::client::{CallError, Insert};
 use crate::config::Delivery as Promise;
 use crate::mapping::ENCODER_VERSION;
 use crate::plan::{MAX_REJECTED_ROWS, Origin, Plan, Range, Record, Rejected};
-use crate::settle::{Action, Alarm, Class, Delivery, Event, Sent};
+use crate::settle::{Action, Alarm, Class, Delivery, Event, Sent, repair_number};
 use crate::source::{Source, StateLog};
 use crate::status::State;
 
@@ -67,6 +67,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         }
         let mut event = if fresh { Event::Fresh } else { Event::Resume };
         let mut last_error: Option<CallError> = None;
+        let mut repair_acknowledged = None;
         loop {
             event = match machine.step(event) {
                 Action::WriteDeadLetters => {
@@ -111,7 +112,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                     link.info.started_s = server_started_s;
                     Event::Found { found, server_started_s }
                 }
-                Action::Repair { n } => match self.repair(link, &plan, n).await? {
+                Action::Repair => match self.repair(link, &plan, &mut repair_acknowledged).await? {
                     Ok(rows) => {
                         metrics.repaired_rows.fetch_add(rows, Relaxed);
                         Event::Repaired(Sent::Acknowledged)
@@ -275,13 +276,24 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
     }
 
     /// Inserts the rows that are not there, under a token of their own.
-    async fn repair(&mut self, link: &Link, plan: &Plan, n: u32) -> Result<Result<u64, CallError>, Trouble> {
-        self.record(&Record::Repairing { seq: plan.seq, n }).await?;
+    async fn repair(
+        &mut self,
+        link: &Link,
+        plan: &Plan,
+        acknowledged: &mut Option<u32>,
+    ) -> Result<Result<u64, CallError>, Trouble> {
         let mapping = self.mapping(plan.mapping_version)?;
         let present = link.server.list_present(&self.place(&mapping), &plan.ranges).await?;
         let encoded = self.rebuild(plan, Some(present)).await?;
         if encoded.rows == 0 {
             return Ok(Ok(0));
+        }
+        let block_crc = crc32c::crc32c(&encoded.block);
+        let (last, last_crc) =
+            self.state.open.get(&plan.seq).map_or((0, 0), |open| (open.repairs, open.repair_crc));
+        let n = repair_number(last, last_crc, block_crc, *acknowledged);
+        if n != last {
+            self.record(&Record::Repairing { seq: plan.seq, n, block_crc }).await?;
         }
         tracing::warn!(
             topic = %self.config.topic,
@@ -290,7 +302,9 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
             "inserting rows that an insert left out"
         );
         let token = plan.repair_token(&self.cluster_id, n);
-        Ok(self.insert(link, plan, encoded.block, encoded.rows, &token).await.map(|()| encoded.rows))
+        let inserted = self.insert(link, plan, encoded.block, encoded.rows, &token).await;
+        *acknowledged = inserted.is_ok().then_some(n);
+        Ok(inserted.map(|()| encoded.rows))
     }
 
     /// Rows of a settled plan that the audit misses, inserted again. Returns how many.

@@ -72,10 +72,11 @@ pub fn encode(record: &Record) -> Bytes {
             w.byte(DEAD_LETTERS_WRITTEN);
             w.unsigned(*seq);
         }
-        Record::Repairing { seq, n } => {
+        Record::Repairing { seq, n, block_crc } => {
             w.byte(REPAIRING);
             w.unsigned(*seq);
             w.unsigned(u64::from(*n));
+            w.unsigned(u64::from(*block_crc));
         }
         Record::Split { seq, into } => {
             w.byte(SPLIT);
@@ -113,7 +114,9 @@ pub fn decode(bytes: &[u8]) -> Result<Record, CodecError> {
         PRODUCER => Record::Producer { id: r.signed()? },
         PLANNED => Record::Planned(r.plan()?),
         DEAD_LETTERS_WRITTEN => Record::DeadLettersWritten { seq: r.unsigned()? },
-        REPAIRING => Record::Repairing { seq: r.unsigned()?, n: r.u32("repair")? },
+        REPAIRING => {
+            Record::Repairing { seq: r.unsigned()?, n: r.u32("repair")?, block_crc: r.u32("checksum")? }
+        }
         SPLIT => {
             let seq = r.unsigned()?;
             let plans = r.count(super::MAX_OPEN_PLANS, 30, "plans")?;
@@ -232,6 +235,7 @@ impl Writer {
             self.plan(&open.plan);
             self.byte(u8::from(open.dead_letters_written));
             self.unsigned(u64::from(open.repairs));
+            self.unsigned(u64::from(open.repair_crc));
         }
         self.signed(state.producer_id.unwrap_or(-1));
         self.signed(i64::from(state.dlq_next_sequence));
@@ -428,7 +432,8 @@ impl Reader<'_> {
                 let plan = self.plan()?;
                 let dead_letters_written = self.flag()?;
                 let repairs = self.u32("repairs")?;
-                Ok((plan.seq, OpenPlan { plan, dead_letters_written, repairs }))
+                let repair_crc = self.u32("checksum")?;
+                Ok((plan.seq, OpenPlan { plan, dead_letters_written, repairs, repair_crc }))
             })
             .collect::<Result<_, CodecError>>()?;
         let producer_id = Some(self.signed()?).filter(|id| *id >= 0);

@@ -217,10 +217,12 @@ pub enum Record {
     DeadLettersWritten {
         seq: u64,
     },
-    /// The n-th insert of missing rows is about to be sent: its token is never used again.
+    /// The n-th insert of missing rows, a block with this checksum, is about to be sent. Its token stands for these
+    /// rows alone.
     Repairing {
         seq: u64,
         n: u32,
+        block_crc: u32,
     },
     /// `seq` is replaced by these plans, which cover the same offsets.
     Split {
@@ -237,7 +239,9 @@ pub enum Record {
 pub struct OpenPlan {
     pub plan: Plan,
     pub dead_letters_written: bool,
+    /// Number of the last insert of missing rows, and its block's checksum.
     pub repairs: u32,
+    pub repair_crc: u32,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -381,7 +385,11 @@ impl ExportState {
             Record::DeadLettersWritten { seq } => {
                 self.open_plan(*seq, "dead letters")?.dead_letters_written = true;
             }
-            Record::Repairing { seq, n } => self.open_plan(*seq, "a repair")?.repairs = *n,
+            Record::Repairing { seq, n, block_crc } => {
+                let open = self.open_plan(*seq, "a repair")?;
+                open.repairs = *n;
+                open.repair_crc = *block_crc;
+            }
             Record::Split { seq, into } => self.split(*seq, into)?,
             Record::Settled { seq } => {
                 let open = self.open.remove(seq).ok_or(StateError::NotOpen { what: "settled", seq: *seq })?;
@@ -446,7 +454,12 @@ impl ExportState {
         if plan.dead_letters > 0 {
             self.dlq_next_sequence = add_sequence(plan.dlq_first_sequence, plan.dead_letters);
         }
-        let open = OpenPlan { plan: plan.clone(), dead_letters_written: plan.dead_letters == 0, repairs: 0 };
+        let open = OpenPlan {
+            plan: plan.clone(),
+            dead_letters_written: plan.dead_letters == 0,
+            repairs: 0,
+            repair_crc: 0,
+        };
         self.open.insert(plan.seq, open);
     }
 

@@ -91,10 +91,8 @@ pub enum Action {
     /// Wait until no insert with the plan's token, or one derived from it, runs on the server. Never kill it.
     AwaitQuiet,
     ReadBack,
-    /// List the offsets that are present, then insert the others under the repair token.
-    Repair {
-        n: u32,
-    },
+    /// List the offsets that are present, then insert the others under a repair token (`repair_number`).
+    Repair,
     /// Replace the plan by halves, or its single row by a dead letter.
     Split(Class),
     /// Record that the plan is settled.
@@ -102,6 +100,18 @@ pub enum Action {
     /// Try again later with `Event::Resume`.
     BackOff(Class),
     Alarm(Alarm),
+}
+
+/// The number in the token of an insert of missing rows. `last` and `last_crc` are what was recorded, `acknowledged` the
+/// number that the server last acknowledged to this process. The same rows go under the same token as long as that
+/// attempt's outcome is not known, so that its late arrival is recognised; other rows, or the same rows lost again, get
+/// a token of their own.
+pub fn repair_number(last: u32, last_crc: u32, block_crc: u32, acknowledged: Option<u32>) -> u32 {
+    if last > 0 && last_crc == block_crc && acknowledged != Some(last) {
+        last
+    } else {
+        last.saturating_add(1)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -240,7 +250,7 @@ impl Delivery {
             return Action::Alarm(Alarm::RepairsExhausted);
         }
         self.repairs += 1;
-        Action::Repair { n: self.repairs }
+        Action::Repair
     }
 
     fn send(&mut self) -> Action {
