@@ -30,7 +30,10 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         .route("/v1/topics", get(list_topics).post(create_topic))
         .route("/v1/topics/{topic}", get(describe_topic).delete(delete_topic).patch(alter_topic))
         .route("/v1/exports", get(list_exports))
-        .route("/v1/exports/{topic}", get(get_export).put(put_export).delete(delete_export).post(export_action))
+        .route(
+            "/v1/exports/{topic}",
+            get(get_export).put(put_export).delete(delete_export).post(export_action),
+        )
         .route("/v1/exports/{topic}/status", get(export_status))
         .route("/v1/status/ready", get(ready))
         .route("/v1/status/live", get(ready))
@@ -148,10 +151,10 @@ async fn list_topics(State(node): Shared) -> Json<Value> {
 
 async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
     let image = node.image.load_full();
-    let found = image
-        .topics
-        .get(&topic)
-        .ok_or_else(|| Problem::not_found(format!("topic '{topic}' does not exist")).with_fix(format!("flumen topic create {topic}")))?;
+    let found = image.topics.get(&topic).ok_or_else(|| {
+        Problem::not_found(format!("topic '{topic}' does not exist"))
+            .with_fix(format!("flumen topic create {topic}"))
+    })?;
     let partitions: Vec<Value> = found
         .partitions
         .iter()
@@ -198,11 +201,16 @@ fn config_text(value: &Value) -> Option<String> {
     }
 }
 
-async fn create_topic(State(node): Shared, Json(body): Json<Value>) -> Result<(StatusCode, Json<Value>), Problem> {
+async fn create_topic(
+    State(node): Shared,
+    Json(body): Json<Value>,
+) -> Result<(StatusCode, Json<Value>), Problem> {
     let name = body["name"].as_str().ok_or_else(|| Problem::bad_request("'name' is missing"))?.to_string();
     let number = |key: &str, default: i64| match &body[key] {
         Value::Null => Ok(default),
-        value => value.as_i64().ok_or_else(|| Problem::bad_request(format!("'{key}' must be a whole number"))),
+        value => {
+            value.as_i64().ok_or_else(|| Problem::bad_request(format!("'{key}' must be a whole number")))
+        }
     };
     let partitions = i32::try_from(number("partitions", -1)?)
         .map_err(|_| Problem::bad_request("'partitions' is out of range"))?;
@@ -268,8 +276,10 @@ async fn list_exports(State(node): Shared) -> Json<Value> {
 
 fn exported(node: &Arc<Node>, topic: &str) -> Result<BTreeMap<String, String>, Problem> {
     let image = node.image.load();
-    let found =
-        image.topics.get(topic).ok_or_else(|| Problem::not_found(format!("topic '{topic}' does not exist")))?;
+    let found = image
+        .topics
+        .get(topic)
+        .ok_or_else(|| Problem::not_found(format!("topic '{topic}' does not exist")))?;
     let own: BTreeMap<String, String> = found
         .configs
         .iter()
@@ -317,10 +327,15 @@ fn export_changes(body: &Value) -> Result<BTreeMap<String, Option<String>>, Prob
 }
 
 /// The settings that the export would have after `changes`.
-fn merged(node: &Arc<Node>, topic: &str, changes: &BTreeMap<String, Option<String>>) -> Result<BTreeMap<String, String>, Problem> {
+fn merged(
+    node: &Arc<Node>,
+    topic: &str,
+    changes: &BTreeMap<String, Option<String>>,
+) -> Result<BTreeMap<String, String>, Problem> {
     let image = node.image.load();
     let found = image.topics.get(topic).ok_or_else(|| {
-        Problem::not_found(format!("topic '{topic}' does not exist")).with_fix(format!("flumen topic create {topic}"))
+        Problem::not_found(format!("topic '{topic}' does not exist"))
+            .with_fix(format!("flumen topic create {topic}"))
     })?;
     let mut all = found.configs.clone();
     for (key, value) in changes {

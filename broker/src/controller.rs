@@ -96,7 +96,10 @@ impl Controller {
         shard.set_controller(controller.clone());
         if fresh {
             let cluster_id = new_cluster_id();
-            controller.commit(vec![Command::ClusterCreated { cluster_id }]).await.map_err(|e| e.to_string())?;
+            controller
+                .commit(vec![Command::ClusterCreated { cluster_id }])
+                .await
+                .map_err(|e| e.to_string())?;
         }
         controller.publish();
         Ok(())
@@ -117,10 +120,12 @@ impl Controller {
                         .map_err(|e| e.to_string())?;
                     for record in records {
                         let record = record.map_err(|e| e.to_string())?;
-                        let command = Command::decode(record.value.unwrap_or(&[])).map_err(|e| e.to_string())?;
-                        self.image.borrow_mut().apply(&command).map_err(|e| {
-                            format!("metadata record {} does not apply: {e}", record.offset)
-                        })?;
+                        let command =
+                            Command::decode(record.value.unwrap_or(&[])).map_err(|e| e.to_string())?;
+                        self.image
+                            .borrow_mut()
+                            .apply(&command)
+                            .map_err(|e| format!("metadata record {} does not apply: {e}", record.offset))?;
                     }
                 }
             }
@@ -207,7 +212,8 @@ impl Controller {
             let found = self.image.borrow().topics.get(name).cloned();
             if let Some(topic) = found {
                 for p in &topic.partitions {
-                    let (group_id, config, exported) = (p.group_id, topic.effective.clone(), is_exported(&topic));
+                    let (group_id, config, exported) =
+                        (p.group_id, topic.effective.clone(), is_exported(&topic));
                     let _ = node.shards[node.shard_of(group_id)]
                         .run(move |s| async move {
                             if let Some(partition) = s.partition(group_id) {

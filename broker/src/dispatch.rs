@@ -97,11 +97,7 @@ impl Request<'_> {
     }
 
     pub fn malformed(&self, reason: String) -> RequestError {
-        RequestError::Malformed {
-            api_key: self.header.api_key,
-            api_version: self.header.api_version,
-            reason,
-        }
+        RequestError::Malformed { api_key: self.header.api_key, api_version: self.header.api_version, reason }
     }
 
     pub fn answer<R: Encodable>(&self, response: &R) -> Result<Answer, RequestError> {
@@ -126,9 +122,9 @@ pub async fn handle(shard: &Rc<Shard>, peer: &Peer, frame: BytesMut) -> Result<A
     let (key, version, correlation_id) = header::peek(&frame).ok_or(RequestError::Short(frame.len()))?;
     if key == ApiKey::ApiVersions as i16 && !api::supports(key, version) {
         let response = flumen_metadata::admin::api_versions(ErrorCode::UNSUPPORTED_VERSION);
-        return encode(key, 0, correlation_id, &response).map(|b| Answer::Ready(vec![b])).map_err(|reason| {
-            RequestError::Malformed { api_key: key, api_version: version, reason }
-        });
+        return encode(key, 0, correlation_id, &response)
+            .map(|b| Answer::Ready(vec![b]))
+            .map_err(|reason| RequestError::Malformed { api_key: key, api_version: version, reason });
     }
     let header = header::parse_request_header(&frame)?;
     let started = Instant::now();

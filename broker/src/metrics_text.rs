@@ -133,10 +133,13 @@ fn shards(families: &Families, node: &Node) {
     let one = |name: &str, help: &str| families.counter(name, help, &["shard"]);
     let records = one("flumen_kafka_records_produced_total", "Records appended for clients");
     let batches = one("flumen_kafka_batches_produced_total", "Record batches received");
-    let bytes = families.counter("flumen_kafka_request_bytes_total", "Bytes by direction", &["shard", "direction"]);
+    let bytes =
+        families.counter("flumen_kafka_request_bytes_total", "Bytes by direction", &["shard", "direction"]);
     let fetches = one("flumen_kafka_fetches_total", "Fetch requests answered");
-    let duplicates = one("flumen_kafka_duplicate_batches_total", "Retries of idempotent producers recognised");
-    let failed = one("flumen_kafka_failed_produces_total", "Partitions of produce requests answered with an error");
+    let duplicates =
+        one("flumen_kafka_duplicate_batches_total", "Retries of idempotent producers recognised");
+    let failed =
+        one("flumen_kafka_failed_produces_total", "Partitions of produce requests answered with an error");
     let hops = one("flumen_shard_hops_total", "Produce requests handed to another shard");
     let wal = one("flumen_storage_wal_bytes_total", "Bytes written to the shard log");
     let commits = one("flumen_storage_wal_commits_total", "Group commits of the shard log");
@@ -214,8 +217,10 @@ fn partitions(families: &Families, node: &Node) {
 
 fn consumer_groups(families: &Families, node: &Node, groups: &[GroupOffset]) {
     let labels = &["group", "topic", "partition"];
-    let committed = families.gauge("flumen_kafka_consumer_group_committed_offset", "Committed offset", labels);
-    let lag = families.gauge("flumen_kafka_consumer_group_lag", "High watermark minus committed offset", labels);
+    let committed =
+        families.gauge("flumen_kafka_consumer_group_committed_offset", "Committed offset", labels);
+    let lag =
+        families.gauge("flumen_kafka_consumer_group_lag", "High watermark minus committed offset", labels);
     let sum = families.gauge("flumen_kafka_consumer_group_lag_sum", "Lag over all partitions", &["group"]);
     let max = families.gauge("flumen_kafka_consumer_group_lag_max", "Largest lag of a partition", &["group"]);
     let image = node.image.load_full();
@@ -242,7 +247,8 @@ fn consumer_groups(families: &Families, node: &Node, groups: &[GroupOffset]) {
 /// Export metrics are read off the status that the exporter publishes, so that CLI, REST and metrics
 /// can never disagree.
 fn exports(families: &Families, node: &Node) {
-    let state = families.gauge("flumen_export_state", "1 for the state the export is in", &["export", "state"]);
+    let state =
+        families.gauge("flumen_export_state", "1 for the state the export is in", &["export", "state"]);
     let numbers: [(&str, &str, &str); 12] = [
         ("flumen_export_lag_records", "lag_records", "Records not yet settled in ClickHouse"),
         ("flumen_export_lag_seconds", "lag_seconds", "Age of the oldest record not yet settled"),
@@ -255,7 +261,11 @@ fn exports(families: &Families, node: &Node) {
         ("flumen_export_ambiguous_total", "ambiguous_total", "Inserts whose outcome had to be read back"),
         ("flumen_export_insert_p99_milliseconds", "insert_p99_ms", "99th percentile of insert time"),
         ("flumen_export_visibility_p50_milliseconds", "visibility_p50_ms", "Median append-to-visible time"),
-        ("flumen_export_visibility_p99_milliseconds", "visibility_p99_ms", "99th percentile append-to-visible time"),
+        (
+            "flumen_export_visibility_p99_milliseconds",
+            "visibility_p99_ms",
+            "99th percentile append-to-visible time",
+        ),
     ];
     let families: Vec<GaugeVec> =
         numbers.iter().map(|(name, _, help)| families.float(name, help, &["export"])).collect();

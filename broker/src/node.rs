@@ -101,7 +101,10 @@ impl Node {
                 .controller()
                 .run(move |shard| async move {
                     let _ = node;
-                    shard.controller().commit(vec![Command::AllocateProducerIds { count: PRODUCER_ID_BLOCK }]).await
+                    shard
+                        .controller()
+                        .commit(vec![Command::AllocateProducerIds { count: PRODUCER_ID_BLOCK }])
+                        .await
                 })
                 .await
                 .map_err(|_| ErrorCode::COORDINATOR_NOT_AVAILABLE)?
@@ -117,5 +120,7 @@ impl Node {
 
 /// Wall clock, for record timestamps, retention and session deadlines. Pure code gets it as an argument.
 pub fn now_ms() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
 }

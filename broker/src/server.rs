@@ -52,9 +52,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let kafka_address = kafka.local_addr()?;
         let admin_address = admin.local_addr()?;
 
-        let recovered: RecoveredGroups = Arc::new(Mutex::new(
-            data_dir.recover()?.into_iter().map(|g| (g.group_id, g)).collect(),
-        ));
+        let recovered: RecoveredGroups =
+            Arc::new(Mutex::new(data_dir.recover()?.into_iter().map(|g| (g.group_id, g)).collect()));
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,
@@ -82,17 +81,26 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         }
 
         let for_controller = recovered.clone();
-        on_shard(&node, CONTROLLER_SHARD, move |s| async move { Controller::start(&s, &for_controller).await }).await?;
+        on_shard(
+            &node,
+            CONTROLLER_SHARD,
+            move |s| async move { Controller::start(&s, &for_controller).await },
+        )
+        .await?;
         for shard in 0..shard_count {
             let recovered = recovered.clone();
-            on_shard(&node, shard, move |s| async move { controller::open_partitions(&s, &recovered) }).await?;
+            on_shard(&node, shard, move |s| async move { controller::open_partitions(&s, &recovered) })
+                .await?;
         }
         drop_orphans(&node, &recovered, &data_dir);
         export::start(node.clone(), export_commands)?;
 
         tokio::spawn(listener::accept(node.clone(), kafka));
         tokio::spawn(admin_http::serve(node.clone(), admin));
-        println!("flumen ready kafka={kafka_address} admin={admin_address} took={}ms", started.elapsed().as_millis());
+        println!(
+            "flumen ready kafka={kafka_address} admin={admin_address} took={}ms",
+            started.elapsed().as_millis()
+        );
         tracing::info!(kafka = %kafka_address, admin = %admin_address, shards = shard_count, "ready");
 
         wait_for_stop().await?;

@@ -114,7 +114,10 @@ impl Shard {
     }
 
     /// Creates a partition that is new.
-    pub fn create(self: &Rc<Self>, spec: PartitionSpec) -> Result<Rc<Partition>, flumen_storage::CreateError> {
+    pub fn create(
+        self: &Rc<Self>,
+        spec: PartitionSpec,
+    ) -> Result<Rc<Partition>, flumen_storage::CreateError> {
         if let Some(existing) = self.partition(spec.group_id) {
             return Ok(existing);
         }
@@ -151,8 +154,15 @@ impl Shard {
 
     /// The log failed: say why and stop. Never retried into success.
     pub fn poison(&self, reason: &str) -> ! {
-        tracing::error!(shard = self.id, reason, "the shard log failed; nothing unacknowledged is assumed stored");
-        eprintln!("flumen: the log of shard {} failed: {reason}; stopping without acknowledging what was in flight", self.id);
+        tracing::error!(
+            shard = self.id,
+            reason,
+            "the shard log failed; nothing unacknowledged is assumed stored"
+        );
+        eprintln!(
+            "flumen: the log of shard {} failed: {reason}; stopping without acknowledging what was in flight",
+            self.id
+        );
         std::process::exit(EXIT_LOG_FAILED)
     }
 

@@ -108,7 +108,10 @@ pub async fn delete_topic(node: &Node, topic: &str) -> Result<(), TopicError> {
             return Err(Refused::new(ErrorCode::TOPIC_DELETION_DISABLED, "delete.topic.enable is false"));
         }
         if found.internal {
-            return Err(Refused::new(ErrorCode::INVALID_TOPIC_EXCEPTION, "internal topics cannot be deleted"));
+            return Err(Refused::new(
+                ErrorCode::INVALID_TOPIC_EXCEPTION,
+                "internal topics cannot be deleted",
+            ));
         }
         Ok(vec![Command::DeleteTopic { id: found.id }])
     })

@@ -33,7 +33,9 @@ pub(crate) fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
     out.extend(MAGIC.to_le_bytes());
     out.extend((checkpoint.len() as u32).to_le_bytes());
     for (id, g) in checkpoint {
-        for word in [*id, g.hard_state.term, g.hard_state.vote, g.hard_state.commit, g.last_index, g.last_term] {
+        for word in
+            [*id, g.hard_state.term, g.hard_state.vote, g.hard_state.commit, g.last_index, g.last_term]
+        {
             out.extend(word.to_le_bytes());
         }
         out.extend(g.log_start_offset.to_le_bytes());

@@ -25,7 +25,9 @@ impl OpenError {
     pub(crate) fn io(path: &std::path::Path) -> impl FnOnce(io::Error) -> OpenError {
         let path = path.to_path_buf();
         move |source| match source.kind() {
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => OpenError::ReadOnly { path, source },
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                OpenError::ReadOnly { path, source }
+            }
             io::ErrorKind::StorageFull => OpenError::Full { path },
             io::ErrorKind::NotADirectory => OpenError::NotADirectory(path),
             _ => OpenError::Io { path, source },

@@ -152,7 +152,11 @@ impl GroupLog {
             return Err(StageError::Damaged(reason.clone()));
         }
         let lane = self.lane();
-        let wal = self.store.0.wal(lane).map_err(|e| StageError::Poisoned(crate::error::LogPoisoned(e.to_string())))?;
+        let wal = self
+            .store
+            .0
+            .wal(lane)
+            .map_err(|e| StageError::Poisoned(crate::error::LogPoisoned(e.to_string())))?;
         if let Some(poison) = self.store.0.poisoned() {
             return Err(StageError::Poisoned(poison));
         }
@@ -263,7 +267,10 @@ impl GroupLog {
                 Cut::Nothing => return Ok(Vec::new()),
                 Cut::More(need) if chunk.len() < left && need > want => want = need,
                 Cut::More(_) | Cut::Bad => {
-                    let reason = format!("segment {base} of {} has no valid batch for offset {from}", self.group.dir.display());
+                    let reason = format!(
+                        "segment {base} of {} has no valid batch for offset {from}",
+                        self.group.dir.display()
+                    );
                     *self.group.health.borrow_mut() = GroupHealth::Damaged { reason: reason.clone() };
                     tracing::error!(%reason, "the log is damaged; the partition refuses to serve");
                     return Err(ReadError::Damaged(reason));
@@ -279,10 +286,17 @@ impl GroupLog {
             match state.segments.iter().find(|s| s.max_timestamp >= timestamp) {
                 Some(segment) => {
                     let at = segment.position_before_timestamp(timestamp);
-                    let base = segment.index.iter().find(|e| e.position == at).map_or(segment.base_offset, |e| e.base_offset);
+                    let base = segment
+                        .index
+                        .iter()
+                        .find(|e| e.position == at)
+                        .map_or(segment.base_offset, |e| e.base_offset);
                     base.max(state.log_start_offset)
                 }
-                None => state.segments.last().map_or(state.log_start_offset, |s| s.end_offset.max(state.log_start_offset)),
+                None => state
+                    .segments
+                    .last()
+                    .map_or(state.log_start_offset, |s| s.end_offset.max(state.log_start_offset)),
             }
         };
         let start = self.log_start_offset();
@@ -367,13 +381,15 @@ impl GroupLog {
         let config = self.group.config.borrow().clone();
         let target = {
             let state = self.group.state.borrow();
-            let mut size: u64 = state.segments.iter().map(|s| s.bytes).sum::<u64>() + state.unflushed_bytes as u64;
+            let mut size: u64 =
+                state.segments.iter().map(|s| s.bytes).sum::<u64>() + state.unflushed_bytes as u64;
             let mut target = state.log_start_offset;
             // The active segment stays: it is what new records go to.
             let sealed = state.segments.len().saturating_sub(1);
             for segment in &state.segments[..sealed] {
                 let too_big = config.retention_bytes >= 0
-                    && size.saturating_sub(segment.bytes) >= u64::try_from(config.retention_bytes).unwrap_or(0);
+                    && size.saturating_sub(segment.bytes)
+                        >= u64::try_from(config.retention_bytes).unwrap_or(0);
                 let too_old = config.retention_ms >= 0
                     && segment.max_timestamp.saturating_add(config.retention_ms) < now_ms;
                 if !(too_big || too_old) || segment.end_offset > hold_offset {
@@ -440,7 +456,11 @@ fn cut(chunk: &[u8], from: i64, upper: i64, max_bytes: usize) -> Cut {
             continue;
         }
         // Offsets are dense: a batch that does not start where it must has a rotten header.
-        let follows = if at == end && start.is_some() { header.base_offset == next } else { header.base_offset <= from };
+        let follows = if at == end && start.is_some() {
+            header.base_offset == next
+        } else {
+            header.base_offset <= from
+        };
         if !follows {
             if start.is_none() {
                 return Cut::Bad;

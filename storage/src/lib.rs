@@ -30,8 +30,8 @@ mod wal_format;
 
 pub use data_dir::DataDir;
 pub use entry::{
-    Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup, StoreConfig,
-    StoreStats,
+    Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup,
+    StoreConfig, StoreStats,
 };
 pub use error::{CreateError, LogPoisoned, OpenError, ReadError, StageError};
 pub use flumen_io::DiskKind as IoKind;

@@ -62,7 +62,11 @@ impl ProducerState {
             return Err(ProducerError::InvalidEpoch { got: header.producer_epoch, current: producer.epoch });
         }
         if header.producer_epoch > producer.epoch {
-            return if got == 0 { Ok(Verdict::Append) } else { Err(ProducerError::OutOfOrder { expected: 0, got }) };
+            return if got == 0 {
+                Ok(Verdict::Append)
+            } else {
+                Err(ProducerError::OutOfOrder { expected: 0, got })
+            };
         }
         let last = header.last_sequence();
         if let Some(same) =
@@ -84,7 +88,8 @@ impl ProducerState {
             return;
         }
         if self.producers.len() >= PRODUCERS_MAX && !self.producers.contains_key(&header.producer_id) {
-            let oldest = self.producers.iter().min_by_key(|(id, p)| (p.last_timestamp, **id)).map(|(id, _)| *id);
+            let oldest =
+                self.producers.iter().min_by_key(|(id, p)| (p.last_timestamp, **id)).map(|(id, _)| *id);
             oldest.map(|id| self.producers.remove(&id));
         }
         let producer = self.producers.entry(header.producer_id).or_insert_with(|| Producer {
@@ -206,9 +211,14 @@ mod tests {
         }
         for i in 2..7 {
             let verdict = state.check(&batch(1, 0, i * 10, 10, -1)).unwrap();
-            assert!(matches!(verdict, Verdict::Duplicate { base_offset, .. } if base_offset == i64::from(i) * 10));
+            assert!(
+                matches!(verdict, Verdict::Duplicate { base_offset, .. } if base_offset == i64::from(i) * 10)
+            );
         }
-        assert!(matches!(state.check(&batch(1, 0, 10, 10, -1)), Err(ProducerError::OutOfOrder { expected: 70, got: 10 })));
+        assert!(matches!(
+            state.check(&batch(1, 0, 10, 10, -1)),
+            Err(ProducerError::OutOfOrder { expected: 70, got: 10 })
+        ));
     }
 
     #[test]
@@ -217,9 +227,16 @@ mod tests {
         state.apply(&batch(1, 3, 0, 5, 0));
         assert!(matches!(state.check(&batch(1, 3, 6, 1, -1)), Err(ProducerError::OutOfOrder { .. })));
         assert!(matches!(state.check(&batch(1, 2, 5, 1, -1)), Err(ProducerError::InvalidEpoch { .. })));
-        assert!(matches!(state.check(&batch(1, 4, 5, 1, -1)), Err(ProducerError::OutOfOrder { expected: 0, .. })));
+        assert!(matches!(
+            state.check(&batch(1, 4, 5, 1, -1)),
+            Err(ProducerError::OutOfOrder { expected: 0, .. })
+        ));
         assert_eq!(state.check(&batch(1, 4, 0, 1, -1)), Ok(Verdict::Append));
-        assert_eq!(state.check(&batch(2, 9, 77, 1, -1)), Ok(Verdict::Append), "an unknown producer starts anywhere");
+        assert_eq!(
+            state.check(&batch(2, 9, 77, 1, -1)),
+            Ok(Verdict::Append),
+            "an unknown producer starts anywhere"
+        );
     }
 
     #[test]

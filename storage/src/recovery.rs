@@ -213,7 +213,10 @@ fn recover_group(
         }
         // Whole to its end but shorter than what was synced: bytes are gone.
         if last && segment.end_offset < synced_end {
-            return Ok(Err(format!("{name}: segments end at {} although {synced_end} was synced", segment.end_offset)));
+            return Ok(Err(format!(
+                "{name}: segments end at {} although {synced_end} was synced",
+                segment.end_offset
+            )));
         }
         segments.push(segment);
     }

@@ -228,7 +228,10 @@ fn scan(
                     return Ok(Some(format!("offset {} again at position {position}", header.base_offset)));
                 }
                 Ok(header) if header.total_bytes() > BATCH_BYTES_MAX => {
-                    return Ok(Some(format!("a batch of {} bytes at position {position}", header.total_bytes())));
+                    return Ok(Some(format!(
+                        "a batch of {} bytes at position {position}",
+                        header.total_bytes()
+                    )));
                 }
                 Ok(header) if header.total_bytes() as u64 > left => {
                     return Ok(Some(format!("a batch cut short at position {position}")));
@@ -338,7 +341,11 @@ mod tests {
         batches[5][at] ^= 4;
         write(dir.path(), &batches);
         assert_eq!(load(dir.path(), 0, 0, 0, |_| ()).unwrap().segment.end_offset, 5);
-        assert_eq!(load(dir.path(), 0, 8, 0, |_| ()).unwrap().segment.end_offset, 10, "below it nobody asked");
+        assert_eq!(
+            load(dir.path(), 0, 8, 0, |_| ()).unwrap().segment.end_offset,
+            10,
+            "below it nobody asked"
+        );
     }
 
     #[test]

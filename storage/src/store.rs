@@ -18,7 +18,9 @@ use tokio::sync::Notify;
 
 use crate::checkpoint::{self, Checkpoint, GroupCheckpoint};
 use crate::data_dir::{DELETED_SUFFIX, DataDir};
-use crate::entry::{GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, RecoveredGroup, StoreConfig, StoreStats};
+use crate::entry::{
+    GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, RecoveredGroup, StoreConfig, StoreStats,
+};
 use crate::error::{CreateError, LogPoisoned, OpenError};
 use crate::group::{Group, GroupLog, GroupState};
 use crate::leader_epochs::LeaderEpochs;
@@ -140,7 +142,12 @@ impl ShardStore {
     }
 
     /// Creates an empty group: its directory is durable when this returns.
-    pub fn create(&self, group_id: GroupId, dir_name: &str, config: GroupConfig) -> Result<GroupLog, CreateError> {
+    pub fn create(
+        &self,
+        group_id: GroupId,
+        dir_name: &str,
+        config: GroupConfig,
+    ) -> Result<GroupLog, CreateError> {
         if let Some(poison) = self.0.poisoned() {
             return Err(poison.into());
         }
@@ -181,7 +188,9 @@ impl ShardStore {
         doomed.push(DELETED_SUFFIX);
         std::fs::rename(&group.dir, &doomed)?;
         flumen_io::sync_dir(&self.0.dir.log_root())?;
-        tokio::task::spawn_blocking(move || std::fs::remove_dir_all(doomed)).await.map_err(io::Error::other)?
+        tokio::task::spawn_blocking(move || std::fs::remove_dir_all(doomed))
+            .await
+            .map_err(io::Error::other)?
     }
 
     pub fn durable_lsn(&self, lane: Lane) -> Lsn {
@@ -611,12 +620,8 @@ impl Store {
         let (end, bytes_since, has_tail) = {
             let state = group.state.borrow();
             let end = state.segments.last().map_or(0, |s| s.end_offset);
-            let since: u64 = state
-                .segments
-                .iter()
-                .filter(|s| s.end_offset > state.snapshot_offset)
-                .map(|s| s.bytes)
-                .sum();
+            let since: u64 =
+                state.segments.iter().filter(|s| s.end_offset > state.snapshot_offset).map(|s| s.bytes).sum();
             (end, since, state.tail.len() > state.flushed)
         };
         let producers = group.producers.borrow();

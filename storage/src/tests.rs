@@ -14,7 +14,12 @@ use crate::*;
 fn batch(base_offset: i64, records: usize, fill: usize) -> Bytes {
     let mut builder = BatchBuilder::new();
     for i in 0..records {
-        builder.append(1000 + base_offset + i as i64, None, Some(&vec![(base_offset % 251) as u8; fill]), &[]);
+        builder.append(
+            1000 + base_offset + i as i64,
+            None,
+            Some(&vec![(base_offset % 251) as u8; fill]),
+            &[],
+        );
     }
     builder.build(base_offset).freeze()
 }
@@ -36,7 +41,8 @@ fn config(durability: Durability) -> GroupConfig {
 async fn append(store: &ShardStore, log: &GroupLog, count: usize, fill: usize) -> i64 {
     for _ in 0..count {
         let base = log.log_end_offset();
-        let entry = Entry { index: log.last_index() + 1, term: 1, payload: Payload::Batch(batch(base, 3, fill)) };
+        let entry =
+            Entry { index: log.last_index() + 1, term: 1, payload: Payload::Batch(batch(base, 3, fill)) };
         let (lane, lsn) = log.stage(None, &[entry]).unwrap();
         let mut seen = store.durable_lsn(lane);
         while seen < lsn {
@@ -92,8 +98,9 @@ fn what_was_durable_is_there_after_a_crash_at_any_time() {
             let data = Arc::new(DataDir::open(&dir.path().join("live")).unwrap());
             assert!(data.recover().unwrap().is_empty());
             let store = ShardStore::open(&data, small()).await.unwrap();
-            let logs: Vec<_> =
-                (1..4).map(|g| store.create(g, &format!("t-{g}.g{g}"), config(durability)).unwrap()).collect();
+            let logs: Vec<_> = (1..4)
+                .map(|g| store.create(g, &format!("t-{g}.g{g}"), config(durability)).unwrap())
+                .collect();
             for round in 0..6 {
                 let mut ends = Vec::new();
                 for log in &logs {
@@ -171,7 +178,10 @@ fn a_torn_last_block_is_cut_and_damage_before_it_is_not() {
             assert_eq!((found.health, found.log_end_offset), (GroupHealth::Ok, end - 3));
         } else {
             assert!(matches!(found.health, GroupHealth::Damaged { .. }), "block {block} byte {at}");
-            assert_eq!(fs::read(copy.join("wal/damaged-0-durable-0").join(wal.file_name().unwrap())).unwrap(), bad);
+            assert_eq!(
+                fs::read(copy.join("wal/damaged-0-durable-0").join(wal.file_name().unwrap())).unwrap(),
+                bad
+            );
             assert!(matches!(recover_one(&copy).health, GroupHealth::Damaged { .. }), "it stays refused");
         }
     }
@@ -299,7 +309,11 @@ fn recovery_of_arbitrary_bytes_never_panics() {
         while let Some(path) = stack.pop() {
             for entry in fs::read_dir(path).unwrap() {
                 let entry = entry.unwrap();
-                if entry.file_type().unwrap().is_dir() { stack.push(entry.path()) } else { files.push(entry.path()) }
+                if entry.file_type().unwrap().is_dir() {
+                    stack.push(entry.path())
+                } else {
+                    files.push(entry.path())
+                }
             }
         }
         let file = &files[random() as usize % files.len()];

@@ -156,7 +156,8 @@ impl Wal {
 
     /// The largest entry that a block of this ring can hold.
     pub(crate) fn entry_bytes_max(&self) -> usize {
-        BLOCK_PAYLOAD_MAX.min(usize::try_from(self.file_bytes).unwrap_or(usize::MAX) - BLOCK_BYTES) - BLOCK_BYTES
+        BLOCK_PAYLOAD_MAX.min(usize::try_from(self.file_bytes).unwrap_or(usize::MAX) - BLOCK_BYTES)
+            - BLOCK_BYTES
     }
 
     pub(crate) fn no_space(&self) -> bool {
@@ -237,7 +238,8 @@ impl Wal {
         };
         buffer[..BLOCK_HEADER_BYTES].copy_from_slice(&wal_format::encode_block_header(&header));
         self.first_lsn.borrow_mut().entry(file_seq).or_insert(lsn);
-        let file = self.current.borrow().as_ref().map(|f| f.file.clone()).ok_or(std::io::ErrorKind::NotFound)?;
+        let file =
+            self.current.borrow().as_ref().map(|f| f.file.clone()).ok_or(std::io::ErrorKind::NotFound)?;
         let position = self.position.get();
         let buffer = match self.lane {
             // A copy into the page cache: no wait to hide, so no trip through the ring.

@@ -79,7 +79,13 @@ pub(crate) fn decode_block_header(bytes: &[u8]) -> Option<BlockHeader> {
 }
 
 /// Header of a record; its payload follows.
-pub(crate) fn record_header(kind: u8, group: GroupId, index: u64, term: u64, len: usize) -> [u8; RECORD_HEADER_BYTES] {
+pub(crate) fn record_header(
+    kind: u8,
+    group: GroupId,
+    index: u64,
+    term: u64,
+    len: usize,
+) -> [u8; RECORD_HEADER_BYTES] {
     let mut out = [0u8; RECORD_HEADER_BYTES];
     out[0] = kind;
     out[1..9].copy_from_slice(&group.to_le_bytes());
@@ -172,7 +178,10 @@ mod tests {
         payload.extend(log_start_record(9, 1234));
         let records = decode_records(&Bytes::from(payload.clone())).unwrap();
         assert_eq!(records.len(), 4);
-        assert_eq!(records[0], Record::Batch { group: 5, index: 6, term: 7, bytes: Bytes::from_static(b"abc") });
+        assert_eq!(
+            records[0],
+            Record::Batch { group: 5, index: 6, term: 7, bytes: Bytes::from_static(b"abc") }
+        );
         assert_eq!(records[3], Record::LogStart { group: 9, offset: 1234 });
         assert_eq!(records[2].group(), 9);
         let whole = [0, 32, 61, 61 + 16 + 13];

@@ -45,7 +45,8 @@ impl ClickHouse {
             .args(["--data-dir".as_ref(), self.data_dir.join("clickhouse").as_os_str()])
             .args(["--listen", &format!("127.0.0.1:{}", self.port)]);
         let log = self.data_dir.join("clickhouse.log");
-        let (process, _ready) = Process::start("flumen clickhouse", command, "flumen clickhouse ready", &log)?;
+        let (process, _ready) =
+            Process::start("flumen clickhouse", command, "flumen clickhouse ready", &log)?;
         self.process = Some(process);
         Ok(())
     }
@@ -62,7 +63,8 @@ impl ClickHouse {
 
     /// Runs one statement and returns its output (TabSeparated unless it names a FORMAT).
     pub fn query(&self, sql: &str) -> anyhow::Result<String> {
-        let (status, text) = http("POST", &format!("{}/", self.url.trim_end_matches('/')), Some(sql.to_string()))?;
+        let (status, text) =
+            http("POST", &format!("{}/", self.url.trim_end_matches('/')), Some(sql.to_string()))?;
         if status != 200 {
             bail!("{sql}: {status} {text}");
         }

@@ -175,7 +175,8 @@ fn main() -> anyhow::Result<()> {
 
     println!("== waiting for ClickHouse to have everything");
     wait_until_exported(&broker)?;
-    let outcome = check(&broker, &clickhouse, &acknowledged.lock().expect("no panic under this lock"), &faults)?;
+    let outcome =
+        check(&broker, &clickhouse, &acknowledged.lock().expect("no panic under this lock"), &faults)?;
 
     if args.keep {
         println!("\n== left running; stop with Ctrl-C. Try:");
@@ -201,7 +202,10 @@ fn stream(
     clickhouse: &mut ClickHouse,
     reports: &Reports,
 ) -> anyhow::Result<Vec<i64>> {
-    println!("== streaming for {} s: {:.0} events/s, {SURGE}x in the middle third", args.seconds, BASE_PER_SECOND);
+    println!(
+        "== streaming for {} s: {:.0} events/s, {SURGE}x in the middle third",
+        args.seconds, BASE_PER_SECOND
+    );
     let seconds = args.seconds as f64;
     let mut rng = StdRng::seed_from_u64(7);
     let mut producer = client(&broker.kafka, reports)?;
@@ -223,7 +227,8 @@ fn stream(
             break;
         }
         let part = elapsed / seconds;
-        let rate = if (1.0 / 3.0..2.0 / 3.0).contains(&part) { BASE_PER_SECOND * SURGE } else { BASE_PER_SECOND };
+        let rate =
+            if (1.0 / 3.0..2.0 / 3.0).contains(&part) { BASE_PER_SECOND * SURGE } else { BASE_PER_SECOND };
         owed += rate * last_tick.elapsed().as_secs_f64();
         last_tick = Instant::now();
         while owed >= 1.0 {
@@ -254,12 +259,18 @@ fn stream(
                 faults.push(now_ms());
                 broker.kill_9();
                 broker.restart()?;
-                println!("            the broker answers again after {} ms", now_ms() - faults[faults.len() - 1]);
+                println!(
+                    "            the broker answers again after {} ms",
+                    now_ms() - faults[faults.len() - 1]
+                );
             } else if clickhouse.is_ours() {
                 faults.push(now_ms());
                 clickhouse.kill_9();
                 clickhouse.restart()?;
-                println!("            ClickHouse answers again after {} ms", now_ms() - faults[faults.len() - 1]);
+                println!(
+                    "            ClickHouse answers again after {} ms",
+                    now_ms() - faults[faults.len() - 1]
+                );
             }
         }
         if elapsed >= next_report {
@@ -334,7 +345,10 @@ fn check(
     println!("   rows                     {rows}   (records in the topic: {log_records})");
     println!("   missing                  {missing}   (acknowledged events without a row)");
     println!("   duplicates               {duplicates}   (rows beyond one per partition and offset)");
-    println!("   dead letters             {dead_letters}   (malformed records sent: {})", acknowledged.malformed);
+    println!(
+        "   dead letters             {dead_letters}   (malformed records sent: {})",
+        acknowledged.malformed
+    );
     println!("   append to visible        p50 {} ms   p99 {} ms   outside the kills", quiet.0, quiet.1);
     println!("                            p50 {} ms   p99 {} ms   with them", all.0, all.1);
     println!("   stock, five stores with the most movements (each event counted once):");

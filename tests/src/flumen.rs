@@ -80,7 +80,8 @@ impl Flumen {
     }
 
     pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
-        let (status, text) = http(method, &format!("http://{}{path}", self.admin), body.map(Value::to_string))?;
+        let (status, text) =
+            http(method, &format!("http://{}{path}", self.admin), body.map(Value::to_string))?;
         if !(200..300).contains(&status) {
             bail!("{method} {path}: {status} {text}");
         }

@@ -13,7 +13,12 @@ pub struct Process {
 
 impl Process {
     /// Starts `command` and returns the first line of its output that starts with `ready`.
-    pub fn start(name: &str, mut command: Command, ready: &str, log: &Path) -> anyhow::Result<(Process, String)> {
+    pub fn start(
+        name: &str,
+        mut command: Command,
+        ready: &str,
+        log: &Path,
+    ) -> anyhow::Result<(Process, String)> {
         let errors = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
         let mut child = command
             .stdin(Stdio::null())
@@ -102,7 +107,9 @@ pub fn flumen_binary() -> anyhow::Result<PathBuf> {
             return Ok(candidate);
         }
     }
-    bail!("no flumen binary beside this test: build it first (cargo build -p flumen-broker), or set FLUMEN_BIN")
+    bail!(
+        "no flumen binary beside this test: build it first (cargo build -p flumen-broker), or set FLUMEN_BIN"
+    )
 }
 
 /// The top of the repository, seen from this crate.

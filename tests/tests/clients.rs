@@ -8,7 +8,8 @@ use serde_json::json;
 
 fn run(name: &str, command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|e| panic!("{name} cannot be run ({e}); run `make setup`"));
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{name} failed:\n{text}");
     text
 }
@@ -44,7 +45,9 @@ fn java_tools() {
     }
     let (_dir, flumen) = broker();
     let script = repository().join("tests/clients/java_tools.sh");
-    assert!(run("java_tools.sh", Command::new("bash").arg(script).arg(&flumen.kafka)).contains("java tools ok"));
+    assert!(
+        run("java_tools.sh", Command::new("bash").arg(script).arg(&flumen.kafka)).contains("java tools ok")
+    );
 }
 
 #[test]
@@ -54,7 +57,10 @@ fn kcat_round_trip() {
     let file = dir.path().join("in.txt");
     let lines: String = (0..500).map(|i| format!("k{i}:v{i}\n")).collect();
     std::fs::write(&file, &lines).unwrap();
-    run("kcat -P", Command::new("kcat").args(["-b", &flumen.kafka, "-P", "-t", "kc", "-K:", "-l"]).arg(&file));
+    run(
+        "kcat -P",
+        Command::new("kcat").args(["-b", &flumen.kafka, "-P", "-t", "kc", "-K:", "-l"]).arg(&file),
+    );
     let out = run(
         "kcat -C",
         Command::new("kcat").args(["-b", &flumen.kafka, "-C", "-t", "kc", "-e", "-q", "-f", "%k:%s\\n"]),

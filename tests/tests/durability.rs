@@ -98,7 +98,10 @@ fn kill_under_load(cycles: usize, durability: &str, shards: &[&str]) {
     assert_eq!(acknowledged.len() as u64, sent, "everything is acknowledged in the end");
     let ends = flumen.end_offsets("t").unwrap();
     let stored = read_all(&flumen.kafka, "t", &ends);
-    assert_eq!(stored, acknowledged, "the log is what was acknowledged: no loss, no duplicate, no other offset");
+    assert_eq!(
+        stored, acknowledged,
+        "the log is what was acknowledged: no loss, no duplicate, no other offset"
+    );
     assert!(flumen.stop().unwrap().success());
 }
 
@@ -118,8 +121,7 @@ fn a_clean_stop_and_another_number_of_shards_keep_everything() {
     let ports = (flumen_tests::process::free_port(), flumen_tests::process::free_port());
     let mut expected = BTreeMap::new();
     for shards in ["1", "3", "2"] {
-        let mut flumen =
-            Flumen::start_at(dir.path(), ports.0, ports.1, &[], &["--shards", shards]).unwrap();
+        let mut flumen = Flumen::start_at(dir.path(), ports.0, ports.1, &[], &["--shards", shards]).unwrap();
         if expected.is_empty() {
             flumen.create_topic("t", 5, &json!({})).unwrap();
         }
@@ -130,7 +132,14 @@ fn a_clean_stop_and_another_number_of_shards_keep_everything() {
             .unwrap();
         for i in 0..500u64 {
             let payload = format!("{i:010}");
-            producer.send(BaseRecord::<str, str, _>::with_opaque_to("t", Box::new(i)).key(&i.to_string()).payload(&payload)).map_err(|(e, _)| e).unwrap();
+            producer
+                .send(
+                    BaseRecord::<str, str, _>::with_opaque_to("t", Box::new(i))
+                        .key(&i.to_string())
+                        .payload(&payload),
+                )
+                .map_err(|(e, _)| e)
+                .unwrap();
         }
         producer.flush(Duration::from_secs(300)).unwrap();
         expected.extend(acknowledged.0.lock().unwrap().clone());

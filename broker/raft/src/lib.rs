@@ -115,8 +115,12 @@ impl Group {
         let tail = Tail::new(start, commit);
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let node = RawNode::new(&config, tail, &logger).map_err(|e| StartError(e.to_string()))?;
-        let mut group =
-            Group { node, seed: start.seed, persisted_hard_state: start.hard_state, voters: start.voters.len() };
+        let mut group = Group {
+            node,
+            seed: start.seed,
+            persisted_hard_state: start.hard_state,
+            voters: start.voters.len(),
+        };
         group.tame_randomness();
         Ok(group)
     }

@@ -2,7 +2,8 @@ use super::*;
 
 fn alone(last_index: u64, last_term: u64) -> Group {
     let hard_state = HardState { term: last_term, vote: 1, commit: 0 };
-    Group::start(&GroupStart { node_id: 1, voters: vec![1], hard_state, last_index, last_term, seed: 7 }).unwrap()
+    Group::start(&GroupStart { node_id: 1, voters: vec![1], hard_state, last_index, last_term, seed: 7 })
+        .unwrap()
 }
 
 /// Stores everything at once and returns (entries stored, highest committed index).

@@ -26,7 +26,8 @@ impl AdminArgs {
 
     /// Sends one request. An answer that is not 2xx becomes the failure that its body describes.
     pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value, Failure> {
-        let base = if self.admin.contains("://") { self.admin.clone() } else { format!("http://{}", self.admin) };
+        let base =
+            if self.admin.contains("://") { self.admin.clone() } else { format!("http://{}", self.admin) };
         let url = format!("{}{path}", base.trim_end_matches('/'));
         let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
         let request = ureq::http::Request::builder()
@@ -36,7 +37,9 @@ impl AdminArgs {
             .body(body.map(Value::to_string).unwrap_or_default())
             .map_err(|e| Failure::new(format!("{url}: {e}")))?;
         let mut response = agent.run(request).map_err(|e| {
-            Failure::new(format!("no broker answers at {base} ({e}); start one, or name its address with --admin"))
+            Failure::new(format!(
+                "no broker answers at {base} ({e}); start one, or name its address with --admin"
+            ))
         })?;
         let status = response.status().as_u16();
         let text = response.body_mut().read_to_string().map_err(|e| Failure::new(e.to_string()))?;

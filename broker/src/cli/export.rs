@@ -49,11 +49,19 @@ enum ExportCommand {
     /// List exports
     List,
     /// Show the state of one export; exit 10 when it is not running
-    Status { topic: String },
-    Pause { topic: String },
-    Resume { topic: String },
+    Status {
+        topic: String,
+    },
+    Pause {
+        topic: String,
+    },
+    Resume {
+        topic: String,
+    },
     /// Turn export off; the table stays
-    Delete { topic: String },
+    Delete {
+        topic: String,
+    },
 }
 
 pub fn run(args: ExportArgs) -> Result<(), Failure> {

@@ -82,7 +82,9 @@ pub fn run(args: TopicArgs) -> Result<(), Failure> {
                 .into_iter()
                 .flatten()
                 .filter(|t| internal || t["internal"] != Value::Bool(true))
-                .map(|t| vec![text(&t["name"]), text(&t["partitions"]), text(&t["export"]), text(&t["size_bytes"])])
+                .map(|t| {
+                    vec![text(&t["name"]), text(&t["partitions"]), text(&t["export"]), text(&t["size_bytes"])]
+                })
                 .collect();
             show(admin, &topics, || table::print(&["NAME", "PARTITIONS", "EXPORT", "BYTES"], &rows));
         }
@@ -135,13 +137,24 @@ fn describe(topic: &Value) {
         .into_iter()
         .flatten()
         .map(|p| {
-            ["partition", "leader", "leader_epoch", "log_start_offset", "high_watermark", "size_bytes", "health"]
-                .iter()
-                .map(|k| text(&p[*k]))
-                .collect()
+            [
+                "partition",
+                "leader",
+                "leader_epoch",
+                "log_start_offset",
+                "high_watermark",
+                "size_bytes",
+                "health",
+            ]
+            .iter()
+            .map(|k| text(&p[*k]))
+            .collect()
         })
         .collect();
-    table::print(&["PARTITION", "LEADER", "EPOCH", "LOG-START-OFFSET", "HIGH-WATERMARK", "BYTES", "HEALTH"], &rows);
+    table::print(
+        &["PARTITION", "LEADER", "EPOCH", "LOG-START-OFFSET", "HIGH-WATERMARK", "BYTES", "HEALTH"],
+        &rows,
+    );
     out!();
     let rows: Vec<Vec<String>> = topic["configs"]
         .as_object()

@@ -102,9 +102,7 @@ impl Manager {
         let outdated: Vec<Uuid> = self
             .running
             .iter()
-            .filter(|(id, export)| {
-                wanted.get(id) != Some(&export.config) || export.task.is_finished()
-            })
+            .filter(|(id, export)| wanted.get(id) != Some(&export.config) || export.task.is_finished())
             .map(|(id, _)| *id)
             .collect();
         for id in outdated {
@@ -125,7 +123,8 @@ impl Manager {
             Err(error) => {
                 tracing::error!(%error, "the state of exports cannot be read; they do not start");
                 for (id, config) in wanted {
-                    self.refused.insert(id, (config.topic, format!("the export state cannot be read: {error}")));
+                    self.refused
+                        .insert(id, (config.topic, format!("the export state cannot be read: {error}")));
                 }
                 return;
             }
@@ -221,7 +220,11 @@ fn endpoint(node: &Node, config: &ExportConfig) -> Result<Endpoint, String> {
 }
 
 /// Says what an export with these settings would guarantee; an error when it would not run.
-async fn validate(node: &Arc<Node>, topic: &str, configs: &BTreeMap<String, String>) -> Result<Value, Problem> {
+async fn validate(
+    node: &Arc<Node>,
+    topic: &str,
+    configs: &BTreeMap<String, String>,
+) -> Result<Value, Problem> {
     let config = ExportConfig::from_topic(topic, configs)
         .map_err(|e| Problem::bad_request(e.to_string()))?
         .ok_or_else(|| Problem::bad_request("the export is not enabled"))?;
@@ -264,7 +267,9 @@ async fn samples(node: &Arc<Node>, topic: &str) -> Vec<Bytes> {
         let Ok(Some(slice)) = read else { continue };
         for batch in slice.records.iter().flat_map(|b| flumen_protocol::record_batch::batches(b)).flatten() {
             let mut scratch = Vec::new();
-            let Ok(records) = flumen_protocol::record::decode_records(batch.1, &mut scratch, 16 << 20) else { continue };
+            let Ok(records) = flumen_protocol::record::decode_records(batch.1, &mut scratch, 16 << 20) else {
+                continue;
+            };
             out.extend(records.flatten().filter_map(|r| r.value.map(Bytes::copy_from_slice)));
             if out.len() >= SAMPLE_RECORDS {
                 out.truncate(SAMPLE_RECORDS);

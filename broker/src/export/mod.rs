@@ -32,8 +32,14 @@ const COMMANDS_MAX: usize = 64;
 
 pub(crate) enum Command {
     MetadataChanged,
-    Validate { topic: String, configs: BTreeMap<String, String>, answer: oneshot::Sender<Result<Value, Problem>> },
-    Stop { done: oneshot::Sender<()> },
+    Validate {
+        topic: String,
+        configs: BTreeMap<String, String>,
+        answer: oneshot::Sender<Result<Value, Problem>>,
+    },
+    Stop {
+        done: oneshot::Sender<()>,
+    },
 }
 
 /// What one export last said of itself.

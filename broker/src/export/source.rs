@@ -28,9 +28,9 @@ impl TopicSource {
     fn group_of(&self, partition: i32) -> Result<u64, SourceError> {
         let image = self.node.image.load();
         let topic = image.topic_by_id(&self.topic_id).ok_or(SourceError::TopicDeleted)?;
-        usize::try_from(partition).ok().and_then(|p| topic.partitions.get(p)).map(|p| p.group_id).ok_or_else(|| {
-            SourceError::NotAvailable { partition, reason: "there is no such partition".to_string() }
-        })
+        usize::try_from(partition).ok().and_then(|p| topic.partitions.get(p)).map(|p| p.group_id).ok_or_else(
+            || SourceError::NotAvailable { partition, reason: "there is no such partition".to_string() },
+        )
     }
 }
 
@@ -52,7 +52,10 @@ impl Source for TopicSource {
             .await
             .map_err(|e| SourceError::Broker(e.to_string()))?;
         match read {
-            None => Err(SourceError::NotAvailable { partition, reason: "it is being opened or deleted".to_string() }),
+            None => Err(SourceError::NotAvailable {
+                partition,
+                reason: "it is being opened or deleted".to_string(),
+            }),
             Some(Ok(slice)) => Ok(SourceRead {
                 batches: slice.records,
                 last_stable_offset: slice.high_watermark,
@@ -136,7 +139,8 @@ impl Source for TopicSource {
         let broker = |e: String| SourceError::Broker(e);
         if !self.node.image.load().topics.contains_key(topic) {
             let created =
-                topic_admin::create_topic(&self.node, topic, DEAD_LETTER_PARTITIONS, -1, Default::default()).await;
+                topic_admin::create_topic(&self.node, topic, DEAD_LETTER_PARTITIONS, -1, Default::default())
+                    .await;
             if let Err(error) = created
                 && !self.node.image.load().topics.contains_key(topic)
             {

@@ -62,7 +62,8 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             } else {
                 (TopicRef::Name(topic.topic.as_str().into()), image.topics.get(topic.topic.as_str()))
             };
-            let missing = if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
+            let missing =
+                if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
             let mut partitions = Vec::with_capacity(topic.partitions.len());
             for p in &topic.partitions {
                 let info = found.map(|t| usize::try_from(p.partition).ok().and_then(|i| t.partitions.get(i)));
@@ -112,7 +113,8 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     }
 
     let mut sent = 0;
-    let mut flat: Vec<&mut FetchPartitionData> = topics.iter_mut().flat_map(|t| t.partitions.iter_mut()).collect();
+    let mut flat: Vec<&mut FetchPartitionData> =
+        topics.iter_mut().flat_map(|t| t.partitions.iter_mut()).collect();
     for r in read {
         sent += r.bytes;
         if let Some(slot) = flat.get_mut(r.slot) {
@@ -166,11 +168,18 @@ async fn read_all(shard: &Rc<Shard>, items: &[Item], max_bytes: usize) -> Vec<Re
             read_here(shard, mine, budget, any).await
         } else {
             let fallback = mine.clone();
-            match shard.node.shards[home].run(move |s| async move { read_here(&s, mine, budget, any).await }).await {
+            match shard.node.shards[home]
+                .run(move |s| async move { read_here(&s, mine, budget, any).await })
+                .await
+            {
                 Ok(read) => read,
                 Err(_) => fallback
                     .into_iter()
-                    .map(|i| ReadItem { slot: i.slot, bytes: 0, data: empty(0, ErrorCode::NOT_LEADER_OR_FOLLOWER) })
+                    .map(|i| ReadItem {
+                        slot: i.slot,
+                        bytes: 0,
+                        data: empty(0, ErrorCode::NOT_LEADER_OR_FOLLOWER),
+                    })
                     .collect(),
             }
         };
@@ -243,11 +252,8 @@ impl Waiters {
         let mut waiters = Waiters::none();
         let shards = shard.node.shards.len();
         for home in 0..shards {
-            let groups: Vec<u64> = items
-                .iter()
-                .map(|i| i.group_id)
-                .filter(|g| shard.node.shard_of(*g) == home)
-                .collect();
+            let groups: Vec<u64> =
+                items.iter().map(|i| i.group_id).filter(|g| shard.node.shard_of(*g) == home).collect();
             if groups.is_empty() {
                 continue;
             }

@@ -19,10 +19,10 @@ use kafka_protocol::messages::offset_fetch_response::{
 };
 use kafka_protocol::messages::{
     BrokerId, DeleteGroupsRequest, DeleteGroupsResponse, DescribeGroupsRequest, DescribeGroupsResponse,
-    FindCoordinatorRequest, FindCoordinatorResponse, HeartbeatRequest, HeartbeatResponse,
-    JoinGroupRequest, JoinGroupResponse, LeaveGroupRequest, LeaveGroupResponse, ListGroupsRequest,
-    ListGroupsResponse, OffsetCommitRequest, OffsetCommitResponse, OffsetDeleteRequest, OffsetDeleteResponse,
-    OffsetFetchRequest, OffsetFetchResponse, SyncGroupRequest, SyncGroupResponse, TopicName,
+    FindCoordinatorRequest, FindCoordinatorResponse, HeartbeatRequest, HeartbeatResponse, JoinGroupRequest,
+    JoinGroupResponse, LeaveGroupRequest, LeaveGroupResponse, ListGroupsRequest, ListGroupsResponse,
+    OffsetCommitRequest, OffsetCommitResponse, OffsetDeleteRequest, OffsetDeleteResponse, OffsetFetchRequest,
+    OffsetFetchResponse, SyncGroupRequest, SyncGroupResponse, TopicName,
 };
 use kafka_protocol::protocol::StrBytes;
 
@@ -118,7 +118,10 @@ pub async fn find_coordinator(request: &Request<'_>) -> Result<Answer, RequestEr
         } else if key.is_empty() && version < 4 {
             None
         } else {
-            home_of(request.shard, key.as_str()).await.err().map(|e| (e, "the offsets topic is not available"))
+            home_of(request.shard, key.as_str())
+                .await
+                .err()
+                .map(|e| (e, "the offsets topic is not available"))
         };
         let mut entry = CoordinatorEntry::default().with_key(key);
         match error {
@@ -232,9 +235,8 @@ pub async fn offset_commit(request: &Request<'_>) -> Result<Answer, RequestError
         let image = request.shard.node.image.load();
         for topic in &mut commit.topics {
             let found = image.topics.get(topic.name.as_str());
-            let exists = |p: i32| {
-                found.is_some_and(|t| usize::try_from(p).is_ok_and(|p| p < t.partitions.len()))
-            };
+            let exists =
+                |p: i32| found.is_some_and(|t| usize::try_from(p).is_ok_and(|p| p < t.partitions.len()));
             let missing: Vec<i32> =
                 topic.partitions.iter().map(|p| p.partition_index).filter(|p| !exists(*p)).collect();
             if !missing.is_empty() {
@@ -411,7 +413,8 @@ pub async fn offset_delete(request: &Request<'_>) -> Result<Answer, RequestError
     let delete: OffsetDeleteRequest = request.decode()?;
     let group = delete.group_id.0.to_string();
     if is_export(request, &group) {
-        let refused = OffsetDeleteResponse::default().with_error_code(ErrorCode::GROUP_AUTHORIZATION_FAILED.0);
+        let refused =
+            OffsetDeleteResponse::default().with_error_code(ErrorCode::GROUP_AUTHORIZATION_FAILED.0);
         return request.answer(&refused);
     }
     match ask(request, &group, GroupRequest::OffsetDelete { request: delete }).await {
@@ -487,7 +490,10 @@ fn is_export(request: &Request<'_>, group: &str) -> bool {
 
 fn offsets_partitions(shard: &Rc<Shard>) -> Vec<u64> {
     let image = shard.node.image.load();
-    image.topics.get(OFFSETS_TOPIC).map_or_else(Vec::new, |t| t.partitions.iter().map(|p| p.group_id).collect())
+    image
+        .topics
+        .get(OFFSETS_TOPIC)
+        .map_or_else(Vec::new, |t| t.partitions.iter().map(|p| p.group_id).collect())
 }
 
 /// The code of an answer that is not the one asked for.

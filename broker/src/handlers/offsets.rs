@@ -4,9 +4,15 @@ use std::future::Future;
 use std::rc::Rc;
 
 use flumen_protocol::error_code::ErrorCode;
-use kafka_protocol::messages::delete_records_response::{DeleteRecordsPartitionResult, DeleteRecordsTopicResult};
-use kafka_protocol::messages::list_offsets_response::{ListOffsetsPartitionResponse, ListOffsetsTopicResponse};
-use kafka_protocol::messages::offset_for_leader_epoch_response::{EpochEndOffset, OffsetForLeaderTopicResult};
+use kafka_protocol::messages::delete_records_response::{
+    DeleteRecordsPartitionResult, DeleteRecordsTopicResult,
+};
+use kafka_protocol::messages::list_offsets_response::{
+    ListOffsetsPartitionResponse, ListOffsetsTopicResponse,
+};
+use kafka_protocol::messages::offset_for_leader_epoch_response::{
+    EpochEndOffset, OffsetForLeaderTopicResult,
+};
 use kafka_protocol::messages::{
     DeleteRecordsRequest, DeleteRecordsResponse, ListOffsetsRequest, ListOffsetsResponse,
     OffsetForLeaderEpochRequest, OffsetForLeaderEpochResponse,
@@ -110,13 +116,16 @@ pub async fn offset_for_leader_epoch(request: &Request<'_>) -> Result<Answer, Re
         let mut answered = OffsetForLeaderTopicResult::default().with_topic(topic.topic.clone());
         for p in topic.partitions {
             let (current, epoch) = (p.current_leader_epoch, p.leader_epoch);
-            let found = at_home(request.shard, topic.topic.as_str(), p.partition, move |partition| async move {
-                partition.check_epoch(current)?;
-                Ok(partition.epoch_end_offset(epoch))
-            })
-            .await;
-            let mut out =
-                EpochEndOffset::default().with_partition(p.partition).with_leader_epoch(-1).with_end_offset(-1);
+            let found =
+                at_home(request.shard, topic.topic.as_str(), p.partition, move |partition| async move {
+                    partition.check_epoch(current)?;
+                    Ok(partition.epoch_end_offset(epoch))
+                })
+                .await;
+            let mut out = EpochEndOffset::default()
+                .with_partition(p.partition)
+                .with_leader_epoch(-1)
+                .with_end_offset(-1);
             match found {
                 Ok((epoch, end)) => {
                     out.leader_epoch = epoch;
@@ -150,9 +159,12 @@ pub async fn delete_records(request: &Request<'_>) -> Result<Answer, RequestErro
             let found = match refused {
                 Some(error) => Err(error),
                 None => {
-                    at_home(request.shard, topic.name.as_str(), p.partition_index, move |partition| async move {
-                        partition.delete_records(offset).await
-                    })
+                    at_home(
+                        request.shard,
+                        topic.name.as_str(),
+                        p.partition_index,
+                        move |partition| async move { partition.delete_records(offset).await },
+                    )
                     .await
                 }
             };

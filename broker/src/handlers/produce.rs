@@ -29,13 +29,15 @@ struct Item {
     records: BytesMut,
 }
 
-pub async fn handle(shard: &Rc<Shard>, header: RequestHeader, frame: BytesMut) -> Result<Answer, RequestError> {
+pub async fn handle(
+    shard: &Rc<Shard>,
+    header: RequestHeader,
+    frame: BytesMut,
+) -> Result<Answer, RequestError> {
     let version = header.api_version;
     let frame_bytes = frame.len();
-    let request = decode_produce(frame, header.body_offset, version).map_err(|e| RequestError::Malformed {
-        api_key: header.api_key,
-        api_version: version,
-        reason: e.to_string(),
+    let request = decode_produce(frame, header.body_offset, version).map_err(|e| {
+        RequestError::Malformed { api_key: header.api_key, api_version: version, reason: e.to_string() }
     })?;
     let ProduceRequest { transactional_id, acks, topics, partitions, .. } = request;
     shard.metrics.produced(partitions.len(), frame_bytes);
@@ -64,12 +66,16 @@ pub async fn handle(shard: &Rc<Shard>, header: RequestHeader, frame: BytesMut) -
                     continue;
                 }
             };
-            let Some(info) = usize::try_from(partition.partition).ok().and_then(|p| topic.partitions.get(p)) else {
+            let Some(info) = usize::try_from(partition.partition).ok().and_then(|p| topic.partitions.get(p))
+            else {
                 refuse(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, None);
                 continue;
             };
             if topic.internal {
-                refuse(ErrorCode::INVALID_TOPIC_EXCEPTION, Some("clients may not write to an internal topic"));
+                refuse(
+                    ErrorCode::INVALID_TOPIC_EXCEPTION,
+                    Some("clients may not write to an internal topic"),
+                );
                 continue;
             }
             by_shard[shard.node.shard_of(info.group_id)].push(Item {

@@ -8,7 +8,6 @@ use uuid::Uuid;
 use crate::dispatch::{Answer, Request, RequestError};
 use crate::topic_admin::commit_plan;
 
-
 pub async fn create_topics(request: &Request<'_>) -> Result<Answer, RequestError> {
     let create: CreateTopicsRequest = request.decode()?;
     let version = request.header.api_version;

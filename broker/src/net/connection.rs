@@ -172,7 +172,8 @@ async fn write_answers(shared: &Shared) -> io::Result<()> {
             }
         }
         shared.answer_sent.notify_one();
-        if batch.iter().map(Bytes::len).sum::<usize>() >= WRITE_BATCH_BYTES || batch.len() >= WRITE_SLICES_MAX {
+        if batch.iter().map(Bytes::len).sum::<usize>() >= WRITE_BATCH_BYTES || batch.len() >= WRITE_SLICES_MAX
+        {
             write_all(&shared.stream, &mut batch).await?;
         }
     }

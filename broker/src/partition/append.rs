@@ -159,7 +159,8 @@ impl Partition {
             }
         }
         if header.has_producer_id()
-            && let Verdict::Duplicate { base_offset, log_append_time } = self.log.producers().check(&header)?
+            && let Verdict::Duplicate { base_offset, log_append_time } =
+                self.log.producers().check(&header)?
         {
             let last_offset = base_offset + i64::from(header.last_offset_delta);
             let stamped = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
