@@ -43,7 +43,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
     // Read once, here: asked from a pinned thread, the list would have one core.
     let cores = core_affinity::get_core_ids().unwrap_or_default();
-    let shard_count = options.shards.unwrap_or(cores.len().max(1)).max(1);
+    let shard_count = options.shards.unwrap_or_else(|| default_shards(cores.len())).max(1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async move {
         let data_dir = Arc::new(DataDir::open(&options.data_dir)?);
@@ -121,6 +121,13 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         }
         Ok(())
     })
+}
+
+/// One core stays free for what is not a shard: exports, the kernel's network and disk work, the acceptor. On two cores one
+/// shard took 138,000 one-record batches a second at 6.7 us of CPU each where two took 85,000 at 12.3, in one run: every
+/// hop between shards that both sleep costs two wake-ups, and every further log halves what a commit carries.
+fn default_shards(cores: usize) -> usize {
+    cores.saturating_sub(1).max(1)
 }
 
 async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
