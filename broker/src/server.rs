@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
-use flumen_storage::{DataDir, ShardStore, StoreConfig};
+use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
@@ -52,8 +52,11 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let kafka_address = kafka.local_addr()?;
         let admin_address = admin.local_addr()?;
 
-        let recovered: RecoveredGroups =
-            Arc::new(Mutex::new(data_dir.recover()?.into_iter().map(|g| (g.group_id, g)).collect()));
+        // What the caches will hold anyway need not be read again by the first fetches.
+        let warm_bytes = StoreConfig::default().cache_bytes * shard_count;
+        let recovered: RecoveredGroups = Arc::new(Mutex::new(
+            data_dir.recover(warm_bytes)?.into_iter().map(|g| (g.group_id, g)).collect(),
+        ));
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,
@@ -179,11 +182,16 @@ fn shard_thread(
     });
 }
 
-/// Logs that no topic names belong to topics whose deletion a crash interrupted.
+/// Logs that no topic names belong to topics whose deletion a crash interrupted. A damaged one stays: it may be one that
+/// a topic would name if its number could be read.
 fn drop_orphans(node: &Arc<Node>, recovered: &RecoveredGroups, data_dir: &DataDir) {
     let orphans: HashMap<u64, _> = std::mem::take(&mut *recovered.lock().expect("no panic under this lock"));
     let _ = node;
     for (group_id, group) in orphans {
+        if let GroupHealth::Damaged { reason } = &group.health {
+            tracing::error!(group_id, directory = %group.dir_name, reason, "a damaged log that no topic names; left alone");
+            continue;
+        }
         tracing::info!(group_id, directory = %group.dir_name, "removing the log of a deleted topic");
         if let Err(error) = data_dir.remove_group(&group.dir_name) {
             tracing::warn!(group_id, %error, "could not remove it; the next start tries again");
