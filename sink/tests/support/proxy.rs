@@ -50,8 +50,9 @@ pub enum Fault {
 
 struct Shared {
     server: u16,
-    /// Chosen from for every insert; empty: no faults.
+    /// Dealt out to inserts, all of them before any comes again; empty: no faults.
     faults: Vec<Fault>,
+    deck: Vec<Fault>,
     random: Random,
     late: Duration,
     log: Vec<Fault>,
@@ -77,6 +78,7 @@ impl Proxy {
         let shared = Shared {
             server,
             faults: Vec::new(),
+            deck: Vec::new(),
             random: Random(seed),
             late,
             log: Vec::new(),
@@ -93,6 +95,20 @@ impl Proxy {
         proxy
     }
 
+    /// For tests without a runtime: serves on a thread of its own until the process ends.
+    pub fn start_on_thread(server: u16, seed: u64, late: Duration) -> Proxy {
+        let (tell, started) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async move {
+                let _ = tell.send(Proxy::start(server, seed, late).await);
+                std::future::pending::<()>().await;
+            });
+        });
+        started.recv().expect("the proxy starts")
+    }
+
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/", self.port)
     }
@@ -102,7 +118,9 @@ impl Proxy {
     }
 
     pub fn set_faults(&self, faults: &[Fault]) {
-        self.shared().faults = faults.to_vec();
+        let mut shared = self.shared();
+        shared.faults = faults.to_vec();
+        shared.deck.clear();
     }
 
     pub fn happened(&self, fault: Fault) -> usize {
@@ -120,10 +138,13 @@ impl Proxy {
             let insert = request.head.contains("INSERT") && !request.head.contains("SELECT");
             let fault = {
                 let mut shared = self.shared();
-                if insert && !shared.faults.is_empty() {
-                    let kinds = shared.faults.len() as u64;
-                    let at = shared.random.below(kinds) as usize;
-                    let fault = shared.faults[at];
+                if insert && shared.deck.is_empty() {
+                    shared.deck = shared.faults.clone();
+                }
+                if insert && !shared.deck.is_empty() {
+                    let left = shared.deck.len() as u64;
+                    let at = shared.random.below(left) as usize;
+                    let fault = shared.deck.swap_remove(at);
                     shared.log.push(fault);
                     fault
                 } else {
