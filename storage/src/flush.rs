@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_io::{sync_dir, sync_filesystem};
+use flumen_io::{FileSystem, Mode};
 use flumen_protocol::record_batch;
 
 use crate::data_dir::replace_file;
@@ -162,7 +162,7 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
         };
         for base in left {
             for path in [group.log_path(base), group.index_path(base)] {
-                match std::fs::remove_file(&path) {
+                match shard.files.remove_file(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         shard.poison(&format!("removing {}: {error}", path.display()));
                         return Err(FlushError::Poisoned);
@@ -214,7 +214,7 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
             .write_vectored_at(&file, run.bufs.clone(), run.position)
             .await
             .map_err(|e| fail("writing segment", e))?;
-        if let Err(error) = append_index(group, run.base, run.new_segment, &run.index) {
+        if let Err(error) = append_index(&shard.files, group, run.base, run.new_segment, &run.index) {
             // An index that lacks its end is rebuilt from the segment.
             tracing::warn!(group = group.id, %error, "index not written");
         }
@@ -259,7 +259,8 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         let group = Rc::clone(group);
         let (offset, bytes) = snapshot_of(&group);
         let dir = group.dir.clone();
-        let written = tokio::task::spawn_blocking(move || write_snapshot(&dir, offset, &bytes)).await;
+        let files = shard.files.clone();
+        let written = shard.disk.off_thread(move || write_snapshot(&files, &dir, offset, &bytes)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(group = group.id, %error, "producer snapshot not written");
         }
@@ -274,10 +275,15 @@ fn seal(shard: &Rc<Shard>, group: &Group, base: i64, bytes: u64) -> io::Result<(
     if file.len()? > bytes { file.set_len(bytes) } else { Ok(()) }
 }
 
-fn append_index(group: &Group, base: i64, fresh: bool, entries: &[IndexEntry]) -> io::Result<()> {
-    use flumen_io::{File, Mode};
+fn append_index(
+    files: &FileSystem,
+    group: &Group,
+    base: i64,
+    fresh: bool,
+    entries: &[IndexEntry],
+) -> io::Result<()> {
     let path = group.index_path(base);
-    let file = File::open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+    let file = files.open(&path, Mode { write: true, create: true, ..Mode::default() })?;
     let mut out = Vec::with_capacity(INDEX_HEADER_BYTES + entries.len() * INDEX_ENTRY_BYTES);
     let length = if fresh { 0 } else { file.len()? as usize };
     let mut at = 0;
@@ -302,35 +308,30 @@ fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
     (offset, group.producers.borrow().encode(offset))
 }
 
-pub(crate) fn snapshots(dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "snapshot")
-            && let Some(offset) = path.file_stem().and_then(|stem| stem.to_str()?.parse::<i64>().ok())
-        {
-            found.push((offset, path));
-        }
-    }
+pub(crate) fn snapshots(files: &FileSystem, dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
+    let names = files.list(dir)?.into_iter().map(|entry| entry.name);
+    let mut found: Vec<(i64, PathBuf)> = names
+        .filter_map(|name| Some((name.strip_suffix(".snapshot")?.parse().ok()?, dir.join(&name))))
+        .collect();
     found.sort();
     Ok(found)
 }
 
-pub(crate) fn remove_snapshots_above(dir: &Path, offset: i64) -> io::Result<()> {
-    for (at, path) in snapshots(dir)? {
+pub(crate) fn remove_snapshots_above(files: &FileSystem, dir: &Path, offset: i64) -> io::Result<()> {
+    for (at, path) in snapshots(files, dir)? {
         if at > offset {
-            std::fs::remove_file(path)?;
+            files.remove_file(&path)?;
         }
     }
     Ok(())
 }
 
 /// Not synced: a torn one fails its checksum and is ignored.
-pub(crate) fn write_snapshot(dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
-    std::fs::write(dir.join(format!("{offset:020}.snapshot")), bytes)?;
-    let found = snapshots(dir)?;
+pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
+    files.write(&dir.join(format!("{offset:020}.snapshot")), bytes)?;
+    let found = snapshots(files, dir)?;
     for (_, path) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
-        std::fs::remove_file(path)?;
+        files.remove_file(path)?;
     }
     Ok(())
 }
@@ -356,7 +357,7 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
                 segment.bytes = position;
                 segment.index = None;
                 segment.max_timestamp = None;
-                let _ = std::fs::remove_file(group.index_path(segment.base));
+                let _ = shard.files.remove_file(&group.index_path(segment.base));
             }
             Err(error) => {
                 group.note_damage(format!(
@@ -619,10 +620,8 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
     add(&shard.counters.segment_syncs, files.len() as u64);
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
-        tokio::task::spawn_blocking(move || sync_filesystem(&root))
-            .await
-            .map_err(io::Error::other)
-            .and_then(|result| result)
+        let files = shard.files.clone();
+        shard.disk.off_thread(move || files.sync_all(&root)).await.and_then(|result| result)
     } else {
         sync_each(shard, files, dirs).await
     };
@@ -651,17 +650,17 @@ async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<Pa
     if dirs.is_empty() {
         return Ok(());
     }
-    tokio::task::spawn_blocking(move || {
+    let names = shard.files.clone();
+    let synced = shard.disk.off_thread(move || {
         for dir in dirs {
-            match sync_dir(&dir) {
+            match names.sync_dir(&dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         }
         Ok(())
-    })
-    .await
-    .map_err(io::Error::other)?
+    });
+    synced.await?
 }
 
 fn poisoned(shard: &Shard) -> ShutdownError {
@@ -715,44 +714,43 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         let dir = shard.root.join("wal").join(format!("{}", shard.config.shard));
         (dir.join("CLEAN"), shard.wal_id.to_string())
     });
-    let written = tokio::task::spawn_blocking(move || {
+    let files = shard.files.clone();
+    let written = shard.disk.off_thread(move || {
         let mut replaced = Vec::new();
         for (dir, meta, snapshot) in metas {
             if let Some((offset, bytes)) = snapshot {
-                write_snapshot(&dir, offset, &bytes)?;
+                write_snapshot(&files, &dir, offset, &bytes)?;
             }
             if let Some(meta) = meta {
                 replaced.push((dir.join("group.meta"), meta));
             }
         }
-        replace_many(&root, replaced)?;
+        replace_many(&files, &root, replaced)?;
         if let Some((path, id)) = clean {
-            replace_file(&path, id.as_bytes())?;
+            replace_file(&files, &path, id.as_bytes())?;
         }
         Ok(())
-    })
-    .await
-    .map_err(io::Error::other)
-    .and_then(|result| result);
+    });
+    let written = written.await.and_then(|result: io::Result<()>| result);
     written.map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })
 }
 
 /// Replaces files as `replace_file` does; many of them with two syncs of the file system instead of two each.
-pub(crate) fn replace_many(root: &Path, files: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
-    if files.len() <= SYNC_EACH_MAX / 4 {
-        for (path, bytes) in files {
-            replace_file(&path, &bytes)?;
+pub(crate) fn replace_many(files: &FileSystem, root: &Path, new: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
+    if new.len() <= SYNC_EACH_MAX / 4 {
+        for (path, bytes) in new {
+            replace_file(files, &path, &bytes)?;
         }
         return Ok(());
     }
-    for (path, bytes) in &files {
-        std::fs::write(path.with_extension("new"), bytes)?;
+    for (path, bytes) in &new {
+        files.write(&path.with_extension("new"), bytes)?;
     }
-    sync_filesystem(root)?;
-    for (path, _) in &files {
-        std::fs::rename(path.with_extension("new"), path)?;
+    files.sync_all(root)?;
+    for (path, _) in &new {
+        files.rename(&path.with_extension("new"), path)?;
     }
-    sync_filesystem(root)
+    files.sync_all(root)
 }
 
 /// Whether `bytes` is one whole batch; recovery trusts a block's checksum, not its writer.

@@ -510,7 +510,7 @@ impl GroupLog {
         if inner.snapshot_offset > offset {
             inner.snapshot_offset = -1;
             inner.bytes_since_snapshot = u64::MAX / 2;
-            let _ = crate::flush::remove_snapshots_above(&self.group.dir, offset);
+            let _ = crate::flush::remove_snapshots_above(&shard.files, &self.group.dir, offset);
         }
     }
 

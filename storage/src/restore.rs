@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use flumen_io::{File, Mode};
+use flumen_io::{FileSystem, Mode};
 
 use crate::flush::{position_of, snapshots, write_snapshot};
 use crate::group_state::GroupState;
@@ -68,24 +68,17 @@ fn index_path(dir: &Path, base: i64) -> PathBuf {
     dir.join(format!("{base:020}.idx"))
 }
 
-fn list_segments(dir: &Path) -> io::Result<BTreeMap<i64, u64>> {
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let base = name
-            .to_str()
-            .and_then(|name| name.strip_suffix(".log"))
-            .and_then(|stem| stem.parse::<i64>().ok());
-        if let Some(base) = base.filter(|base| *base >= 0) {
-            found.insert(base, entry.metadata()?.len());
-        }
-    }
-    Ok(found)
+fn list_segments(files: &FileSystem, dir: &Path) -> io::Result<BTreeMap<i64, u64>> {
+    let segments = files.list(dir)?.into_iter().filter_map(|entry| {
+        let base = entry.name.strip_suffix(".log")?.parse::<i64>().ok()?;
+        (base >= 0).then_some((base, entry.len))
+    });
+    Ok(segments.collect())
 }
 
 /// Walks a segment from a batch on to `bytes`; returns the offset reached.
 fn scan(
+    files: &FileSystem,
     path: &Path,
     bytes: u64,
     (mut position, mut offset): (u64, i64),
@@ -93,7 +86,7 @@ fn scan(
 ) -> Result<i64, RestoreError> {
     let io = |error| RestoreError::Io(path.to_owned(), error);
     let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
-    let file = File::open(path, Mode::default()).map_err(io)?;
+    let file = files.open(path, Mode::default()).map_err(io)?;
     let mut piece = vec![0; PIECE_BYTES];
     while position < bytes {
         let want = usize::try_from(bytes - position).unwrap_or(usize::MAX).min(piece.len());
@@ -131,8 +124,14 @@ struct Index {
 }
 
 /// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good.
-fn load_index(dir: &Path, base: i64, bytes: u64, end: i64) -> Result<Index, RestoreError> {
-    let raw = std::fs::read(index_path(dir, base)).unwrap_or_default();
+fn load_index(
+    files: &FileSystem,
+    dir: &Path,
+    base: i64,
+    bytes: u64,
+    end: i64,
+) -> Result<Index, RestoreError> {
+    let raw = files.read(&index_path(dir, base)).unwrap_or_default();
     let mut entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
     // An entry that disagrees with where the segment ends was written for other content.
     entries
@@ -148,7 +147,7 @@ fn load_index(dir: &Path, base: i64, bytes: u64, end: i64) -> Result<Index, Rest
     let mut term = 0;
     let walk =
         |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
-            scan(&path, bytes, from, |header, position| {
+            scan(files, &path, bytes, from, |header, position| {
                 *term = u32::try_from(header.leader_epoch).unwrap_or(0);
                 entries.extend(builder.batch(header.base_offset, position, *term, 0, header.max_timestamp));
             })
@@ -169,16 +168,17 @@ fn load_index(dir: &Path, base: i64, bytes: u64, end: i64) -> Result<Index, Rest
     Ok(Index { entries, builder, rebuilt: true })
 }
 
-fn write_index(dir: &Path, base: i64, entries: &[IndexEntry]) -> io::Result<()> {
+fn write_index(files: &FileSystem, dir: &Path, base: i64, entries: &[IndexEntry]) -> io::Result<()> {
     let mut out = encode_header(base).to_vec();
     for entry in entries {
         out.extend_from_slice(&encode_entry(entry));
     }
-    std::fs::write(index_path(dir, base), out)
+    files.write(&index_path(dir, base), &out)
 }
 
 /// Producers as of `end`: the newest usable snapshot, and the headers after it.
 fn restore_producers(
+    files: &FileSystem,
     dir: &Path,
     segments: &[(i64, u64)],
     flushed_end: i64,
@@ -188,11 +188,11 @@ fn restore_producers(
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let mut state = ProducerState::new();
     let mut from = i64::MIN;
-    for (offset, path) in snapshots(dir).map_err(io)?.into_iter().rev() {
+    for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
         if offset > usable_up_to {
             continue;
         }
-        let decoded = std::fs::read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
+        let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
         match decoded {
             Some((found, at)) if at == offset => {
                 (state, from) = (found, offset);
@@ -212,11 +212,11 @@ fn restore_producers(
         let start = if from <= *base {
             (0, *base)
         } else {
-            let raw = std::fs::read(index_path(dir, *base)).unwrap_or_default();
+            let raw = files.read(&index_path(dir, *base)).unwrap_or_default();
             let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
             segment_index::seek_offset(&entries, *base, from)
         };
-        scan(&log_path(dir, *base), *bytes, start, |header, _| {
+        scan(files, &log_path(dir, *base), *bytes, start, |header, _| {
             if header.base_offset >= from {
                 state.apply(header);
             }
@@ -232,6 +232,7 @@ fn restore_producers(
 
 /// Writes entries behind the last segment, in large writes.
 struct Appender<'a> {
+    files: &'a FileSystem,
     dir: &'a Path,
     segments: &'a mut Vec<(i64, u64)>,
     index: Option<(i64, Index)>,
@@ -247,7 +248,7 @@ impl Appender<'_> {
         }
         let path = log_path(self.dir, *base);
         let write = || {
-            let file = File::open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+            let file = self.files.open(&path, Mode { write: true, create: true, ..Mode::default() })?;
             file.write_all_at(&self.pending, *bytes)
         };
         write().map_err(|error| RestoreError::Io(path.clone(), error))?;
@@ -266,7 +267,7 @@ impl Appender<'_> {
         };
         index.entries.extend(index.builder.end(end, *bytes, term, next_index));
         // Not synced: a bad index is built again.
-        write_index(self.dir, base, &index.entries)
+        write_index(self.files, self.dir, base, &index.entries)
             .map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
     }
 
@@ -281,7 +282,9 @@ impl Appender<'_> {
             self.index = Some((entry.offset, index));
             let path = log_path(self.dir, entry.offset);
             // What a cut short recovery left.
-            let fresh = File::open(&path, Mode { write: true, create: true, ..Mode::default() })
+            let fresh = self
+                .files
+                .open(&path, Mode { write: true, create: true, ..Mode::default() })
                 .and_then(|file| file.set_len(0));
             fresh.map_err(|error| RestoreError::Io(path, error))?;
         }
@@ -299,6 +302,7 @@ impl Appender<'_> {
 
 /// `changed`: there were WAL records, so the state must be written again even if nothing else happens.
 pub(crate) fn restore(
+    files: &FileSystem,
     dir: &Path,
     replayed: Replayed,
     mut changed: bool,
@@ -308,7 +312,7 @@ pub(crate) fn restore(
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
     let Replayed { mut state, entries, cut, .. } = replayed;
     let mut afterwards = Vec::new();
-    let on_disk = list_segments(dir).map_err(io)?;
+    let on_disk = list_segments(files, dir).map_err(io)?;
     let mut segments: Vec<(i64, u64)> = on_disk
         .iter()
         .filter(|(base, _)| **base < state.active_base)
@@ -316,17 +320,15 @@ pub(crate) fn restore(
         .collect();
     for (base, _) in on_disk.range(state.active_base.saturating_add(1).max(0)..) {
         // Begun after the state was written; the WAL has what was in it.
-        std::fs::remove_file(log_path(dir, *base)).map_err(io)?;
-        let _ = std::fs::remove_file(index_path(dir, *base));
+        files.remove_file(&log_path(dir, *base)).map_err(io)?;
+        let _ = files.remove_file(&index_path(dir, *base));
     }
     if state.active_base >= 0 {
         match on_disk.get(&state.active_base) {
             Some(bytes) if *bytes >= state.active_bytes => {
                 if *bytes > state.active_bytes {
-                    let file = File::open(
-                        &log_path(dir, state.active_base),
-                        Mode { write: true, ..Mode::default() },
-                    );
+                    let file = files
+                        .open(&log_path(dir, state.active_base), Mode { write: true, ..Mode::default() });
                     file.and_then(|file| file.set_len(state.active_bytes)).map_err(io)?;
                     changed = true;
                 }
@@ -349,7 +351,8 @@ pub(crate) fn restore(
         while let Some((base, bytes)) = segments.last().copied() {
             if base < offset {
                 let path = log_path(dir, base);
-                let position = File::open(&path, Mode::default())
+                let position = files
+                    .open(&path, Mode::default())
                     .and_then(|file| position_of(&file, base, bytes, offset))
                     .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
                 if let Some(last) = segments.last_mut() {
@@ -368,13 +371,13 @@ pub(crate) fn restore(
     for at in 0..segments.len() {
         let (base, bytes) = segments[at];
         let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
-        let index = load_index(dir, base, bytes, end)?;
+        let index = load_index(files, dir, base, bytes, end)?;
         if index.rebuilt && at + 1 < segments.len() {
-            write_index(dir, base, &index.entries).map_err(io)?;
+            write_index(files, dir, base, &index.entries).map_err(io)?;
         }
         if at + 1 == segments.len() {
             if index.rebuilt {
-                write_index(dir, base, &index.entries).map_err(io)?;
+                write_index(files, dir, base, &index.entries).map_err(io)?;
             }
             last_index = Some((base, index));
         }
@@ -382,10 +385,11 @@ pub(crate) fn restore(
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
     let usable_up_to = cut.unwrap_or(log_end);
     let (producers, snapshot_from) =
-        restore_producers(dir, &segments, state.flushed_end, &entries, usable_up_to)?;
+        restore_producers(files, dir, &segments, state.flushed_end, &entries, usable_up_to)?;
     let mut written = Vec::new();
     let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
     let mut appender = Appender {
+        files,
         dir,
         segments: &mut segments,
         index: last_index,
@@ -403,7 +407,7 @@ pub(crate) fn restore(
         afterwards.push(Afterwards::Shorten(log_path(dir, *base), *bytes));
     }
     if snapshot_from != log_end {
-        write_snapshot(dir, log_end, &producers.encode(log_end)).map_err(io)?;
+        write_snapshot(files, dir, log_end, &producers.encode(log_end)).map_err(io)?;
     }
     let (last_index, last_term) =
         entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));

@@ -57,12 +57,12 @@ fn choose(segments: &[Candidate], rules: Rules) -> usize {
 }
 
 /// Largest timestamp of a segment: remembered, or from the end of its index, or the file's own time.
-fn newest_ms(group: &Group, base: i64, known: Option<i64>) -> i64 {
+fn newest_ms(shard: &Shard, group: &Group, base: i64, known: Option<i64>) -> i64 {
     if let Some(known) = known.filter(|timestamp| *timestamp >= 0) {
         return known;
     }
     let from_index = || {
-        let bytes = std::fs::read(group.index_path(base)).ok()?;
+        let bytes = shard.files.read(&group.index_path(base)).ok()?;
         let entries = (bytes.len().checked_sub(INDEX_HEADER_BYTES)?) / INDEX_ENTRY_BYTES;
         let at = INDEX_HEADER_BYTES + entries.checked_sub(1)? * INDEX_ENTRY_BYTES;
         decode_entry(bytes.get(at..)?)
@@ -70,8 +70,8 @@ fn newest_ms(group: &Group, base: i64, known: Option<i64>) -> i64 {
             .filter(|timestamp| *timestamp >= 0)
     };
     let from_file = || {
-        let modified = std::fs::metadata(group.log_path(base)).ok()?.modified().ok()?;
-        i64::try_from(modified.duration_since(std::time::UNIX_EPOCH).ok()?.as_millis()).ok()
+        let modified = shard.files.metadata(&group.log_path(base)).ok()?.modified_ms;
+        Some(modified).filter(|modified| *modified > 0)
     };
     // A segment of which nothing can be said is as young as can be.
     from_index().or_else(from_file).unwrap_or(i64::MAX)
@@ -126,7 +126,7 @@ impl GroupLog {
             }
             let segment = &inner.segments[at];
             let newest = if retention_ms >= 0 {
-                newest_ms(&self.group, segment.base, segment.max_timestamp)
+                newest_ms(&self.shard, &self.group, segment.base, segment.max_timestamp)
             } else {
                 i64::MAX
             };

@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_io::{Disk, DiskKind, File, Mode};
+use flumen_io::{Disk, DiskKind, File, FileSystem, Mode};
 use tokio::sync::Notify;
 
 use crate::data_dir::{DataDir, Lock};
@@ -89,6 +89,7 @@ pub(crate) struct Shard {
     pub config: StoreConfig,
     pub root: PathBuf,
     pub wal_id: u64,
+    pub files: FileSystem,
     pub disk: Disk,
     wals: [Wal; 2],
     os_started: Cell<bool>,
@@ -107,7 +108,7 @@ pub(crate) struct Shard {
     pub flush_wake: Notify,
     /// Held over each piece of flushing; shutdown takes it to be alone.
     pub flush_lock: tokio::sync::Mutex<()>,
-    files: RefCell<FileCache>,
+    open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
     pub loaded_indexes: RefCell<VecDeque<(GroupId, i64)>>,
     no_space: Cell<bool>,
@@ -261,7 +262,7 @@ impl Shard {
     }
 
     pub fn file(&self, group: &Group, base: i64) -> io::Result<File> {
-        let mut cache = self.files.borrow_mut();
+        let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         let clock = cache.clock;
         if let Some((file, used)) = cache.files.get_mut(&(group.id, base)) {
@@ -269,15 +270,15 @@ impl Shard {
             return Ok(file.clone());
         }
         let mode = Mode { write: true, create: false, ..Mode::default() };
-        let file = File::open(&group.log_path(base), mode)?;
+        let file = self.files.open(&group.log_path(base), mode)?;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
     }
 
     pub fn create_file(&self, group: &Group, base: i64) -> io::Result<File> {
         let mode = Mode { write: true, create: true, ..Mode::default() };
-        let file = File::open(&group.log_path(base), mode)?;
-        let mut cache = self.files.borrow_mut();
+        let file = self.files.open(&group.log_path(base), mode)?;
+        let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
@@ -294,7 +295,7 @@ impl Shard {
     }
 
     pub fn forget_file(&self, group: GroupId, base: i64) {
-        self.files.borrow_mut().files.remove(&(group, base));
+        self.open_files.borrow_mut().files.remove(&(group, base));
     }
 
     pub fn keep_read_ahead(&self, ahead: ReadAhead) {
@@ -324,8 +325,8 @@ async fn empty_trash(shard: Rc<Shard>) {
         if shard.wait_durable(lane, after).await.is_err() {
             return;
         }
-        let shown = path.clone();
-        let removed = tokio::task::spawn_blocking(move || remove(&path)).await;
+        let (shown, files) = (path.clone(), shard.files.clone());
+        let removed = shard.disk.off_thread(move || remove(&files, &path)).await;
         match removed {
             Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %shown.display(), %error, "could not remove; the next start tries again");
@@ -336,8 +337,8 @@ async fn empty_trash(shard: Rc<Shard>) {
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
-    if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }
+fn remove(files: &FileSystem, path: &Path) -> io::Result<()> {
+    if files.is_dir(path) { files.remove_dir_all(path) } else { files.remove_file(path) }
 }
 
 /// One shard's log. Cheap to clone; stays on the thread that opened it.
@@ -360,7 +361,7 @@ impl ShardStore {
             IoKind::Uring => DiskKind::Uring,
             IoKind::Sync => DiskKind::Sync,
         };
-        let disk = Disk::open(kind).map_err(|error| OpenError::Uring(error.0))?;
+        let disk = Disk::open_for(dir.files(), kind).map_err(|error| OpenError::Uring(error.0))?;
         Self::open_on(dir, config, disk).await
     }
 
@@ -372,7 +373,7 @@ impl ShardStore {
             )));
         }
         let wal_id = dir.wal_id().ok_or(OpenError::NotRecovered)?;
-        let root = dir.path().to_owned();
+        let (root, files) = (dir.path().to_owned(), dir.files().clone());
         let shard_number = u32::try_from(config.shard)
             .map_err(|_| OpenError::Config("shard number out of range".to_owned()))?;
         let file_bytes = config.wal_file_bytes.next_multiple_of(4096);
@@ -382,17 +383,25 @@ impl ShardStore {
                 Lane::Os => format!("{shard_number}-os"),
             };
             let path = root.join("wal").join(name);
-            std::fs::create_dir_all(&path).map_err(|source| OpenError::Io {
+            files.create_dir_all(&path).map_err(|source| OpenError::Io {
                 path: path.display().to_string(),
                 action: "creating the directory",
                 source,
             })?;
-            let ids = (wal_id, crate::data_dir::boot_id());
-            Ok::<_, OpenError>(Wal::new(lane, path, shard_number, ids, file_bytes, config.wal_files_max))
+            let ids = (wal_id, crate::data_dir::boot_id(&files));
+            Ok::<_, OpenError>(Wal::new(
+                lane,
+                files.clone(),
+                path,
+                shard_number,
+                ids,
+                file_bytes,
+                config.wal_files_max,
+            ))
         };
         let wals = [wal(Lane::Durable)?, wal(Lane::Os)?];
         let wal_root = root.join("wal");
-        flumen_io::sync_dir(&wal_root).map_err(|source| OpenError::Io {
+        files.sync_dir(&wal_root).map_err(|source| OpenError::Io {
             path: wal_root.display().to_string(),
             action: "syncing the directory",
             source,
@@ -404,6 +413,7 @@ impl ShardStore {
             config,
             root,
             wal_id,
+            files,
             disk,
             wals,
             os_started: Cell::new(false),
@@ -420,7 +430,7 @@ impl ShardStore {
             flush_queue: RefCell::default(),
             flush_wake: Notify::new(),
             flush_lock: tokio::sync::Mutex::new(()),
-            files: RefCell::default(),
+            open_files: RefCell::default(),
             read_ahead: RefCell::default(),
             loaded_indexes: RefCell::default(),
             no_space: Cell::new(false),
@@ -471,7 +481,7 @@ impl ShardStore {
             return Err(CreateError::BadName(dir_name.to_owned()));
         }
         let path = shard.segments_root().join(dir_name);
-        match std::fs::create_dir(&path) {
+        match shard.files.create_dir(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 return Err(CreateError::DirectoryExists(dir_name.to_owned()));
@@ -487,7 +497,7 @@ impl ShardStore {
         let record = RecordHeader { kind: GROUP_STATE, group: group_id, index: 0, term: 0, offset: 0 };
         let wal = shard.wal(config.durability.lane());
         let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
-            let _ = std::fs::remove_dir(&path);
+            let _ = shard.files.remove_dir(&path);
             return Err(CreateError::NoSpace);
         };
         shard.log_dir_dirty.set(true);
@@ -511,14 +521,12 @@ impl ShardStore {
         let root = shard.segments_root();
         let from = root.join(&group.dir_name);
         let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
-        let renamed = to.clone();
-        let result = tokio::task::spawn_blocking(move || {
-            std::fs::rename(&from, &renamed)?;
-            flumen_io::sync_dir(&root)
-        })
-        .await
-        .map_err(io::Error::other)
-        .and_then(|result| result);
+        let (files, renamed) = (shard.files.clone(), to.clone());
+        let rename = shard.disk.off_thread(move || {
+            files.rename(&from, &renamed)?;
+            files.sync_dir(&root)
+        });
+        let result = rename.await.and_then(|result| result);
         drop(alone);
         for base in group.segment_bases() {
             shard.forget_file(group_id, base);
@@ -568,7 +576,7 @@ impl ShardStore {
             wal_files_in_use: LANES.iter().map(|lane| shard.wal(*lane).files_in_use()).sum(),
             wal_files_retired: counters.files_retired.get(),
             groups: shard.groups.borrow().len() as u64,
-            open_files: shard.files.borrow().files.len() as u64,
+            open_files: shard.open_files.borrow().files.len() as u64,
             no_space: shard.no_space.get(),
             poisoned: shard.is_poisoned(),
             commit_time_buckets: *counters.commit_buckets.borrow(),

@@ -19,10 +19,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use flumen_io::{AlignedBuf, File, Mode, sync_dir};
+use flumen_io::{AlignedBuf, File, FileSystem, Mode};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::ring::{Class, Plan};
 use crate::store::Shard;
@@ -107,6 +108,7 @@ struct State {
 
 pub(crate) struct Wal {
     pub lane: Lane,
+    file_system: FileSystem,
     dir: PathBuf,
     shard: u32,
     wal_id: u64,
@@ -131,6 +133,7 @@ pub(crate) struct Wal {
 impl Wal {
     pub fn new(
         lane: Lane,
+        file_system: FileSystem,
         dir: PathBuf,
         shard: u32,
         (wal_id, boot_id): (u64, u64),
@@ -139,6 +142,7 @@ impl Wal {
     ) -> Self {
         Self {
             lane,
+            file_system,
             dir,
             shard,
             wal_id,
@@ -392,7 +396,7 @@ impl Wal {
         let durable = self.lane == Lane::Durable;
         let path = self.dir.join(format!("{slot:08}.wal"));
         let mode = Mode { write: true, create: true, direct: durable, dsync: durable };
-        let file = File::open(&path, mode)?;
+        let file = self.file_system.open(&path, mode)?;
         if file.len()? != self.file_bytes {
             file.set_len(0)?;
             if let Err(error) = file.allocate(self.file_bytes) {
@@ -401,7 +405,7 @@ impl Wal {
                 return Err(error);
             }
             file.sync_all()?;
-            sync_dir(&self.dir)?;
+            self.file_system.sync_dir(&self.dir)?;
         }
         let zeroed = if durable { file.written_until()?.min(self.file_bytes) } else { self.file_bytes };
         self.state.borrow_mut().slots[slot] = Some(SlotFile { file: file.clone(), zeroed });
@@ -669,7 +673,7 @@ pub(crate) async fn fill_zeros(shard: Rc<Shard>) {
         // Without O_DSYNC: one sync at the end of a chunk instead.
         if plain.as_ref().is_none_or(|(known, _)| *known != slot) {
             let mode = Mode { write: true, create: false, direct: true, dsync: false };
-            match File::open(file.path(), mode) {
+            match wal.file_system.open(file.path(), mode) {
                 Ok(file) => plain = Some((slot, file)),
                 Err(error) => {
                     shard.poison(&format!("opening {}: {error}", file.path().display()));

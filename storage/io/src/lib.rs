@@ -29,7 +29,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 pub use aligned::{AlignedBuf, BLOCK_BYTES};
-pub use file::{File, Mode, free_bytes, lock_file, sync_dir, sync_filesystem};
+pub use file::{File, Mode};
 pub use file_system::{DirEntry, FileSystem, Metadata};
 
 use bytes::Bytes;
