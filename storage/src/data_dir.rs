@@ -51,6 +51,19 @@ pub(crate) fn replace_file(files: &FileSystem, path: &Path, bytes: &[u8]) -> io:
     }
 }
 
+/// Makes the names of a directory and of `count - 1` above it sure: without that, all that will ever be synced inside can
+/// be lost with the directory's own name. Also for one that exists: a start that was cut short may have left it unsynced.
+fn sync_names(files: &FileSystem, path: &Path, count: usize) -> io::Result<()> {
+    for above in path.ancestors().skip(1).take(count) {
+        match files.sync_dir(above) {
+            // Who may not read the directory above has not put a name there.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
 /// Of the machine's start, shortened to what a block has room for.
 pub(crate) fn boot_id(files: &FileSystem) -> u64 {
     let id = files.boot_id();
@@ -69,9 +82,11 @@ impl DataDir {
         if files.exists(path) && !files.is_dir(path) {
             return Err(OpenError::NotADirectory { path: path.display().to_string() });
         }
+        let missing = path.ancestors().skip(1).take_while(|above| !files.exists(above)).count();
         files.create_dir_all(path).map_err(|e| open_error(path, "creating the directory", e))?;
         // One path for it, whatever the process does with its working directory.
         let path = &files.canonicalize(path).map_err(|e| open_error(path, "resolving", e))?;
+        sync_names(&files, path, missing + 1).map_err(|e| open_error(path, "syncing its name", e))?;
         let format_path = path.join("FORMAT");
         if !files.exists(&format_path) {
             // A lock and an unfinished FORMAT are what a first start that died leaves; lost+found is a mount point's.
