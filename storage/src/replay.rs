@@ -80,10 +80,12 @@ pub fn replay(
             Action::LogStart(offset) => state.log_start = state.log_start.max(*offset),
             Action::Entry { index, term, offset, is_batch, payload } => {
                 let (index, term, offset) = (*index, *term, *offset);
+                // Replaced before the state was written: terms never fall along a log, so an entry of an older term than
+                // the last one in segments cannot stand behind it.
+                if *position <= base_at && (index <= state.flushed_index || term < state.flushed_term) {
+                    continue;
+                }
                 if index <= state.flushed_index {
-                    if *position <= base_at {
-                        continue;
-                    }
                     // An entry in a segment was replaced after the state was written.
                     if index == 0 || offset > state.flushed_end {
                         return Err(format!(
