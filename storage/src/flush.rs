@@ -532,6 +532,13 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             }
         }
     }
+    if lane == Lane::Durable {
+        let mut tombstones = shard.tombstones.borrow_mut();
+        tombstones.retain(|group| shard.wal(Lane::Os).has_records_of(*group));
+        if !tombstones.iter().all(|group| shard.record_deletion(*group).is_some()) {
+            return Ok(false);
+        }
+    }
     let end = RecordHeader {
         kind: crate::wal_format::NOTHING,
         group: crate::types::UNKNOWN_GROUP,

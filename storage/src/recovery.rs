@@ -284,6 +284,9 @@ impl Work {
 
     /// Brings one partition up to date. `Ok(false)`: it is damaged.
     fn group(&mut self, group_id: GroupId, log: &[(Position, Action)]) -> Result<bool, OpenError> {
+        if self.deleted.contains(&group_id) {
+            return Ok(true);
+        }
         let base = self.groups.get(&group_id).and_then(|directory| directory.state.clone()).map(|state| {
             let contained = if state.wal_id == self.wal_id { state.lsn } else { 0 };
             (state, (contained, u32::MAX))
@@ -304,7 +307,7 @@ impl Work {
             }
         };
         let dir_name = replayed.state.dir_name.clone();
-        if replayed.deleted || self.deleted.contains(&group_id) {
+        if replayed.deleted {
             // Its directory was renamed before the deletion was recorded; what has its name now is another group's.
             self.deleted.insert(group_id);
             return Ok(true);

@@ -64,6 +64,10 @@ pub fn replay(
             "the WAL has records of it, but neither group.meta nor the WAL says what it is".to_owned()
         );
     };
+    if deleted {
+        // From its deletion on nobody keeps its records together.
+        return Ok(Some(Replayed { state, entries: Vec::new(), cut: None, deleted }));
+    }
     let mut entries: VecDeque<LogEntry> = VecDeque::new();
     let mut cut = None;
     // The last entry that came before the ones it follows. Those were in a file that is gone, and all that was not in

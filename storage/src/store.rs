@@ -113,6 +113,9 @@ pub(crate) struct Shard {
     pub loaded_indexes: RefCell<VecDeque<(GroupId, i64)>>,
     no_space: Cell<bool>,
     pub log_dir_dirty: Cell<bool>,
+    /// Deleted groups with records in the os lane. These outlive the deletion's own record when only the durable lane
+    /// moves on, so that record is written again until they are gone.
+    pub tombstones: RefCell<Vec<GroupId>>,
     /// To be removed once the commit is durable that says why.
     trash: RefCell<VecDeque<(Lane, Lsn, PathBuf)>>,
     trash_wake: Notify,
@@ -311,6 +314,13 @@ impl Shard {
         self.trash_wake.notify_one();
     }
 
+    /// `None`: the ring is full to its last reserve.
+    pub fn record_deletion(&self, group: GroupId) -> Option<Lsn> {
+        let record = RecordHeader { kind: GROUP_DELETE, group, index: 0, term: 0, offset: 0 };
+        let placed = self.wal(Lane::Durable).append(&self.next_lsn, &record, &[], Class::System);
+        placed.ok().map(|(lsn, _)| lsn)
+    }
+
     pub fn segments_root(&self) -> PathBuf {
         self.root.join("log")
     }
@@ -435,6 +445,7 @@ impl ShardStore {
             loaded_indexes: RefCell::default(),
             no_space: Cell::new(false),
             log_dir_dirty: Cell::new(false),
+            tombstones: RefCell::default(),
             trash: RefCell::default(),
             trash_wake: Notify::new(),
             counters: Counters::default(),
@@ -514,29 +525,40 @@ impl ShardStore {
     /// Deletes a partition. When this returns, no restart brings it back; its files go in the background.
     pub async fn delete(&self, group_id: GroupId) -> Result<(), DeleteError> {
         let shard = &self.shard;
-        let group = shard.groups.borrow_mut().remove(&group_id).ok_or(DeleteError::Unknown(group_id))?;
-        group.mark_deleted(shard);
-        // Not while a run of it is on its way to a segment.
+        let group = shard.group(group_id).ok_or(DeleteError::Unknown(group_id))?;
+        // Takes no more entries; the second of two deletions finds nothing to do.
+        if group.deleted.replace(true) {
+            return Err(DeleteError::Unknown(group_id));
+        }
+        // Not while a run of it is on its way to a segment, nor while a WAL file retires: until the new name is sure, a
+        // restart would find the partition, and all of its records with it.
         let alone = shard.flush_lock.lock().await;
         let root = shard.segments_root();
         let from = root.join(&group.dir_name);
         let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
         let (files, renamed) = (shard.files.clone(), to.clone());
-        let rename = shard.disk.off_thread(move || {
-            files.rename(&from, &renamed)?;
-            files.sync_dir(&root)
-        });
-        let result = rename.await.and_then(|result| result);
-        drop(alone);
+        let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
+        if let Err(source) = rename.and_then(|result| result) {
+            group.deleted.set(false);
+            return Err(DeleteError::Io { path: to.display().to_string(), source });
+        }
+        let files = shard.files.clone();
+        let synced = shard.disk.off_thread(move || files.sync_dir(&root)).await;
+        if let Err(error) = synced.and_then(|result| result) {
+            // Nobody knows which name is on the disk.
+            shard.poison(&format!("syncing the name of {}: {error}", to.display()));
+        }
+        shard.groups.borrow_mut().remove(&group_id);
+        group.mark_deleted(shard);
         for base in group.segment_bases() {
             shard.forget_file(group_id, base);
         }
-        result.map_err(|source| DeleteError::Io { path: to.display().to_string(), source })?;
-        let record = RecordHeader { kind: GROUP_DELETE, group: group_id, index: 0, term: 0, offset: 0 };
-        let wal = shard.wal(Lane::Durable);
-        let (lsn, _) =
-            wal.append(&shard.next_lsn, &record, &[], Class::System).map_err(|_| StageError::NoSpace)?;
-        wal.wake_writer();
+        if shard.wal(Lane::Os).has_records_of(group_id) {
+            shard.tombstones.borrow_mut().push(group_id);
+        }
+        drop(alone);
+        let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
+        shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
         shard.throw_away(to, (Lane::Durable, lsn));
         Ok(())

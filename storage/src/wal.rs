@@ -322,6 +322,11 @@ impl Wal {
         self.state.borrow_mut().touched.entry(file_seq).or_default().push(group);
     }
 
+    /// Whether a file that is not retired has records of a group.
+    pub fn has_records_of(&self, group: GroupId) -> bool {
+        self.state.borrow().touched.values().any(|groups| groups.contains(&group))
+    }
+
     pub fn wake_writer(&self) {
         if self.writer_idle.replace(false) {
             self.wake.notify_one();
