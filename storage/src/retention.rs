@@ -136,7 +136,6 @@ impl GroupLog {
                 newest_ms: newest,
                 active: is_active,
             });
-            inner.segments[at].max_timestamp.get_or_insert(newest);
             // No need to look at what cannot go before this one does.
             if newest != i64::MAX && now_ms.saturating_sub(newest) <= retention_ms && retention_bytes < 0 {
                 break;
@@ -160,7 +159,7 @@ impl GroupLog {
         }
         // `stage_log_start` has dropped what lies below already, except the one being written.
         let before: usize = chosen;
-        let left = inner.segments.iter().filter(|segment| segment.base < new_start).count();
+        let left = inner.segments.iter().filter(|segment| segment.base < last.end).count();
         let deleted_bytes: u64 = candidates[..before].iter().map(|candidate| candidate.bytes).sum();
         drop_front(&self.shard, &self.group, inner, left);
         RetentionOutcome { deleted_segments: before, deleted_bytes, log_start_offset: inner.log_start }
