@@ -335,7 +335,7 @@ pub(crate) fn restore(
                 segments.push((state.active_base, state.active_bytes));
             }
             // Retention may take the last segment as well.
-            None if cut.is_none() && state.log_start >= state.flushed_end => {}
+            None if cut.is_none() && state.log_start >= state.flushed_end => segments.clear(),
             Some(bytes) => {
                 return damaged(format!(
                     "{} has {bytes} bytes of {}",
@@ -345,6 +345,15 @@ pub(crate) fn restore(
             }
             None => return damaged(format!("{} is missing", log_path(dir, state.active_base).display())),
         }
+    }
+    // What lies below the log start is on its way out; which of these files are gone already is up to the file system.
+    while segments.get(1).is_some_and(|next| next.0 <= state.log_start) {
+        segments.remove(0);
+    }
+    let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
+    for (base, _) in on_disk.range(..first) {
+        afterwards.push(Afterwards::Remove(log_path(dir, *base)));
+        afterwards.push(Afterwards::Remove(index_path(dir, *base)));
     }
     if let Some(offset) = cut {
         // Segments beyond the cut stay until the new state no longer counts them.

@@ -30,7 +30,7 @@ use crate::types::{
     COMMIT_BUCKETS_US, CreateError, DeleteError, Durability, GroupConfig, GroupId, IoKind, LANES, Lane,
     LogPoisoned, Lsn, OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
 };
-use crate::wal::{self, Wal};
+use crate::wal::{self, Wal, sync_os_lane};
 use crate::wal_format::{GROUP_DELETE, GROUP_STATE, RecordHeader};
 
 /// Smaller rings cannot hold the records that emptying them needs.
@@ -333,6 +333,13 @@ async fn empty_trash(shard: Rc<Shard>) {
             continue;
         };
         if shard.wait_durable(lane, after).await.is_err() {
+            return;
+        }
+        // The file system may make the removal durable before the page cache gives up the record that allows it.
+        if lane == Lane::Os
+            && let Err(error) = sync_os_lane(&shard).await
+        {
+            shard.poison(&format!("syncing the os lane: {error}"));
             return;
         }
         let (shown, files) = (path.clone(), shard.files.clone());
