@@ -72,7 +72,7 @@ struct Run {
 /// The next run of committed entries of a group, and the segment it goes to.
 fn plan_run(inner: &Inner) -> Option<Run> {
     let mut committed =
-        inner.tail.unflushed().take_while(|entry| entry.next_offset <= inner.high_watermark).peekable();
+        inner.tail.unflushed().take_while(|entry| inner.is_committed(entry)).peekable();
     committed.peek()?;
     let limit = inner.segment_limit();
     let active = inner.segments.back();
@@ -445,10 +445,10 @@ pub(crate) async fn run(shard: Rc<Shard>) {
                         pause_ms = NO_SPACE_PAUSE_MS.0;
                         let (bytes, committed) = {
                             let inner = group.inner.borrow();
-                            let first = inner.tail.first_unflushed().map(|entry| entry.next_offset);
+                            let first = inner.tail.first_unflushed();
                             (
                                 inner.tail.unflushed_bytes(),
-                                first.is_some_and(|next| next <= inner.high_watermark),
+                                first.is_some_and(|entry| inner.is_committed(entry)),
                             )
                         };
                         let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
@@ -486,11 +486,10 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     let in_file = |group: &Group| {
         let inner = group.inner.borrow();
         let mut unflushed = inner.tail.unflushed();
-        let high_watermark = inner.high_watermark;
         // (something of this file is left, and it may be flushed)
         unflushed
             .find(|entry| entry.lane == lane && entry.file_seq <= file_seq)
-            .map(|entry| entry.next_offset <= high_watermark)
+            .map(|entry| inner.is_committed(entry))
     };
     for group in &groups {
         while in_file(group) == Some(true) {

@@ -288,6 +288,16 @@ impl Inner {
         self.recovered_tail.iter().find(|(known, _)| *known == index).map(|(_, offset)| *offset)
     }
 
+    /// May leave the WAL. The high watermark counts records: whether an entry without any that stands right at it is
+    /// committed, only the hard state says.
+    pub fn is_committed(&self, entry: &TailEntry) -> bool {
+        if entry.is_batch() {
+            entry.next_offset <= self.high_watermark
+        } else {
+            entry.base_offset < self.high_watermark || entry.index <= self.hard_state.commit
+        }
+    }
+
     pub fn size_bytes(&self) -> u64 {
         self.segments.iter().map(|segment| segment.bytes).sum::<u64>() + self.tail.unflushed_bytes()
     }
