@@ -149,15 +149,12 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     if group.deleted.get() {
         return Ok(false);
     }
-    let (cut, lane) = {
-        let inner = group.inner.borrow();
-        (inner.cut_lsn, inner.lane)
-    };
-    if let Some(lsn) = cut {
+    let cut = group.inner.borrow().cut_by;
+    if let Some((lane, lsn)) = cut {
         shard.wait_durable(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
         let left = {
             let mut inner = group.inner.borrow_mut();
-            inner.cut_lsn = None;
+            inner.cut_by = None;
             std::mem::take(&mut inner.cut_files)
         };
         for base in left {
@@ -371,7 +368,7 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
     inner.flushed_index = index - 1;
     inner.flushed_term = inner.last_term;
     // Set to the commit of the replacing entries once they have one.
-    inner.cut_lsn = Some(Lsn::MAX);
+    inner.cut_by = Some((inner.lane, Lsn::MAX));
     shard.read_ahead.borrow_mut().retain(|ahead| ahead.group != group.id);
 }
 

@@ -85,9 +85,8 @@ fn drop_front(shard: &Shard, group: &Group, inner: &mut Inner, count: usize) -> 
         bytes += segment.bytes;
         inner.dirty.retain(|base| *base != segment.base);
         shard.forget_file(group.id, segment.base);
-        let reason = (inner.lane, inner.last_lsn);
-        shard.throw_away(group.index_path(segment.base), reason);
-        shard.throw_away(group.log_path(segment.base), reason);
+        shard.throw_away(group.index_path(segment.base), inner.log_start_by);
+        shard.throw_away(group.log_path(segment.base), inner.log_start_by);
     }
     inner.meta_dirty |= count > 0;
     bytes

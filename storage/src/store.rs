@@ -34,7 +34,7 @@ use crate::wal::{self, Wal, sync_os_lane};
 use crate::wal_format::{GROUP_DELETE, GROUP_STATE, RecordHeader};
 
 /// Smaller rings cannot hold the records that emptying them needs.
-const MIN_WAL_FILE_BYTES: u64 = 1 << 20;
+const MIN_WAL_FILE_BYTES: u64 = 256 << 10;
 /// One being written, one being retired, one in between.
 const MIN_WAL_FILES: usize = 3;
 

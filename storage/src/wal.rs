@@ -124,10 +124,12 @@ pub(crate) struct Wal {
     zero_done: Notify,
     /// A file for the ring could not be made; entering it is refused until that works.
     pub no_space: Cell<bool>,
-    /// The next durable commit must find this (os) lane on the disk: a partition changed its durability.
-    pub sync_before_durable: Cell<bool>,
+    /// The next durable commit must find this (os) lane on the disk up to this LSN: a partition changed its durability.
+    owed_to_durable: Cell<Option<Lsn>>,
     /// Written and not synced since; os lane only.
     unsynced: Cell<bool>,
+    /// Held over a sync, so that nobody takes one that is under way for done.
+    syncing: tokio::sync::Mutex<()>,
 }
 
 impl Wal {
@@ -170,8 +172,9 @@ impl Wal {
             zero_wake: Notify::new(),
             zero_done: Notify::new(),
             no_space: Cell::new(false),
-            sync_before_durable: Cell::new(false),
+            owed_to_durable: Cell::new(None),
             unsynced: Cell::new(false),
+            syncing: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -325,6 +328,11 @@ impl Wal {
     /// Whether a file that is not retired has records of a group.
     pub fn has_records_of(&self, group: GroupId) -> bool {
         self.state.borrow().touched.values().any(|groups| groups.contains(&group))
+    }
+
+    /// No durable commit from the one that is filling on is written before everything up to `lsn` here is on the disk.
+    pub fn sync_before_durable(&self, lsn: Lsn) {
+        self.owed_to_durable.set(self.owed_to_durable.get().max(Some(lsn)));
     }
 
     pub fn wake_writer(&self) {
@@ -589,11 +597,15 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
             wal.zero_done.notified().await;
         }
         if lane == Lane::Durable
-            && shard.wal(Lane::Os).sync_before_durable.replace(false)
-            && let Err(error) = sync_os_lane(&shard).await
+            && let Some(owed) = shard.wal(Lane::Os).owed_to_durable.take()
         {
-            shard.poison(&format!("syncing the os lane: {error}"));
-            return;
+            if shard.wait_durable(Lane::Os, owed).await.is_err() {
+                return;
+            }
+            if let Err(error) = sync_os_lane(&shard).await {
+                shard.poison(&format!("syncing the os lane: {error}"));
+                return;
+            }
         }
         let start = Instant::now();
         last_start = Some(start);
@@ -633,6 +645,7 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
 /// Makes everything written to the os lane so far durable.
 pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> io::Result<()> {
     let wal = shard.wal(Lane::Os);
+    let _alone = wal.syncing.lock().await;
     if !wal.unsynced.replace(false) {
         return Ok(());
     }
