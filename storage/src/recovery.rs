@@ -496,6 +496,8 @@ pub(crate) fn recover(
             work.damaged(group, &name, reason);
         }
     }
+    // A killed process may have left names of partitions that were never synced; from here on we rely on them.
+    work.dirs.insert(root.join("log"));
     work.sync()?;
     let metas = std::mem::take(&mut work.metas);
     replace_many(files, root, metas).map_err(|e| open_error(root, "writing group.meta", e))?;
