@@ -543,7 +543,7 @@ impl GroupLog {
         if shard.is_poisoned() || shard.closing.get() || self.group.deleted.get() || self.group.is_damaged() {
             return false;
         }
-        let wal = shard.wal(self.inner().lane);
+        let wal = shard.wal(self.next_lane(&self.inner()));
         let room = bytes <= wal.largest_record() && wal.has_room(bytes);
         if !room {
             shard.wake_flusher();

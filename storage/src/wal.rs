@@ -262,23 +262,11 @@ impl Wal {
             && state.free_slot().is_none_or(|slot| state.slots[slot].is_none())
     }
 
-    /// Whether a batch of `len` bytes may be accepted now.
+    /// Whether a batch of `len` bytes may be accepted now: whether it would be taken, and as much again as is accepted at
+    /// the same time.
     pub fn has_room(&self, len: usize) -> bool {
-        let mut state = self.state.borrow_mut();
-        let bytes = (block_bytes(RECORD_HEADER_BYTES + len) + 4096) as u64;
-        let plan = &state.plan;
-        let open_bytes = match (state.open, state.queue.back()) {
-            (true, Some(block)) => block.len.next_multiple_of(4096) as u64,
-            _ => 0,
-        };
-        if plan.may_grow(plan.position + open_bytes, bytes, Class::Admit) {
-            return true;
-        }
-        let (file_seq, position) = (plan.file_seq, plan.position);
-        state.plan.position = self.file_bytes;
-        let next = state.plan.place(bytes, Class::Admit);
-        state.plan.position = position;
-        next.is_some_and(|(next, _)| next == file_seq + 1 && !self.refuses_file(&state, Class::Admit))
+        let margin = self.state.borrow().plan.margin() as usize;
+        self.fits_all(len + margin, len, 1)
     }
 
     /// Whether entries of `total` bytes together, none above `largest`, surely fit.
