@@ -151,7 +151,7 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     }
     let cut = group.inner.borrow().cut_by;
     if let Some((lane, lsn)) = cut {
-        shard.wait_durable(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+        shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
         let left = {
             let mut inner = group.inner.borrow_mut();
             inner.cut_by = None;

@@ -152,6 +152,9 @@ fn read_ring(
     let mut found: Vec<Found> = Vec::new();
     for name in names(disk, path)?.into_iter().filter(|name| name.ends_with(".wal")) {
         let file_path = path.join(name);
+        // A killed process leaves in memory what the disk may not have; what is done because of it must not outlive it.
+        let synced = disk.open(&file_path, Mode::default()).and_then(|file| file.sync_data());
+        synced.map_err(|e| open_error(&file_path, "syncing", e))?;
         let bytes = disk.read(&file_path).map_err(|e| open_error(&file_path, "reading", e))?;
         scan(&bytes, files.len(), wal_id, lane as u16, shard, &mut found);
         files.push((file_path, Bytes::from(bytes)));

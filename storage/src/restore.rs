@@ -314,66 +314,46 @@ pub(crate) fn restore(
     let mut afterwards = Vec::new();
     let on_disk = list_segments(files, dir).map_err(io)?;
     let mut segments: Vec<(i64, u64)> = on_disk
-        .iter()
-        .filter(|(base, _)| **base < state.active_base)
+        .range(..cut.unwrap_or(i64::MAX))
+        .filter(|(base, _)| **base <= state.active_base)
         .map(|(base, bytes)| (*base, *bytes))
         .collect();
-    for (base, _) in on_disk.range(state.active_base.saturating_add(1).max(0)..) {
-        // Begun after the state was written; the WAL has what was in it.
-        files.remove_file(&log_path(dir, *base)).map_err(io)?;
-        let _ = files.remove_file(&index_path(dir, *base));
-    }
-    if state.active_base >= 0 {
-        match on_disk.get(&state.active_base) {
-            Some(bytes) if *bytes >= state.active_bytes => {
+    let shown = log_path(dir, state.active_base);
+    let is_active = |segment: &(i64, u64)| segment.0 == state.active_base;
+    match cut {
+        // What was cut off may have gone already, and been written again.
+        Some(offset) => {
+            if let Some((base, bytes)) = segments.last_mut() {
+                let path = log_path(dir, *base);
+                *bytes = files
+                    .open(&path, Mode::default())
+                    .and_then(|file| position_of(&file, *base, *bytes, offset))
+                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
+            }
+            changed = true;
+        }
+        None if state.active_base < 0 => {}
+        None => match segments.last_mut().filter(|segment| is_active(segment)) {
+            Some((_, bytes)) if *bytes >= state.active_bytes => {
                 if *bytes > state.active_bytes {
-                    let file = files
-                        .open(&log_path(dir, state.active_base), Mode { write: true, ..Mode::default() });
+                    let file = files.open(&shown, Mode { write: true, ..Mode::default() });
                     file.and_then(|file| file.set_len(state.active_bytes)).map_err(io)?;
+                    *bytes = state.active_bytes;
                     changed = true;
                 }
-                segments.push((state.active_base, state.active_bytes));
+            }
+            Some((_, bytes)) => {
+                let reason = format!("{} has {bytes} bytes of {}", shown.display(), state.active_bytes);
+                return damaged(reason);
             }
             // Retention may take the last segment as well.
-            None if cut.is_none() && state.log_start >= state.flushed_end => segments.clear(),
-            Some(bytes) => {
-                return damaged(format!(
-                    "{} has {bytes} bytes of {}",
-                    log_path(dir, state.active_base).display(),
-                    state.active_bytes
-                ));
-            }
-            None => return damaged(format!("{} is missing", log_path(dir, state.active_base).display())),
-        }
+            None if state.log_start >= state.flushed_end => segments.clear(),
+            None => return damaged(format!("{} is missing", shown.display())),
+        },
     }
     // What lies below the log start is on its way out; which of these files are gone already is up to the file system.
     while segments.get(1).is_some_and(|next| next.0 <= state.log_start) {
         segments.remove(0);
-    }
-    let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
-    for (base, _) in on_disk.range(..first) {
-        afterwards.push(Afterwards::Remove(log_path(dir, *base)));
-        afterwards.push(Afterwards::Remove(index_path(dir, *base)));
-    }
-    if let Some(offset) = cut {
-        // Segments beyond the cut stay until the new state no longer counts them.
-        while let Some((base, bytes)) = segments.last().copied() {
-            if base < offset {
-                let path = log_path(dir, base);
-                let position = files
-                    .open(&path, Mode::default())
-                    .and_then(|file| position_of(&file, base, bytes, offset))
-                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
-                if let Some(last) = segments.last_mut() {
-                    last.1 = position;
-                }
-                break;
-            }
-            segments.pop();
-            afterwards.push(Afterwards::Remove(log_path(dir, base)));
-            afterwards.push(Afterwards::Remove(index_path(dir, base)));
-        }
-        changed = true;
     }
     // What is counted must be there, batch after batch; whole indexes say so without reading the segments.
     let mut last_index = None;
@@ -414,6 +394,11 @@ pub(crate) fn restore(
     }
     if let (Some(_), Some((base, bytes))) = (cut, segments.last()) {
         afterwards.push(Afterwards::Shorten(log_path(dir, *base), *bytes));
+    }
+    // Below the log start, beyond the cut, or begun after the state was written; the WAL had what still counts of it.
+    for base in on_disk.keys().filter(|base| segments.iter().all(|(kept, _)| kept != *base)) {
+        afterwards.push(Afterwards::Remove(log_path(dir, *base)));
+        afterwards.push(Afterwards::Remove(index_path(dir, *base)));
     }
     if snapshot_from != log_end {
         write_snapshot(files, dir, log_end, &producers.encode(log_end)).map_err(io)?;

@@ -214,6 +214,20 @@ impl Shard {
         Ok(())
     }
 
+    /// Waits until no loss of power can take the commit back, in the os lane too: what destroys older bytes because of a
+    /// record must not reach the disk before it.
+    pub async fn wait_safe(self: &Rc<Self>, lane: Lane, lsn: Lsn) -> Result<(), LogPoisoned> {
+        self.wait_durable(lane, lsn).await?;
+        if lane == Lane::Os
+            && let Err(error) = sync_os_lane(self).await
+        {
+            let reason = format!("syncing the os lane: {error}");
+            self.poison(&reason);
+            return Err(LogPoisoned { reason });
+        }
+        Ok(())
+    }
+
     pub fn wake_flusher(&self) {
         self.flush_wake.notify_one();
     }
@@ -332,14 +346,7 @@ async fn empty_trash(shard: Rc<Shard>) {
             shard.trash_wake.notified().await;
             continue;
         };
-        if shard.wait_durable(lane, after).await.is_err() {
-            return;
-        }
-        // The file system may make the removal durable before the page cache gives up the record that allows it.
-        if lane == Lane::Os
-            && let Err(error) = sync_os_lane(&shard).await
-        {
-            shard.poison(&format!("syncing the os lane: {error}"));
+        if shard.wait_safe(lane, after).await.is_err() {
             return;
         }
         let (shown, files) = (path.clone(), shard.files.clone());
