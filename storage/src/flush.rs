@@ -250,7 +250,9 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         inner.flushed_end = run.end;
         inner.bytes_since_snapshot = inner.bytes_since_snapshot.saturating_add(run.bytes);
         inner.meta_dirty = true;
-        inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES || (run.new_segment && inner.segments.len() > 1)
+        let due = inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES
+            || (run.new_segment && inner.segments.len() > 1);
+        due && inner.producers_whole
     };
     if snapshot_due {
         let group = Rc::clone(group);
@@ -302,7 +304,7 @@ fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
     let offset = inner.log_end;
     inner.snapshot_offset = offset;
     inner.bytes_since_snapshot = 0;
-    (offset, group.producers.borrow().encode(offset))
+    (offset, group.producers.borrow().encode(offset, inner.epochs.epoch_at(offset - 1)))
 }
 
 pub(crate) fn snapshots(files: &FileSystem, dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
@@ -312,15 +314,6 @@ pub(crate) fn snapshots(files: &FileSystem, dir: &Path) -> io::Result<Vec<(i64, 
         .collect();
     found.sort();
     Ok(found)
-}
-
-pub(crate) fn remove_snapshots_above(files: &FileSystem, dir: &Path, offset: i64) -> io::Result<()> {
-    for (at, path) in snapshots(files, dir)? {
-        if at > offset {
-            files.remove_file(&path)?;
-        }
-    }
-    Ok(())
 }
 
 /// Not synced: a torn one fails its checksum and is ignored.
@@ -704,7 +697,8 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
             if group.frozen.get() {
                 continue;
             }
-            (std::mem::take(&mut inner.meta_dirty), inner.snapshot_offset != inner.log_end)
+            let due = inner.producers_whole && inner.snapshot_offset != inner.log_end;
+            (std::mem::take(&mut inner.meta_dirty), due)
         };
         let snapshot = snapshot.then(|| snapshot_of(group));
         let meta = dirty.then(|| group.state(shard.wal_id, last).encode());

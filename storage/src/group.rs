@@ -86,6 +86,8 @@ pub(crate) struct Inner {
     /// State differs from `group.meta`.
     pub meta_dirty: bool,
     pub snapshot_offset: i64,
+    /// The log was not cut since the start, so nothing is missing from the producers; only then they are written down.
+    pub producers_whole: bool,
     pub bytes_since_snapshot: u64,
     flushing: bool,
 }
@@ -140,6 +142,7 @@ impl Group {
                 touched: [None; 2],
                 meta_dirty: false,
                 snapshot_offset: -1,
+                producers_whole: true,
                 bytes_since_snapshot: 0,
                 flushing: false,
             }),
@@ -522,7 +525,7 @@ impl GroupLog {
         shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
         inner.recovered_tail.retain(|(known, _)| *known < index);
         inner.epochs.truncate_end(offset);
-        self.group.producers.borrow_mut().truncate(offset);
+        inner.producers_whole &= !self.group.producers.borrow_mut().truncate(offset);
         inner.last_index = index - 1;
         inner.log_end = offset;
         inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
@@ -531,8 +534,6 @@ impl GroupLog {
         }
         if inner.snapshot_offset > offset {
             inner.snapshot_offset = -1;
-            inner.bytes_since_snapshot = u64::MAX / 2;
-            let _ = crate::flush::remove_snapshots_above(&shard.files, &self.group.dir, offset);
         }
     }
 

@@ -183,18 +183,19 @@ fn restore_producers(
     segments: &[(i64, u64)],
     flushed_end: i64,
     entries: &[LogEntry],
-    usable_up_to: i64,
+    (log_end, epochs): (i64, &LeaderEpochs),
 ) -> Result<(ProducerState, i64), RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let mut state = ProducerState::new();
     let mut from = i64::MIN;
     for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
-        if offset > usable_up_to {
+        if offset > log_end {
             continue;
         }
         let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
         match decoded {
-            Some((found, at)) if at == offset => {
+            // One that was taken before the log was cut, and should be gone, knows of another leader.
+            Some((found, at, epoch)) if at == offset && epoch == epochs.epoch_at(offset - 1) => {
                 (state, from) = (found, offset);
                 break;
             }
@@ -372,9 +373,8 @@ pub(crate) fn restore(
         }
     }
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
-    let usable_up_to = cut.unwrap_or(log_end);
     let (producers, snapshot_from) =
-        restore_producers(files, dir, &segments, state.flushed_end, &entries, usable_up_to)?;
+        restore_producers(files, dir, &segments, state.flushed_end, &entries, (log_end, &state.epochs))?;
     let mut written = Vec::new();
     let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
     let mut appender = Appender {
@@ -401,7 +401,7 @@ pub(crate) fn restore(
         afterwards.push(Afterwards::Remove(index_path(dir, *base)));
     }
     if snapshot_from != log_end {
-        write_snapshot(files, dir, log_end, &producers.encode(log_end)).map_err(io)?;
+        write_snapshot(files, dir, log_end, &producers.encode(log_end, state.epochs.epoch_at(log_end - 1))).map_err(io)?;
     }
     let (last_index, last_term) =
         entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));
