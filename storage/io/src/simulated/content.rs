@@ -11,6 +11,9 @@ use super::random::Random;
 
 pub const PAGE_BYTES: usize = 4096;
 
+/// The smallest sector, in which coverage of a page is counted.
+const PART_BYTES: usize = 512;
+
 /// Versions of a page kept between two syncs, beside the oldest and the newest: any of them may be what a crash leaves.
 const VERSIONS_KEPT: usize = 3;
 
@@ -92,7 +95,8 @@ pub struct Fate<'a> {
 }
 
 impl Fate<'_> {
-    fn page(&mut self, old: &[u8; PAGE_BYTES], since: &[&[u8; PAGE_BYTES]]) -> Page {
+    /// `shared`: parts of the page that a write since the last sync did not cover.
+    fn page(&mut self, old: &[u8; PAGE_BYTES], since: &[&[u8; PAGE_BYTES]], shared: u8) -> Page {
         let mut out = *old;
         for at in (0..PAGE_BYTES).step_by(self.sector_bytes) {
             let range = at..at + self.sector_bytes;
@@ -107,16 +111,22 @@ impl Fate<'_> {
             } else {
                 newest
             };
+            // Disks write a sector as one, so what a write left as it was in a sector survives; but see `Rates::ruins`.
+            let parts = at / PART_BYTES..(at + self.sector_bytes) / PART_BYTES;
+            let holds_more = parts.into_iter().any(|part| shared & (1 << part) != 0)
+                && old[range.clone()] != ZEROS[range.clone()];
+            let whole = !holds_more || self.random.chance(self.rates.ruins);
+            let (zero, garbage) = if whole { (self.rates.zero, self.rates.garbage) } else { (0, 0) };
             let sector = &mut out[range.clone()];
             if self.random.chance(self.rates.torn) {
                 self.counters.count(Fault::SectorTorn);
                 let tear = 1 + self.random.below(self.sector_bytes as u64 - 1) as usize;
                 let part = if self.random.below(2) == 0 { 0..tear } else { tear..self.sector_bytes };
                 sector[part.clone()].copy_from_slice(&new[at + part.start..at + part.end]);
-            } else if self.random.chance(self.rates.zero) {
+            } else if self.random.chance(zero) {
                 self.counters.count(Fault::SectorZero);
                 sector.fill(0);
-            } else if self.random.chance(self.rates.garbage) {
+            } else if self.random.chance(garbage) {
                 self.counters.count(Fault::SectorGarbage);
                 match self.random.pick(self.stale) {
                     Some(page) if self.random.below(2) == 0 => {
@@ -153,11 +163,19 @@ impl Fate<'_> {
 }
 
 #[derive(Debug, Clone, Default)]
+struct Dirty {
+    /// What the page was in between.
+    versions: Vec<Page>,
+    /// Parts that some write left as they were, a bit each.
+    shared: u8,
+}
+
+#[derive(Debug, Clone, Default)]
 pub struct Content {
     current: Image,
     durable: Image,
-    /// Pages changed since the last sync, with what they were in between.
-    dirty: BTreeMap<u64, Vec<Page>>,
+    /// Pages changed since the last sync.
+    dirty: BTreeMap<u64, Dirty>,
     /// Lengths since the last sync.
     lengths: Vec<u64>,
     /// Pages that have their place on the disk, written or not.
@@ -205,16 +223,22 @@ impl Content {
         len
     }
 
-    fn touch(&mut self, page: u64) {
+    /// The page is about to change from `from` to `to`.
+    fn touch(&mut self, page: u64, from: usize, to: usize) {
+        let covered = |part: usize| from <= part * PART_BYTES && (part + 1) * PART_BYTES <= to;
+        let shared = (0..PAGE_BYTES / PART_BYTES)
+            .filter(|part| !covered(*part))
+            .fold(0, |mask, part| mask | 1 << part);
         let before = self.current.pages.get(&page);
         match self.dirty.get_mut(&page) {
             None => {
-                self.dirty.insert(page, Vec::new());
+                self.dirty.insert(page, Dirty { versions: Vec::new(), shared });
             }
-            Some(versions) => {
-                versions.extend(before.cloned());
-                if versions.len() > VERSIONS_KEPT {
-                    versions.remove(0);
+            Some(dirty) => {
+                dirty.shared |= shared;
+                dirty.versions.extend(before.cloned());
+                if dirty.versions.len() > VERSIONS_KEPT {
+                    dirty.versions.remove(0);
                 }
             }
         }
@@ -228,7 +252,7 @@ impl Content {
             let page = position / PAGE_BYTES as u64;
             let within = (position % PAGE_BYTES as u64) as usize;
             let take = (PAGE_BYTES - within).min(bytes.len() - done);
-            self.touch(page);
+            self.touch(page, within, within + take);
             let new = Page::with(self.current.pages.get(&page), within, &bytes[done..done + take]);
             if durable {
                 self.syncs += 1;
@@ -256,7 +280,7 @@ impl Content {
         let gone: Vec<u64> =
             self.current.pages.range(len / PAGE_BYTES as u64..).map(|(page, _)| *page).collect();
         for page in gone {
-            self.touch(page);
+            self.touch(page, PAGE_BYTES, PAGE_BYTES);
         }
         if len < self.current.len {
             self.current.cut(len);
@@ -319,10 +343,10 @@ impl Content {
     /// seeing the new bytes.
     pub fn lose_sync(&mut self, fate: &mut Fate<'_>) {
         self.syncs += 1;
-        for (page, versions) in std::mem::take(&mut self.dirty) {
-            let mut since: Vec<&[u8; PAGE_BYTES]> = versions.iter().map(Page::bytes).collect();
+        for (page, dirty) in std::mem::take(&mut self.dirty) {
+            let mut since: Vec<&[u8; PAGE_BYTES]> = dirty.versions.iter().map(Page::bytes).collect();
             since.push(self.current.bytes(page));
-            let on_disk = fate.page(self.durable.bytes(page), &since);
+            let on_disk = fate.page(self.durable.bytes(page), &since, dirty.shared);
             if self.durable.pages.contains_key(&page) || on_disk != Page::Zero {
                 self.durable.pages.insert(page, on_disk);
             }
@@ -344,7 +368,8 @@ impl Content {
         new.write(at, bytes, false);
         let mut mixed = Vec::with_capacity(bytes.len());
         for page in pages(at, bytes.len()) {
-            let page = fate.page(self.current.bytes(page), &[new.current.bytes(page)]);
+            let shared = new.dirty.get(&page).map_or(0, |dirty| dirty.shared);
+            let page = fate.page(self.current.bytes(page), &[new.current.bytes(page)], shared);
             mixed.extend_from_slice(page.bytes());
         }
         let from = (at % PAGE_BYTES as u64) as usize;

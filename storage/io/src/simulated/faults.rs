@@ -76,6 +76,10 @@ pub struct Rates {
     pub torn: u32,
     pub zero: u32,
     pub garbage: u32,
+    /// Of those sectors that hold durable bytes beside unsynced ones: may become zero or garbage like the others. Real
+    /// disks do not do that short of breaking (what one write covers of a sector is new or old, the rest stays), and no
+    /// file that is appended to could survive it; it is damage, for tests of how damage is met.
+    pub ruins: u32,
     /// Of clean pages when a process was killed.
     pub evicted: u32,
 }

@@ -308,6 +308,7 @@ fn busy(seed: u64, counters: &mut Counters) -> u64 {
         torn: 60_000,
         zero: 60_000,
         garbage: 60_000,
+        ruins: 500_000,
         evicted: 500_000,
     };
     let settings = Settings { sector_bytes: 512, stall_ms: 2, rates, log: true, ..Settings::default() };
@@ -379,6 +380,7 @@ fn the_same_seed_is_the_same_run_and_every_fault_comes_up() {
         torn: 1,
         zero: 1,
         garbage: 1,
+        ruins: 1,
         evicted: 1,
     };
     assert_eq!(counters.missing(&everything), Vec::new(), "{counters}");
