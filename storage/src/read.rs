@@ -120,7 +120,8 @@ async fn index_of(
         }
     }
     let path = group.index_path(place.base);
-    let bytes = tokio::task::spawn_blocking(move || std::fs::read(path)).await.map_err(io::Error::other)?;
+    let files = shard.files.clone();
+    let bytes = shard.disk.off_thread(move || files.read(&path)).await?;
     let mut entries = match bytes {
         Ok(bytes) => segment_index::decode(&bytes, place.base, place.bytes).unwrap_or_default(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),

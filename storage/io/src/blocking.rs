@@ -10,7 +10,7 @@ use crate::{AlignedBuf, File};
 /// Small buffers are joined up to this size before they are written, instead of one system call each.
 const JOIN_BYTES: usize = 256 * 1024;
 
-async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)
 }
 

@@ -1,8 +1,10 @@
-//! The door to the disk: everything that storage does to a file on a shard thread goes through `Disk`.
+//! The door to the disk: everything that storage does to a file goes through `FileSystem`, `File` and `Disk`.
 //!
-//! Two drivers do the same things and pass the same suite (`conformance.rs`): io_uring (`uring.rs`), and pread/pwrite on
-//! tokio's blocking pool (`blocking.rs`) for hosts that forbid io_uring. `Disk` lives on one shard thread (it is not
-//! `Send`), inside a `LocalSet`. Opening, locking, truncating and the other rare calls are plain calls on `File`.
+//! `Disk` is what a shard thread does all the time: write, read, sync. Three drivers do the same things and pass the same
+//! suite (`conformance.rs`): io_uring (`uring.rs`), pread/pwrite on tokio's blocking pool (`blocking.rs`) for hosts that
+//! forbid io_uring, and a simulated disk (`simulated.rs`) on which a test decides what fails. `Disk` lives on one shard
+//! thread (it is not `Send`), inside a `LocalSet`. Names, locks and whole small files are plain calls on `FileSystem`,
+//! truncating and preallocating on `File`.
 //!
 //! Invariants:
 //! - A buffer given to an operation is owned by the driver until the kernel is done with it, also when the future that
@@ -15,6 +17,8 @@
 mod aligned;
 mod blocking;
 mod file;
+mod file_system;
+pub mod simulated;
 mod uring;
 
 #[cfg(test)]
@@ -25,7 +29,8 @@ use std::path::Path;
 use std::rc::Rc;
 
 pub use aligned::{AlignedBuf, BLOCK_BYTES};
-pub use file::{File, Mode, free_bytes, lock_file, sync_dir, sync_filesystem};
+pub use file::{File, Mode};
+pub use file_system::{DirEntry, FileSystem, Metadata};
 
 use bytes::Bytes;
 
@@ -64,6 +69,7 @@ pub type Faults = Rc<dyn Fn(&Op<'_>) -> Option<io::Error>>;
 enum Driver {
     Uring(Rc<uring::Ring>),
     Blocking,
+    Simulated(simulated::Simulated),
 }
 
 #[derive(Clone)]
@@ -93,6 +99,18 @@ impl Disk {
             },
         };
         Ok(Disk { driver, description, faults: None })
+    }
+
+    /// For the files of `files`: a simulated file system has a simulated disk, whatever `kind` asks for.
+    pub fn open_for(files: &FileSystem, kind: DiskKind) -> Result<Disk, UringError> {
+        match files.kind() {
+            file_system::Kind::Machine => Disk::open(kind),
+            file_system::Kind::Simulated(sim) => Ok(Disk::simulated(sim.clone())),
+        }
+    }
+
+    pub(crate) fn simulated(sim: simulated::Simulated) -> Disk {
+        Disk { driver: Driver::Simulated(sim), description: "simulated".into(), faults: None }
     }
 
     /// The same disk with faults in front of it, for tests of what the store does about them.
@@ -131,6 +149,10 @@ impl Disk {
         match &self.driver {
             Driver::Uring(ring) => ring.write_at(file, buf, len, at).await,
             Driver::Blocking => blocking::write_at(file, buf, len, at).await,
+            Driver::Simulated(sim) => match file.handle() {
+                Ok(handle) => sim.disk_write(handle, buf, len, at).await,
+                Err(error) => (buf, Err(error)),
+            },
         }
     }
 
@@ -147,6 +169,7 @@ impl Disk {
         match &self.driver {
             Driver::Uring(ring) => ring.write_vectored_at(file, bufs, at).await,
             Driver::Blocking => blocking::write_vectored_at(file, bufs, at).await,
+            Driver::Simulated(sim) => sim.disk_write_bytes(file.handle()?, bufs.concat(), at).await,
         }
     }
 
@@ -156,6 +179,7 @@ impl Disk {
         match &self.driver {
             Driver::Uring(ring) => ring.read_at(file, at, len).await,
             Driver::Blocking => blocking::read_at(file, at, len).await,
+            Driver::Simulated(sim) => sim.disk_read(file.handle()?, at, len).await,
         }
     }
 
@@ -164,6 +188,23 @@ impl Disk {
         match &self.driver {
             Driver::Uring(ring) => ring.fdatasync(file).await,
             Driver::Blocking => blocking::fdatasync(file).await,
+            Driver::Simulated(sim) => sim.disk_sync(file.handle()?).await,
+        }
+    }
+
+    /// Runs plain calls on `FileSystem` and `File` away from the shard's thread; on a simulated disk, later.
+    pub async fn off_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        match &self.driver {
+            Driver::Uring(_) | Driver::Blocking => blocking::run(work).await,
+            Driver::Simulated(sim) => {
+                sim.wait().await;
+                let done = work();
+                sim.unless_down().await;
+                Ok(done)
+            }
         }
     }
 }
