@@ -5,3 +5,4 @@
 pub mod clickhouse;
 pub mod flumen;
 pub mod process;
+pub mod wire;

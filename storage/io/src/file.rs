@@ -44,7 +44,8 @@ pub struct File {
 }
 
 impl File {
-    pub fn open(path: &Path, mode: Mode) -> io::Result<File> {
+    /// On the machine's own file system; `FileSystem::open` is for everybody else.
+    pub(crate) fn open(path: &Path, mode: Mode) -> io::Result<File> {
         let open = |direct: bool| {
             let mut flags = libc::O_CLOEXEC;
             if direct {
@@ -196,7 +197,7 @@ impl File {
     }
 }
 
-pub fn lock_file(path: &Path) -> io::Result<Option<File>> {
+pub(crate) fn lock_file(path: &Path) -> io::Result<Option<File>> {
     let file = File::open(path, Mode { write: true, create: true, ..Mode::default() })?;
     loop {
         // SAFETY: the descriptor is open for the duration of the call; no memory is passed.
@@ -212,7 +213,7 @@ pub fn lock_file(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-pub fn free_bytes(path: &Path) -> io::Result<u64> {
+pub(crate) fn free_bytes(path: &Path) -> io::Result<u64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
     // SAFETY: the path is a valid C string and `stat` a writable struct of the right type, both alive over the call.
@@ -226,11 +227,11 @@ pub fn free_bytes(path: &Path) -> io::Result<u64> {
 }
 
 /// Makes names created, renamed or removed in a directory durable.
-pub fn sync_dir(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     fs::File::open(path)?.sync_all()
 }
 
-pub fn sync_filesystem(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_filesystem(path: &Path) -> io::Result<()> {
     let file = fs::File::open(path)?;
     // SAFETY: the descriptor is open for the duration of the call; no memory is passed.
     if unsafe { libc::syncfs(file.as_raw_fd()) } != 0 {

@@ -91,6 +91,15 @@ impl FileSystem {
         }
     }
 
+    /// One absolute name for an existing path, whatever the process does with its working directory later.
+    pub fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
+        match &self.kind {
+            Kind::Machine => fs::canonicalize(path),
+            // It knows neither links nor a working directory.
+            Kind::Simulated(sim) => sim.metadata(path).map(|_| path.to_owned()),
+        }
+    }
+
     pub fn exists(&self, path: &Path) -> bool {
         self.metadata(path).is_ok()
     }
@@ -253,9 +262,9 @@ impl FileSystem {
     }
 
     /// A number that no other run will use.
-    pub fn random_id(&self) -> [u8; 16] {
+    pub fn random_id(&self) -> u64 {
         match &self.kind {
-            Kind::Machine => random_id(),
+            Kind::Machine => u128::from_le_bytes(random_id()) as u64,
             Kind::Simulated(sim) => sim.random_id(),
         }
     }

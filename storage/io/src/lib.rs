@@ -32,7 +32,7 @@ use std::rc::Rc;
 
 pub use aligned::{AlignedBuf, BLOCK_BYTES};
 pub use append::LastBlock;
-pub use file::{File, Mode, free_bytes, lock_file, sync_dir, sync_filesystem};
+pub use file::{File, Mode};
 pub use file_system::{DirEntry, FileSystem, Metadata};
 
 use bytes::Bytes;
@@ -168,6 +168,13 @@ impl Disk {
                 Err(error) => (buf, Err(error)),
             },
         }
+    }
+
+    /// Writes where it stands, without waiting: for files that are not opened for direct or synchronous writes, where
+    /// a write is a copy into the page cache and a trip through the ring costs more than it.
+    pub fn write_now(&self, file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.fault(OpKind::Write, file, at, bytes.len())?;
+        file.write_all_at(bytes, at)
     }
 
     /// Writes `bufs` one after the other, beginning at `at`.

@@ -42,7 +42,7 @@ const STALE_PAGES: usize = 64;
 const FULL_STEPS_MAX: u64 = 300;
 
 /// Operations remembered as text when asked for, to be read after a failure.
-const LOG_LINES_MAX: usize = 4_000;
+const LOG_LINES_MAX: usize = 50_000;
 
 /// A date in 2023, from which a simulated clock goes on by one millisecond per operation.
 const EPOCH_MS: i64 = 1_700_000_000_000;

@@ -7,7 +7,7 @@ use super::content::{Content, PAGE_BYTES, SyncPoint, pages};
 use super::faults::Fault;
 use super::handle::Handle;
 use super::tree::{Dir, Node, NodeId, errno};
-use super::{FULL_STEPS_MAX, Flight, Latency, STALE_PAGES, Simulated, State, id, is_off};
+use super::{FULL_STEPS_MAX, Flight, Latency, STALE_PAGES, Simulated, State, is_off};
 use crate::file_system::{DirEntry, Metadata};
 use crate::{BLOCK_BYTES, Mode};
 
@@ -25,7 +25,7 @@ impl State {
         for number in [node, at, len] {
             self.digest(&number.to_le_bytes());
         }
-        if self.settings.log {
+        if self.settings.log && node != NodeId::MAX {
             let path = self.tree.path(node);
             self.log_line(|| format!("{what} {} at {at}, {len}", path.display()));
         }
@@ -204,6 +204,9 @@ impl Simulated {
             let node = state.tree.find(path).unwrap_or(NodeId::MAX);
             state.digest(path.as_os_str().as_encoded_bytes());
             let crash = state.enter(self.generation, what, node, 0, 0)?;
+            if node == NodeId::MAX {
+                state.log_line(|| format!("{what} {}, which is not there", path.display()));
+            }
             work(state, crash)
         })
     }
@@ -376,8 +379,8 @@ impl Simulated {
         self.shared.lock().boot_id
     }
 
-    pub fn random_id(&self) -> [u8; 16] {
-        id(&mut self.shared.lock().random)
+    pub fn random_id(&self) -> u64 {
+        self.shared.lock().random.draw()
     }
 
     pub fn len(&self, node: NodeId) -> io::Result<u64> {
