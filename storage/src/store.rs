@@ -42,8 +42,10 @@ const MIN_WAL_FILES: usize = 3;
 /// the usual limit of the process. Others are opened again when needed, some ten microseconds.
 const OPEN_FILES: usize = 256;
 
-/// Whole batches read ahead for catch-up readers, over all of them, per shard.
-const READ_AHEAD_SLOTS: usize = 32;
+/// Places where catch-up readers stopped, per shard: the next read of one needs no index. A few dozen bytes each.
+const READ_AHEAD_SLOTS: usize = 1024;
+/// What was read for small readers beyond what they asked for, over all of them, per shard.
+const READ_AHEAD_BYTES: usize = 8 << 20;
 
 /// Files of deleted segments go one by one with this pause, so that freeing their blocks does not stall the journal.
 const UNLINK_PAUSE: Duration = Duration::from_millis(5);
@@ -117,7 +119,8 @@ pub(crate) struct Shard {
     pub flush_lock: tokio::sync::Mutex<()>,
     open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
-    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64)>>,
+    /// In the order in which they were loaded, with how many entries each had.
+    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64, usize)>>,
     no_space: Cell<bool>,
     pub log_dir_dirty: Cell<bool>,
     /// To be removed once the commit is durable that says why.
@@ -319,10 +322,12 @@ impl Shard {
 
     pub fn keep_read_ahead(&self, ahead: ReadAhead) {
         let mut slots = self.read_ahead.borrow_mut();
-        if slots.len() >= READ_AHEAD_SLOTS {
-            slots.pop_front();
-        }
         slots.push_back(ahead);
+        let mut bytes: usize = slots.iter().map(|slot| slot.bytes.len()).sum();
+        while slots.len() > READ_AHEAD_SLOTS || bytes > READ_AHEAD_BYTES {
+            let Some(oldest) = slots.pop_front() else { break };
+            bytes -= oldest.bytes.len();
+        }
     }
 
     pub fn throw_away(&self, path: PathBuf, (lane, after): (Lane, Lsn)) {
