@@ -44,11 +44,13 @@ pub(crate) struct Segment {
     pub max_timestamp: Option<i64>,
     pub first_timestamp: Option<i64>,
     pub index: Option<Rc<RefCell<Vec<IndexEntry>>>>,
+    /// Length of the file, as far as it is known to be longer than `bytes`: zeros that later appends write over.
+    pub reserved: u64,
 }
 
 impl Segment {
     pub fn new(base: i64, bytes: u64) -> Self {
-        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None }
+        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None, reserved: 0 }
     }
 }
 
