@@ -19,7 +19,7 @@ use flumen_storage::{GroupLog, Lane, Lsn, RecoveredGroup, ShardStore};
 use tokio::sync::{Notify, mpsc};
 
 use crate::controller::Controller;
-use crate::coordinator::Coordinators;
+use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
 use crate::mailbox::ShardMessage;
 use crate::metrics::ShardMetrics;
 use crate::net::connection;
@@ -131,6 +131,10 @@ impl Shard {
         let partition = Partition::open(self, spec, log);
         let before = self.partitions.borrow_mut().insert(group_id, partition.clone());
         assert!(before.is_none(), "a partition is opened once");
+        if &*partition.topic == OFFSETS_TOPIC && partition.damage().is_none() {
+            // Read now, so that the first request for a group does not find a coordinator that is still reading.
+            drop(self.coordinators.of(self, group_id));
+        }
         partition
     }
 
