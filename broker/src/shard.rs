@@ -30,8 +30,6 @@ use crate::partition::{Partition, PartitionSpec, group_config};
 /// requests go first.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
 const RETENTION_PARTITIONS_PER_TURN: usize = 32;
-/// Producer state is forgotten after this long without a batch (Kafka's producer.id.expiration.ms).
-const PRODUCER_EXPIRATION_MS: i64 = 86_400_000;
 /// Exit status when the log failed: an operator has to look at the disk (sysexits EX_IOERR).
 const EXIT_LOG_FAILED: i32 = 74;
 
@@ -218,13 +216,15 @@ impl Shard {
     async fn keep_retention(self: Rc<Self>) {
         loop {
             tokio::time::sleep(RETENTION_INTERVAL).await;
+            let expiration_ms =
+                self.node.config.with_dynamic(&self.node.image.load()).producer_id_expiration_ms;
             for (i, partition) in self.partitions().into_iter().enumerate() {
                 if i % RETENTION_PARTITIONS_PER_TURN == RETENTION_PARTITIONS_PER_TURN - 1 {
                     tokio::task::yield_now().await;
                 }
                 let now = now_ms();
                 partition.enforce_retention(now);
-                partition.expire_producers(now, PRODUCER_EXPIRATION_MS);
+                partition.expire_producers(now, expiration_ms);
             }
         }
     }

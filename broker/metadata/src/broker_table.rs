@@ -51,7 +51,7 @@ pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
         D,
         "Whether a topic that a client asks for is created.",
     ),
-    row("background.threads", ConfigKind::Int, Some("10"), at_least(1), R, S, "Threads for background work."),
+    row("background.threads", ConfigKind::Int, Some("10"), at_least(1), R, D, "Threads for background work."),
     row("broker.id", ConfigKind::Int, None, at_least(0), H, S, "Older name of node.id."),
     row(
         "broker.rack",
@@ -550,7 +550,7 @@ pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
         Some("8"),
         at_least(1),
         R,
-        S,
+        D,
         "Request threads; the number of shards decides here.",
     ),
     row(
@@ -559,7 +559,7 @@ pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
         Some("3"),
         at_least(1),
         R,
-        S,
+        D,
         "Network threads; the number of shards decides here.",
     ),
     row(
@@ -577,10 +577,10 @@ pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
         Some("2"),
         at_least(1),
         R,
-        S,
+        D,
         "Threads that recover logs at start.",
     ),
-    row("num.replica.fetchers", ConfigKind::Int, Some("1"), Check::Any, R, S, "Threads that replicate."),
+    row("num.replica.fetchers", ConfigKind::Int, Some("1"), Check::Any, R, D, "Threads that replicate."),
     row(
         "offset.metadata.max.bytes",
         ConfigKind::Int,
@@ -642,7 +642,7 @@ pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
         Some("86400000"),
         at_least(1),
         H,
-        S,
+        D,
         "Time (ms) after which an idempotent producer that wrote nothing is forgotten.",
     ),
     row("queued.max.requests", ConfigKind::Int, Some("500"), at_least(1), R, S, "Requests that may wait."),

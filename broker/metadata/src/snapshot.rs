@@ -11,7 +11,9 @@ use crate::topic_config::TopicConfig;
 use crate::topic_name;
 
 const MAGIC: [u8; 3] = *b"FMI";
-const VERSION: u8 = 1;
+/// 2 added the configurations of groups, at the end.
+const VERSION: u8 = 2;
+const OLDEST_VERSION: u8 = 1;
 /// Name, id, partition count and config count.
 const TOPIC_BYTES_MIN: usize = 19;
 
@@ -43,6 +45,11 @@ impl MetadataImage {
             }
             out.map(&topic.configs);
         }
+        out.varint(self.group_configs.len() as u64);
+        for (group, configs) in self.group_configs.iter() {
+            out.string(group);
+            out.map(configs);
+        }
         out.bytes
     }
 
@@ -57,7 +64,7 @@ impl MetadataImage {
             }
         }
         let version = input.u8("version")?;
-        if version != VERSION {
+        if !(OLDEST_VERSION..=VERSION).contains(&version) {
             return Err(CodecError::UnknownVersion(version));
         }
         image.cluster_id = input.string("cluster id")?;
@@ -77,6 +84,13 @@ impl MetadataImage {
                 || topics.insert(topic.name.clone(), Arc::new(topic)).is_some()
             {
                 return Err(CodecError::Inconsistent("a topic appears twice"));
+            }
+        }
+        if version >= 2 {
+            let groups = Arc::make_mut(&mut image.group_configs);
+            for _ in 0..input.count(2, "group configs")? {
+                let group = input.string("group")?;
+                groups.insert(group, input.map("group configs")?);
             }
         }
         input.end()?;
