@@ -35,6 +35,7 @@ pub use group_table::{GROUP_CONFIGS, GroupConfigDef};
 pub use image::{
     Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, PartitionInfo, Topic,
 };
+pub use snapshot::{SnapshotFileError, decode_snapshot_file, encode_snapshot_file};
 pub use topic_config::{CleanupPolicy, CompressionType, Durability, TimestampType, TopicConfig};
 pub use topic_name::OFFSETS_TOPIC;
 pub use topic_table::{TOPIC_CONFIGS, TopicConfigDef};
