@@ -110,3 +110,22 @@ fn bytes_after_a_request_do_not_end_the_connection() {
     assert_eq!(answer.topics[0].partitions.len(), 3);
     assert_eq!(wire.ask(13, &all).unwrap().topics.len(), 1);
 }
+
+#[test]
+fn idle_connections_are_closed_and_waiting_ones_are_not() {
+    let (_dir, flumen) = broker(&["connections.max.idle.ms=300"]);
+    flumen.create_topic("t", 1, &json!({})).unwrap();
+    let mut idle = Wire::connect(&flumen.kafka).unwrap();
+    idle.ask(13, &MetadataRequest::default().with_topics(None)).unwrap();
+    // A long poll is longer than the limit and is answered all the same.
+    let mut waiting = Wire::connect(&flumen.kafka).unwrap();
+    let poll =
+        FetchRequest::default().with_min_bytes(1).with_max_wait_ms(1500).with_max_bytes(1).with_topics(vec![
+            FetchTopic::default()
+                .with_topic(topic_name("t"))
+                .with_partitions(vec![FetchPartition::default().with_partition_max_bytes(1)]),
+        ]);
+    waiting.send(12, &poll).unwrap();
+    assert!(idle.receive_frame().unwrap().is_none(), "closed without a word");
+    assert_eq!(waiting.receive::<FetchRequest>(12).unwrap().responses[0].partitions[0].error_code, 0);
+}

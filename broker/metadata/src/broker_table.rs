@@ -123,9 +123,9 @@ pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
         ConfigKind::Long,
         Some("600000"),
         Check::Any,
-        R,
+        H,
         S,
-        "Time (ms) after which an idle connection is closed.",
+        "Time (ms) after which an idle connection is closed; negative: never.",
     ),
     row(
         "controller.listener.names",

@@ -6,18 +6,21 @@
 //! those that are ready into one system call.
 //!
 //! Bounds: `PIPELINE_MAX` requests of one connection may be unanswered; beyond that the reader stops
-//! reading, and the client's TCP window closes. A partial frame costs what has arrived of it.
+//! reading, and the client's TCP window closes. A partial frame costs what has arrived of it. A connection without a
+//! request for `connections.max.idle.ms` is closed: a client that vanished without a word leaves nothing behind.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use flumen_protocol::frame::{FrameAssembler, REQUEST_BYTES_MAX};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::dispatch::{self, Answer};
 use crate::shard::Shard;
@@ -38,9 +41,26 @@ struct Shared {
     answer_sent: Notify,
     closed: Cell<bool>,
     reader_done: Cell<bool>,
+    /// When bytes last came or went.
+    last_active: Cell<Instant>,
+    /// A request is being served: a long poll is silence, but not idleness.
+    serving: Cell<bool>,
 }
 
 impl Shared {
+    /// Returns when the connection has been idle for `max_idle`. Looks at the clock once per period, not per request.
+    async fn idle(&self, max_idle: Duration) {
+        loop {
+            let seen = self.last_active.get();
+            tokio::time::sleep_until(seen + max_idle).await;
+            if self.serving.get() || !self.answers.borrow().is_empty() {
+                self.last_active.set(Instant::now());
+            } else if self.last_active.get() == seen {
+                return;
+            }
+        }
+    }
+
     fn close(&self) {
         self.closed.set(true);
         self.answer_added.notify_one();
@@ -69,6 +89,8 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
         answer_sent: Notify::new(),
         closed: Cell::new(false),
         reader_done: Cell::new(false),
+        last_active: Cell::new(Instant::now()),
+        serving: Cell::new(false),
     });
     let writer = shared.clone();
     tokio::task::spawn_local(async move {
@@ -86,6 +108,12 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
                 Err(error) => tracing::debug!(%address, %error, "connection closed"),
             },
             () = shard.stop.notified() => {}
+            () = async {
+                match shard.node.config.connections_max_idle() {
+                    Some(max_idle) => shared.idle(max_idle).await,
+                    None => std::future::pending().await,
+                }
+            } => tracing::debug!(%address, "idle connection closed"),
         }
         // Answers to requests already taken are still sent.
         shared.reader_done.set(true);
@@ -101,7 +129,7 @@ async fn read_requests(shard: &Rc<Shard>, shared: &Rc<Shared>, peer: &Peer) -> i
         shared.stream.readable().await?;
         match read_some(shard, shared, &mut assembler, &mut frames) {
             Ok(0) => return Ok(()),
-            Ok(_) => {}
+            Ok(_) => shared.last_active.set(Instant::now()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
             Err(e) => return Err(e),
         }
@@ -109,7 +137,9 @@ async fn read_requests(shard: &Rc<Shard>, shared: &Rc<Shared>, peer: &Peer) -> i
             while shared.answers.borrow().len() >= PIPELINE_MAX && !shared.closed.get() {
                 shared.answer_sent.notified().await;
             }
+            shared.serving.set(true);
             let answer = dispatch::handle(shard, peer, frame).await.map_err(io::Error::other)?;
+            shared.serving.set(false);
             if !matches!(answer, Answer::None) {
                 shared.answers.borrow_mut().push_back(answer);
                 shared.answer_added.notify_one();
@@ -172,6 +202,7 @@ async fn write_answers(shared: &Shared) -> io::Result<()> {
             }
         }
         shared.answer_sent.notify_one();
+        shared.last_active.set(Instant::now());
         if batch.iter().map(Bytes::len).sum::<usize>() >= WRITE_BATCH_BYTES || batch.len() >= WRITE_SLICES_MAX
         {
             write_all(&shared.stream, &mut batch).await?;
