@@ -12,6 +12,7 @@ pub mod dispatch;
 pub mod export;
 pub mod handlers;
 pub mod mailbox;
+pub mod metadata_snapshots;
 pub mod metrics;
 mod metrics_text;
 pub mod net;
