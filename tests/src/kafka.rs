@@ -47,7 +47,7 @@ impl ProducerContext for Delivery {
     }
 }
 
-/// An idempotent producer whose retries outlast whatever a test does to the broker.
+/// An idempotent producer for one topic, whose retries outlast whatever a test does to the broker.
 pub struct Sender {
     producer: ThreadedProducer<Delivery>,
     reports: Delivery,
