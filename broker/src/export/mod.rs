@@ -123,7 +123,7 @@ impl Exports {
     ) -> Result<Admission, NotAdmitted> {
         let stopping = || NotAdmitted::Away {
             message: "the broker is stopping".to_string(),
-            fix: "ask again when it runs".to_string(),
+            fix: "ask again when it runs; nothing was changed".to_string(),
         };
         let (answer, receiver) = oneshot::channel();
         let command = Command::Admit { topic: topic.to_string(), configs, answer };
