@@ -121,8 +121,8 @@ fn a_full_disk_stops_producers_and_nothing_else() {
     send(&mut sender, "t", 1_000);
     let mut megabytes = 0;
     while ballast.reports().failed.is_empty() {
-        send(&mut ballast, "ballast", 64);
-        megabytes += 1;
+        send(&mut ballast, "ballast", 512);
+        megabytes += 8;
         assert!(megabytes < 700, "the disk does not fill");
     }
     // Every producer is told, with an error that Kafka clients take as a reason to try again later.
@@ -133,6 +133,15 @@ fn a_full_disk_stops_producers_and_nothing_else() {
     assert!(refused.iter().all(|(error, _)| error.contains("Disk error")), "{refused:?}");
     let metrics = broker.get("/metrics").unwrap();
     assert!(metrics.as_str().unwrap().contains("flumen_storage_free_space_alert 1"));
+
+    // Somebody else takes the rest, to the last byte.
+    let filler = std::fs::File::create(disk.path.join("filler")).unwrap();
+    let mut taken = 0u64;
+    while let Ok(n) = (&filler).write(&[0x5a; 64 << 10]) {
+        taken += n as u64;
+    }
+    println!("   the last {} MB are taken", taken >> 20);
+    assert!(taken > 0);
 
     // Reads go on, and everything acknowledged is there.
     let acknowledged: BTreeMap<_, _> = sender.reports().places.clone();
