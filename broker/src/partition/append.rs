@@ -48,7 +48,7 @@ pub enum AppendError {
     KeyMissing { records: Box<[i32]> },
     #[error("{0}")]
     Producer(#[from] ProducerError),
-    #[error("the log has no room: the disk is full")]
+    #[error("the log has no room: the disk is full, or does not keep up")]
     NoSpace,
     #[error("the log of this partition is damaged: {0}")]
     Damaged(String),
@@ -188,7 +188,8 @@ impl Partition {
             let log_append_time_ms = if stamped { timestamp } else { -1 };
             return Ok(Admitted::Duplicate { base_offset, log_append_time_ms, last_offset });
         }
-        if !self.log.has_room(records.len()) {
+        let turned_away = origin == Origin::Client && self.disk.is_low();
+        if turned_away || !self.log.has_room(records.len()) {
             return Err(AppendError::NoSpace);
         }
         Ok(Admitted::New(header))
