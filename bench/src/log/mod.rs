@@ -23,6 +23,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::load;
+use crate::peer::Side;
 use crate::stats::Machine;
 use report::Verdict;
 use session::{Measured, Reading, Session};
@@ -56,7 +57,7 @@ pub struct LogConfig {
     /// Measured seconds of every cell.
     #[arg(long)]
     pub seconds: Option<f64>,
-    /// Load before the first cell of a broker; a JVM needs it.
+    /// Seconds of load before Kafka's first cell; Flumen gets half of it.
     #[arg(long)]
     pub first_warmup: Option<f64>,
     /// Blocks of A B B A.
@@ -72,31 +73,42 @@ pub struct LogConfig {
 
 impl LogConfig {
     pub fn seconds(&self) -> f64 {
-        self.seconds.unwrap_or(if self.quick { 3.0 } else { 10.0 })
+        self.seconds.unwrap_or(if self.quick { 3.0 } else { 8.0 })
     }
 
     pub fn warmup_seconds(&self) -> f64 {
         if self.quick { 1.0 } else { 2.0 }
     }
 
-    pub fn first_warmup(&self) -> f64 {
-        self.first_warmup.unwrap_or(if self.quick { 4.0 } else { 8.0 })
+    /// A JVM compiles meanwhile; a broker that was compiled before has only files to fill and gets half of it.
+    pub fn first_warmup(&self, side: Side) -> f64 {
+        let kafka = self.first_warmup.unwrap_or(if self.quick { 6.0 } else { 10.0 });
+        match side {
+            Side::Kafka => kafka,
+            Side::Flumen => kafka / 2.0,
+            // Nothing to warm up but its sockets.
+            Side::Null => 1.0,
+        }
     }
 
     /// Seconds that rounds of so many cells take, for the estimate of a row.
     fn estimate(&self, flumen_cells: f64, kafka_cells: f64, null_cells: f64) -> f64 {
         let pairs = if self.quick { 1.0 } else { 2.0 } * self.repeat.max(1) as f64;
         let cell = self.seconds() + self.warmup_seconds() + CELL_OVERHEAD_S;
-        let round = |cells: f64, start: f64| start + self.first_warmup() + cells * cell;
-        let null = if null_cells > 0.0 { 1.5 + null_cells * cell } else { 0.0 };
-        pairs * (round(flumen_cells, 1.0) + round(kafka_cells, KAFKA_START_S)) + null
+        let round = |side: Side, cells: f64| match cells {
+            0.0 => 0.0,
+            _ if side == Side::Kafka => KAFKA_START_S + self.first_warmup(side) + cells * cell,
+            _ => self.first_warmup(side) + cells * cell,
+        };
+        pairs * (round(Side::Flumen, flumen_cells) + round(Side::Kafka, kafka_cells))
+            + round(Side::Null, null_cells)
     }
 }
 
 /// Looking for a quiet moment, making a topic, reading `/proc`.
 const CELL_OVERHEAD_S: f64 = 1.0;
 /// Formatting and starting; the figure that counts is measured, this one is for the estimate.
-const KAFKA_START_S: f64 = 8.0;
+const KAFKA_START_S: f64 = 7.0;
 
 pub struct Row {
     pub number: u8,

@@ -252,8 +252,8 @@ pub fn print_cells(s: &Session<'_>, row: u8) {
 pub fn print_verdicts(verdicts: &[Verdict]) {
     let width = verdicts.iter().map(|v| v.what.chars().count()).max().unwrap_or(0);
     println!(
-        "{:>3} {:width$}  {:>10} {:>10} {:>10}  {:>24}  {:>8}  outcome",
-        "row", "", "Flumen", "Kafka", "null", "judged [95 %]", "goal"
+        "{:>3} {:width$}  {:>10} {:>10} {:>10}  {:>22}  {:>7}  {:20} whose",
+        "row", "", "Flumen", "Kafka", "null", "judged [95 %]", "goal", ""
     );
     for v in verdicts {
         let plain = |f: Option<Figure>| f.map_or_else(|| "-".into(), |f| number(f.value));
@@ -263,7 +263,7 @@ pub fn print_verdicts(verdicts: &[Verdict]) {
             Goal::Informs => String::new(),
         };
         println!(
-            "{:>3} {:width$}  {:>10} {:>10} {:>10}  {:>24}  {:>8}  {}",
+            "{:>3} {:width$}  {:>10} {:>10} {:>10}  {:>22}  {:>7}  {:20} {}",
             v.row,
             v.what,
             plain(v.flumen),
@@ -271,11 +271,9 @@ pub fn print_verdicts(verdicts: &[Verdict]) {
             plain(v.null),
             with_interval(v.judged),
             goal,
-            v.outcome
+            v.outcome,
+            v.sides
         );
-        if !v.sides.is_empty() {
-            println!("    {:width$}    {}", "", v.sides);
-        }
     }
 }
 

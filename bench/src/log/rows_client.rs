@@ -24,7 +24,7 @@ pub fn rows() -> Vec<Row> {
         title: "row 1 with a real client: Java's ProducerPerformance, one producer, batching off, fixed rate",
         estimate: |c: &LogConfig| {
             let pairs = if c.quick { 2.0 } else { 4.0 };
-            c.estimate(0.0, 0.0, 0.0) + pairs * (seconds(c) as f64 + 3.0)
+            c.estimate(0.01, 0.01, 0.0) + pairs * (seconds(c) as f64 + 3.0)
         },
         run: java,
     }]

@@ -22,7 +22,7 @@ pub fn rows() -> Vec<Row> {
         Row {
             number: 2,
             title: "the same on 1,000 partitions, and keyed with 20 partitions per request",
-            estimate: |c| c.estimate(2.5, 2.5, 2.0),
+            estimate: |c| c.estimate(2.5, 4.0, 2.0),
             run: spread,
         },
         Row {
@@ -83,6 +83,7 @@ fn spread(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
     const KEYED: &str = "keyed, 20 per request";
     s.rounds(2, true, no_settings, |r| {
         for v in r.mine(&[DURABLE, KAFKA, NULL]) {
+            r.touch(WIDE, &v, 1_000)?;
             r.load(WIDE, &v, LoadConfig { partitions: 1_000, ..r.shape() })?;
             let keyed = LoadConfig { keyed: Keyed::Uniform, partitions_per_request: 20, ..r.shape() };
             r.load(KEYED, &v, keyed)?;

@@ -38,7 +38,7 @@ pub fn rows() -> Vec<Row> {
             let fill = backlog_bytes(c) as f64 / 1e6 * (1.0 / 100.0 + 1.0 / 80.0);
             let pairs = if c.quick { 1.0 } else { 2.0 };
             let drains = 2.0 * (10.0 + BASELINE_S + drain_window_s(c));
-            c.estimate(0.0, 0.0, 0.0) + maximum_s(c) + pairs * (fill + drains)
+            c.estimate(0.01, 0.01, 0.0) + maximum_s(c) + pairs * (fill + drains)
         },
         run: drain,
     }]

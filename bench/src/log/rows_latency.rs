@@ -44,9 +44,7 @@ pub fn rows() -> Vec<Row> {
 
 /// Finding Kafka's maximum, once per session; counted for every row that may be the first to ask.
 pub fn maximum_s(c: &super::LogConfig) -> f64 {
-    (c.estimate(0.0, 2.0, 0.0) - c.estimate(0.0, 0.0, 0.0)) / if c.quick { 1.0 } else { 2.0 }
-        + super::KAFKA_START_S
-        + c.first_warmup()
+    c.estimate(0.0, 2.0, 0.0) / if c.quick { 1.0 } else { 2.0 * c.repeat.max(1) as f64 }
 }
 
 /// The share of Kafka's maximum that latency is measured at.

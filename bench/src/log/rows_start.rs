@@ -63,6 +63,7 @@ fn start(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
         compare("empty: seconds to the first acknowledgement", Some(0.3), EMPTY),
         compare("10,000 partitions after kill -9: seconds to the first acknowledgement", Some(2.0), KILLED),
         compare("seconds until all of them answered", None, KILLED_ALL),
+        compare("seconds to make 10,000 partitions", None, CREATION),
         compare("GB on disk when killed", None, KILLED_GB),
         compare("resident MiB after the restart", None, KILLED_RSS),
     ])
@@ -71,12 +72,14 @@ fn start(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
 const EMPTY: &str = "empty: s to first ack";
 const KILLED: &str = "after kill -9: s to first ack";
 const KILLED_ALL: &str = "after kill -9: s to all partitions";
+const CREATION: &str = "10,000 partitions: creation s";
 const KILLED_GB: &str = "after kill -9: GB on disk";
 const KILLED_RSS: &str = "after kill -9: resident MiB";
 
 fn after_kill(r: &mut Round<'_, '_>, v: &Variant) -> Result<()> {
     let made = create(&r.peer.kafka, TOPIC, PARTITIONS, &v.topic_configs(&[]))?;
     r.session.say(&format!("  {PARTITIONS} partitions made in {made:.1} s ({})", v.name));
+    r.reading(CREATION, v, made);
     let batches = fill_bytes(r.session.config) / (FILL_RECORDS as u64 * 1024);
     let acknowledged = r.fill(TOPIC, v, PARTITIONS, batches, FILL_RECORDS)? * FILL_RECORDS as u64;
     let gigabytes = allocated_bytes(r.peer.data()) as f64 / 1e9;

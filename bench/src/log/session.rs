@@ -27,8 +27,6 @@ const DISK_BYTES_MAX: u64 = 30 << 30;
 const ATTEMPTS_MAX: u32 = 2;
 /// How often the machine is looked at while a quiet moment is awaited.
 const QUIET_STEP: Duration = Duration::from_millis(500);
-/// The null broker has nothing to warm up but its sockets.
-const NULL_WARMUP_SECONDS: f64 = 1.0;
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Flumen's own counters (`flumen_storage_*`), summed over its shards.
@@ -282,9 +280,13 @@ impl Round<'_, '_> {
 
     /// Load before the first cell: a JVM compiles, a log fills its first files.
     pub fn warm_up(&mut self) -> Result<()> {
-        let seconds =
-            if self.side == Side::Null { NULL_WARMUP_SECONDS } else { self.session.config.first_warmup() };
-        let config = LoadConfig { topic: "warm-up".into(), seconds, warmup_seconds: 0.0, ..self.shape() };
+        let config = LoadConfig {
+            topic: "warm-up".into(),
+            in_flight: 5,
+            seconds: self.session.config.first_warmup(self.side),
+            warmup_seconds: 0.0,
+            ..self.shape()
+        };
         load::run(&config, None).context("warm-up")?;
         Ok(())
     }
@@ -427,6 +429,37 @@ impl Round<'_, '_> {
             variant.name
         ));
         Ok(r.acknowledged_batches)
+    }
+
+    /// Gives every partition of a topic some batches: a broker that makes files at the first append (Kafka needs some ten
+    /// milliseconds for each) is not measured while it does.
+    pub fn touch(&mut self, cell: &str, variant: &Variant, partitions: usize) -> Result<()> {
+        const CONNECTIONS: usize = 4;
+        let config = LoadConfig {
+            topic: topic_name(cell, variant),
+            partitions,
+            connections: CONNECTIONS,
+            in_flight: 5,
+            record_bytes: 100,
+            partitions_per_request: 50,
+            seconds: FILL_SECONDS_MAX,
+            warmup_seconds: 0.0,
+            // So many that at least one connection has gone through all of them.
+            batches: Some((CONNECTIONS * partitions) as u64),
+            topic_configs: variant.topic_configs(&[]),
+            ..self.shape()
+        };
+        let began = Instant::now();
+        let r = load::run(&config, None).context("first batches")?;
+        if !r.errors.is_empty() {
+            bail!("first batches of {partitions} partitions: {:?}", r.errors);
+        }
+        let took = began.elapsed().as_secs_f64();
+        self.session.say(&format!(
+            "  {partitions} partitions made and written to for the first time in {took:.1} s ({})",
+            variant.name
+        ));
+        Ok(())
     }
 
     fn check_disk(&self) -> Result<()> {
