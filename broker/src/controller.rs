@@ -208,6 +208,14 @@ impl Controller {
                 .run(move |s| async move { s.delete(group_id).await })
                 .await;
         }
+        let mut deleted: Vec<&str> = change.deleted.iter().map(|d| d.topic.as_str()).collect();
+        deleted.dedup();
+        for topic in deleted {
+            for shard in &node.shards {
+                let topic = topic.to_string();
+                let _ = shard.run(move |s| async move { s.coordinators.remove_topic(&topic).await }).await;
+            }
+        }
         for name in &change.topics_reconfigured {
             let found = self.image.borrow().topics.get(name).cloned();
             if let Some(topic) = found {

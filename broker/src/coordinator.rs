@@ -3,17 +3,19 @@
 //! wakes up at deadlines.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flumen_groups::{Client, Coordinator, GroupRequest, GroupResponse, GroupsConfig, OffsetsRecord, Output};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::record::{self, BatchBuilder};
 use flumen_protocol::record_batch;
+use kafka_protocol::messages::OffsetCommitRequest;
 use tokio::sync::{Notify, oneshot};
 
-use crate::node::now_ms;
+use crate::node::{Node, now_ms};
 use crate::partition::{Completion, Origin, Partition};
 use crate::shard::Shard;
 
@@ -35,9 +37,16 @@ pub struct GroupShell {
     coordinator: RefCell<Coordinator>,
     answers: RefCell<HashMap<u64, oneshot::Sender<GroupResponse>>>,
     next_token: Cell<u64>,
+    /// All records are read: from here on deletions of topics have to be told.
+    replayed: Cell<bool>,
+    /// Requests are answered.
     loaded: Cell<bool>,
     removed: Cell<bool>,
     deadline_moved: Notify,
+    /// Appends whose outcome is not known yet.
+    open_appends: RefCell<BTreeSet<u64>>,
+    append_finished: Notify,
+    node: Arc<Node>,
 }
 
 impl Coordinators {
@@ -55,9 +64,13 @@ impl Coordinators {
             coordinator: RefCell::new(Coordinator::new(groups_config(&shard.node.config))),
             answers: RefCell::default(),
             next_token: Cell::new(1),
+            replayed: Cell::new(false),
             loaded: Cell::new(false),
             removed: Cell::new(false),
             deadline_moved: Notify::new(),
+            open_appends: RefCell::default(),
+            append_finished: Notify::new(),
+            node: shard.node.clone(),
         });
         self.by_group.borrow_mut().insert(group_id, shell.clone());
         tokio::task::spawn_local(shell.clone().load_and_tick());
@@ -69,6 +82,14 @@ impl Coordinators {
             shell.removed.set(true);
             shell.deadline_moved.notify_one();
             shell.answers.borrow_mut().clear();
+        }
+    }
+
+    /// Forgets what was committed for a topic that was just deleted; done when the log has forgotten it too. A
+    /// coordinator that is not loaded finds out when it is.
+    pub async fn remove_topic(&self, topic: &str) {
+        for shell in self.all() {
+            shell.remove_topic(topic).await;
         }
     }
 
@@ -93,10 +114,13 @@ impl GroupShell {
         self: &Rc<Self>,
         client_id: &str,
         client_host: &str,
-        request: GroupRequest,
+        mut request: GroupRequest,
     ) -> Result<GroupResponse, ErrorCode> {
         if !self.loaded.get() {
             return Err(ErrorCode::COORDINATOR_LOAD_IN_PROGRESS);
+        }
+        if let GroupRequest::OffsetCommit { request, .. } = &mut request {
+            self.identify_topics(request)?;
         }
         let token = self.next_token.get();
         self.next_token.set(token + 1);
@@ -118,10 +142,36 @@ impl GroupShell {
         look(&self.coordinator.borrow())
     }
 
-    pub fn remove_topic(self: &Rc<Self>, topic: &str) {
-        if self.loaded.get() {
+    /// Says which topics the offsets are for. Asked here and not where the request came in: on this thread a deletion
+    /// is either in the image already, or its `remove_topic` comes after the commit and finds it.
+    fn identify_topics(&self, commit: &mut OffsetCommitRequest) -> Result<(), ErrorCode> {
+        let image = self.node.image.load();
+        for topic in &mut commit.topics {
+            topic.topic_id =
+                image.topics.get(topic.name.as_str()).ok_or(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION)?.id;
+        }
+        Ok(())
+    }
+
+    async fn remove_topic(self: &Rc<Self>, topic: &str) {
+        if self.replayed.get() {
             let outputs = self.coordinator.borrow_mut().remove_topic(topic);
-            self.act(outputs);
+            self.act_and_wait(outputs).await;
+        }
+    }
+
+    /// As `act`, until what had to be appended is.
+    async fn act_and_wait(self: &Rc<Self>, outputs: Vec<Output>) {
+        let appends: Vec<u64> = outputs
+            .iter()
+            .filter_map(|output| match output {
+                Output::Append { append_id, .. } => Some(*append_id),
+                Output::Reply { .. } => None,
+            })
+            .collect();
+        self.act(outputs);
+        while appends.iter().any(|id| self.open_appends.borrow().contains(id)) {
+            self.append_finished.notified().await;
         }
     }
 
@@ -146,6 +196,7 @@ impl GroupShell {
         for record in records {
             builder.append(now, Some(&record.key), record.value.as_deref(), &[]);
         }
+        self.open_appends.borrow_mut().insert(append_id);
         let shell = self.clone();
         let completion = Completion::Callback(Box::new(move || shell.append_done(append_id, Ok(()))));
         let appended = self.partition.append(builder.build(0), Origin::Broker, now, Some(completion));
@@ -162,6 +213,8 @@ impl GroupShell {
         tokio::task::spawn_local(async move {
             let outputs = shell.coordinator.borrow_mut().append_done(append_id, result, now_ms());
             shell.act(outputs);
+            shell.open_appends.borrow_mut().remove(&append_id);
+            shell.append_finished.notify_waiters();
         });
     }
 
@@ -170,7 +223,14 @@ impl GroupShell {
             tracing::error!(partition = self.partition.index, %error, "committed offsets could not be loaded; their groups stay unavailable");
             return;
         }
-        self.coordinator.borrow_mut().finish_load(now_ms());
+        let outdated = {
+            let mut coordinator = self.coordinator.borrow_mut();
+            coordinator.finish_load(now_ms());
+            let image = self.node.image.load();
+            coordinator.remove_outdated_topics(|topic| image.topics.get(topic).map(|t| t.id.as_u128()))
+        };
+        self.replayed.set(true);
+        self.act_and_wait(outdated).await;
         self.loaded.set(true);
         while !self.removed.get() {
             let wait = self.coordinator.borrow().next_deadline_ms().map_or(TICK_MAX, |deadline| {

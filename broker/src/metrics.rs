@@ -107,7 +107,7 @@ impl ShardMetrics {
         self.wal_commits.store(stats.wal_commits, Ordering::Relaxed);
         self.segment_bytes.store(stats.segment_bytes_written, Ordering::Relaxed);
         self.appended_bytes.store(stats.bytes_appended, Ordering::Relaxed);
-        self.cache_bytes.store(stats.cache_bytes as u64, Ordering::Relaxed);
+        self.cache_bytes.store(stats.cache_bytes, Ordering::Relaxed);
         self.no_space.store(u64::from(stats.no_space), Ordering::Relaxed);
     }
 

@@ -2,8 +2,9 @@
 //!
 //! `kafka-protocol` reserves whatever a length prefix claims, and a failed allocation aborts the process. The guard
 //! walks the body by the layout in `schema` and proves that each length fits, that strings are UTF-8, that nothing is
-//! null that may not be, that the body ends where the request ends, and that the decoded structs stay within a small
-//! multiple of the body. A body it accepts decodes without error and without surprise.
+//! null that may not be, and that the decoded structs stay within a small multiple of the body. A body it accepts
+//! decodes without error and without surprise. Bytes after the end of the request are ignored, as Kafka does:
+//! librdkafka sends some after a Metadata request for all topics.
 //!
 //! Pure and allocation-free. Depth is bounded by the layout, which does not recurse, never by the input.
 //! Decode from `Bytes`, not from a slice: then the strings are handles into the frame and not copies.
@@ -22,8 +23,6 @@ pub enum GuardError {
     Malformed { field: &'static str },
     #[error("{field}: more elements than a request of this size may ask for")]
     TooManyElements { field: &'static str },
-    #[error("{0} bytes after the end of the request")]
-    TrailingBytes(usize),
 }
 
 /// Decoded bytes allowed per byte of body. Real requests stay below 12 (the densest is a list of short topic names);
@@ -51,11 +50,7 @@ pub fn check_request(key: i16, version: i16, body: &[u8]) -> Result<(), GuardErr
         flexible: version >= spec.first_flexible,
         decoded_left: body.len().saturating_mul(DECODED_PER_BYTE_MAX).saturating_add(DECODED_BYTES_FREE),
     };
-    walk.message(message, spec.name)?;
-    match walk.reader.remaining() {
-        0 => Ok(()),
-        trailing => Err(GuardError::TrailingBytes(trailing)),
-    }
+    walk.message(message, spec.name)
 }
 
 struct Walk<'a> {
@@ -197,7 +192,6 @@ mod tests {
         assert_eq!(check_request(3, 1, &claim), Err(GuardError::Truncated { field: "topics" }));
         let null_group = [0, 0, 0, 1, 0xff, 0xff];
         assert_eq!(check_request(15, 0, &null_group), Err(GuardError::Malformed { field: "groups" }));
-        assert_eq!(check_request(3, 1, &[0, 0, 0, 0, 9]), Err(GuardError::TrailingBytes(1)));
         assert_eq!(check_request(3, 1, &[0xff; 4]), Ok(()));
     }
 

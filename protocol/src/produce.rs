@@ -53,8 +53,6 @@ pub enum DecodeError {
     NotUtf8,
     #[error("a field that may not be null is null")]
     UnexpectedNull,
-    #[error("{0} bytes after the end of the request")]
-    TrailingBytes(usize),
 }
 
 impl From<WireError> for DecodeError {
@@ -169,9 +167,6 @@ pub fn decode_produce(
     }
     if flexible {
         frame.read(|reader| Ok(reader.skip_tagged_fields()?))?;
-    }
-    if frame.remaining() > 0 {
-        return Err(DecodeError::TrailingBytes(frame.remaining()));
     }
     Ok(ProduceRequest { transactional_id, acks, timeout_ms, topics, partitions })
 }

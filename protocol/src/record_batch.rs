@@ -236,6 +236,12 @@ pub fn set_log_append_time(batch: &mut [u8], now_ms: i64) {
     write_crc(batch);
 }
 
+/// Whether the batch at the front of `bytes` is compressed with zstd, which clients of old request versions cannot
+/// read. No when there is none.
+pub fn starts_with_zstd(bytes: &[u8]) -> bool {
+    parse_header(bytes).is_ok_and(|header| header.compression() == Ok(Compression::Zstd))
+}
+
 /// Recomputes the checksum after a checksummed field changed.
 pub(crate) fn write_crc(batch: &mut [u8]) {
     let crc = crc32c::crc32c(&batch[ATTRIBUTES_AT..]);

@@ -51,11 +51,18 @@ fn every_truncation_is_refused_or_still_a_whole_request() {
 }
 
 #[test]
-fn trailing_bytes_are_refused() {
+fn bytes_after_the_end_are_ignored() {
     for (key, version) in guarded_versions() {
-        let mut body = encode(&rich_request(key, version), version).to_vec();
-        body.push(0);
-        assert!(check_request(key, version, &body).is_err(), "{key} v{version}");
+        let whole = encode(&rich_request(key, version), version);
+        let longer = [&whole[..], &[1, 0, 0]].concat();
+        assert_eq!(check_request(key, version, &longer), Ok(()), "{key} v{version}");
+        let mut rest = bytes::Bytes::from(longer);
+        assert_eq!(
+            decode(key, version, &mut rest),
+            decode(key, version, &mut whole.clone()),
+            "{key} v{version}"
+        );
+        assert_eq!(&rest[..], [1, 0, 0], "{key} v{version}");
     }
 }
 

@@ -169,6 +169,8 @@ pub(crate) struct Committed {
     pub metadata: Box<str>,
     pub commit_timestamp_ms: i64,
     pub expire_timestamp_ms: i64,
+    /// Which topic of that name it was committed for; zero where the record does not say.
+    pub topic_id: u128,
     /// Place in the log, against other commits: a transaction may end after a later plain commit.
     pub seq: u64,
 }
@@ -182,6 +184,7 @@ impl Committed {
             metadata: value.metadata.into(),
             commit_timestamp_ms: value.commit_timestamp_ms,
             expire_timestamp_ms: value.expire_timestamp_ms,
+            topic_id: value.topic_id,
         }
     }
 }

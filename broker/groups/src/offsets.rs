@@ -44,7 +44,7 @@ impl Coordinator {
         match self.check_commit(&request, version, producer_id.is_some()) {
             Ok(()) => self.append_commit(token, &request, producer_id),
             Err(error) => {
-                let response = commit_response(&request, |_, _| error);
+                let response = commit_response(&request, |_, _, _| error);
                 self.ctx.reply(token, GroupResponse::OffsetCommit(response));
             }
         }
@@ -118,7 +118,7 @@ impl Coordinator {
         let seq = ctx.next_append_id;
         let mut records = Vec::new();
         let mut offsets = Vec::new();
-        let response = commit_response(request, |topic, partition| {
+        let response = commit_response(request, |topic, topic_id, partition| {
             let metadata = partition.committed_metadata.as_deref().unwrap_or("");
             if topic.is_empty() {
                 return ErrorCode::UNKNOWN_TOPIC_ID;
@@ -137,7 +137,7 @@ impl Coordinator {
                 metadata: metadata.to_owned(),
                 commit_timestamp_ms: ctx.now_ms,
                 expire_timestamp_ms,
-                topic_id: 0,
+                topic_id,
             };
             let key = offset_commit_key(&group.id, topic, partition.partition_index);
             records.push(OffsetsRecord { key, value: Some(value.encode()) });
@@ -249,6 +249,32 @@ impl Coordinator {
         self.take_outputs()
     }
 
+    /// Forgets the offsets of topics that no longer exist, or exist anew under another id: their deletion may have
+    /// come while nobody watched. `current` gives the id of the topic that has a name now.
+    pub fn remove_outdated_topics(&mut self, current: impl Fn(&str) -> Option<u128>) -> Vec<Output> {
+        for group in self.groups.values_mut() {
+            let outdated = |topic: &str, committed: &Committed| match current(topic) {
+                None => true,
+                Some(id) => committed.topic_id != 0 && committed.topic_id != id,
+            };
+            let known = group.offsets.iter().flat_map(|(topic, partitions)| {
+                partitions.iter().map(move |(partition, committed)| (topic, *partition, committed))
+            });
+            let held = group
+                .txn_offsets
+                .values()
+                .flatten()
+                .map(|((topic, partition), committed)| (topic, *partition, committed));
+            let doomed = known
+                .chain(held)
+                .filter(|(topic, _, committed)| outdated(topic, committed))
+                .map(|(topic, partition, _)| (topic.clone(), partition))
+                .collect();
+            append_tombstones(group, &mut self.ctx, doomed, false, None);
+        }
+        self.take_outputs()
+    }
+
     /// Tombstones for offsets nobody used for the retention time, and for groups that have nothing left.
     pub(crate) fn expire_offsets(&mut self) {
         for group in self.groups.values_mut() {
@@ -276,6 +302,7 @@ fn commit_response(
     request: &OffsetCommitRequest,
     mut outcome: impl FnMut(
         &str,
+        u128,
         &kafka_protocol::messages::offset_commit_request::OffsetCommitRequestPartition,
     ) -> ErrorCode,
 ) -> OffsetCommitResponse {
@@ -289,7 +316,7 @@ fn commit_response(
                 .map(|partition| {
                     OffsetCommitResponsePartition::default()
                         .with_partition_index(partition.partition_index)
-                        .with_error_code(outcome(&topic.name, partition).0)
+                        .with_error_code(outcome(&topic.name, topic.topic_id.as_u128(), partition).0)
                 })
                 .collect();
             OffsetCommitResponseTopic::default()

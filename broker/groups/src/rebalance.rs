@@ -40,15 +40,13 @@ impl Group {
         let delay_ms = ctx.config.initial_rebalance_delay_ms.max(0);
         let remaining_ms = (self.rebalance_timeout_ms() - delay_ms).max(0);
         self.new_member_added = false;
-        if delay_ms == 0 {
-            return self.complete_join(ctx);
-        }
         self.wait_for_joins(ctx, delay_ms, Some((delay_ms, remaining_ms)));
         None
     }
 
     fn wait_for_joins(&mut self, ctx: &mut Ctx, delay_ms: i64, initial: Option<(i64, i64)>) {
-        // At least a millisecond, or a round that changes nothing would be due again at once.
+        // At least a millisecond, or a round that changes nothing would be due again at once; and members that start
+        // together share their first generation even where no delay is configured, as with Kafka's timer of zero.
         let deadline_ms = ctx.after(delay_ms.max(1));
         self.join_phase = Some(JoinPhase { deadline_ms, initial });
         ctx.wake_by(self, deadline_ms);

@@ -21,7 +21,9 @@ pub struct OffsetsRecord {
 const KEY_OFFSET_COMMIT_LEGACY: i16 = 0;
 const KEY_OFFSET_COMMIT: i16 = 1;
 const KEY_GROUP_METADATA: i16 = 2;
+/// Written where the topic's id is not known.
 const OFFSET_COMMIT_VALUE_VERSION: i16 = 3;
+const OFFSET_COMMIT_VALUE_VERSION_WITH_TOPIC_ID: i16 = 4;
 /// The only version that can carry the expiry asked for by an OffsetCommit of version 2 to 4.
 const OFFSET_COMMIT_VALUE_VERSION_EXPIRING: i16 = 1;
 const GROUP_METADATA_VALUE_VERSION: i16 = 3;
@@ -135,6 +137,15 @@ impl OffsetCommitValue {
             put_string(&mut out, &self.metadata);
             out.put_i64(self.commit_timestamp_ms);
             out.put_i64(self.expire_timestamp_ms);
+        } else if self.topic_id != 0 {
+            out.put_i16(OFFSET_COMMIT_VALUE_VERSION_WITH_TOPIC_ID);
+            out.put_i64(self.offset);
+            out.put_i32(self.leader_epoch);
+            put_compact_string(&mut out, &self.metadata);
+            out.put_i64(self.commit_timestamp_ms);
+            // One tagged field: the id, 16 bytes.
+            out.put_slice(&[1, TAG_TOPIC_ID as u8, 16]);
+            out.put_u128(self.topic_id);
         } else {
             out.put_i16(OFFSET_COMMIT_VALUE_VERSION);
             out.put_i64(self.offset);
@@ -255,6 +266,17 @@ impl MemberValue {
 fn put_string(out: &mut BytesMut, text: &str) {
     assert!(text.len() <= MAX_STRING_BYTES, "strings are bounded when the request comes in");
     out.put_i16(text.len() as i16);
+    out.put_slice(text.as_bytes());
+}
+
+fn put_compact_string(out: &mut BytesMut, text: &str) {
+    assert!(text.len() <= MAX_STRING_BYTES, "strings are bounded when the request comes in");
+    let mut length = text.len() + 1;
+    while length >= 0x80 {
+        out.put_u8(length as u8 | 0x80);
+        length >>= 7;
+    }
+    out.put_u8(length as u8);
     out.put_slice(text.as_bytes());
 }
 
@@ -460,6 +482,10 @@ mod tests {
         assert_eq!(offset_value().encode(), bytes(OFFSET_VALUES[3]));
         let expiring = OffsetCommitValue { expire_timestamp_ms: 2000, ..offset_value() };
         assert_eq!(expiring.encode(), bytes(OFFSET_VALUES[1]));
+        let identified = OffsetCommitValue { topic_id: 1 << 64 | 2, ..offset_value() };
+        assert_eq!(identified.encode(), bytes(OFFSET_VALUES[4]));
+        let long = OffsetCommitValue { metadata: "m".repeat(MAX_STRING_BYTES), ..identified };
+        assert_eq!(OffsetCommitValue::decode(&long.encode()), Ok(long));
         for (version, hex) in OFFSET_VALUES.iter().enumerate() {
             let expected = OffsetCommitValue {
                 leader_epoch: if version >= 3 { 5 } else { -1 },

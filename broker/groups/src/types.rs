@@ -70,8 +70,8 @@ pub struct Client<'a> {
     pub client_host: &'a str,
 }
 
-/// `version` is the request's API version. In an OffsetCommit of version 10 or later the broker fills in the
-/// topic names; a name left empty is answered with UNKNOWN_TOPIC_ID.
+/// `version` is the request's API version. In an OffsetCommit the broker fills in the ids of the topics, which older
+/// versions do not carry, and from version 10 on their names; a name left empty is answered with UNKNOWN_TOPIC_ID.
 #[derive(Clone, Debug)]
 pub enum GroupRequest {
     Join { request: JoinGroupRequest, version: i16 },

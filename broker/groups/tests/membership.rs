@@ -30,12 +30,19 @@ fn many_join_at_once() {
 }
 
 #[test]
-fn without_initial_delay_the_first_member_starts_at_once() {
+fn without_initial_delay_only_those_who_start_together_share_a_generation() {
     let mut rig = Rig::new(GroupsConfig { initial_rebalance_delay_ms: 0, ..config() });
-    let ids = members(&mut rig, "g", 1);
-    let token = rig.join(join("g", &ids[0], &["range"]), 9);
-    let response = rig.joined(token);
-    assert_eq!((response.generation_id, response.members.len()), (1, 1));
+    let ids = members(&mut rig, "g", 3);
+    let together = [0, 1].map(|i: usize| rig.join(join("g", &ids[i], &["range"]), 9));
+    rig.advance(1);
+    // The second one came while the first was waiting: one more round for whoever comes with it.
+    rig.advance(1);
+    for token in together {
+        assert_eq!(rig.joined(token).generation_id, 1);
+    }
+    let late = rig.join(join("g", &ids[2], &["range"]), 9);
+    rig.advance(10);
+    assert!(!rig.answered.contains(&late), "waits for the first two to join again");
 }
 
 #[test]

@@ -216,6 +216,39 @@ fn offsets_of_a_deleted_topic_go() {
 }
 
 #[test]
+fn offsets_of_topics_that_went_or_came_anew_are_found_after_a_restart() {
+    let mut rig = Rig::new(config());
+    let of = |group: &str, topic: &str, id: u128| {
+        let mut request = commit(group, "", -1, topic, 3);
+        request.topics[0].topic_id = uuid::Uuid::from_u128(id);
+        request
+    };
+    for request in [
+        of("a", "gone", 1),
+        of("a", "anew", 2),
+        of("a", "kept", 3),
+        of("a", "nameless", 0),
+        of("b", "anew", 2),
+    ] {
+        let token = rig.commit(request, 8);
+        assert_eq!(rig.committed(token), [ErrorCode::NONE]);
+    }
+    rig.restart();
+    let outputs = rig.coordinator.remove_outdated_topics(|topic| match topic {
+        "anew" => Some(20),
+        "kept" => Some(3),
+        "nameless" => Some(4),
+        _ => None,
+    });
+    rig.absorb(outputs);
+    let kept = [("a", "kept", 0, 3), ("a", "nameless", 0, 3)];
+    assert_eq!(rig.coordinator.lag_view().collect::<Vec<_>>(), kept);
+    assert_eq!(rig.state("b"), None);
+    rig.restart();
+    assert_eq!(rig.coordinator.lag_view().collect::<Vec<_>>(), kept);
+}
+
+#[test]
 fn unused_offsets_expire() {
     let mut rig = Rig::new(config());
     let retention_ms = rig.config.offsets_retention_ms;

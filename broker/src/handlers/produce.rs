@@ -10,8 +10,10 @@ use bytes::BytesMut;
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::header::RequestHeader;
 use flumen_protocol::produce::{
-    ProducePartitionResult, ProduceRequest, TopicRef, decode_produce, encode_produce_response,
+    ProducePartitionResult, ProduceRequest, TopicRef, ZSTD_MIN_VERSION, decode_produce,
+    encode_produce_response,
 };
+use flumen_protocol::record_batch;
 use tokio::sync::oneshot;
 
 use crate::dispatch::{Answer, Part, RequestError, Waiting};
@@ -75,6 +77,13 @@ pub async fn handle(
                 refuse(
                     ErrorCode::INVALID_TOPIC_EXCEPTION,
                     Some("clients may not write to an internal topic"),
+                );
+                continue;
+            }
+            if version < ZSTD_MIN_VERSION && record_batch::starts_with_zstd(&partition.records) {
+                refuse(
+                    ErrorCode::UNSUPPORTED_COMPRESSION_TYPE,
+                    Some("zstd takes Produce version 7 or later"),
                 );
                 continue;
             }

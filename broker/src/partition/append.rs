@@ -38,7 +38,7 @@ pub struct Appended {
 pub enum AppendError {
     #[error("{0}")]
     Batch(#[from] BatchError),
-    #[error("the batch of {size} bytes is larger than max.message.bytes={max}")]
+    #[error("the batch of {size} bytes is larger than the {max} that max.message.bytes or the log allows")]
     TooLarge { size: usize, max: usize },
     #[error("the record timestamp {timestamp} is outside the limits of the topic")]
     Timestamp { timestamp: i64 },
@@ -142,6 +142,7 @@ impl Partition {
         if origin == Origin::Client {
             let config = self.config.borrow();
             let max = usize::try_from(config.max_message_bytes).unwrap_or(usize::MAX);
+            let max = max.min(self.log.entry_bytes_max());
             if records.len() > max {
                 return Err(AppendError::TooLarge { size: records.len(), max });
             }
@@ -159,12 +160,11 @@ impl Partition {
             }
         }
         if header.has_producer_id()
-            && let Verdict::Duplicate { base_offset, log_append_time } =
-                self.log.producers().check(&header)?
+            && let Verdict::Duplicate { base_offset, timestamp } = self.log.producers().check(&header)?
         {
             let last_offset = base_offset + i64::from(header.last_offset_delta);
             let stamped = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
-            let log_append_time_ms = if stamped { log_append_time } else { -1 };
+            let log_append_time_ms = if stamped { timestamp } else { -1 };
             return Ok(Admitted::Duplicate { base_offset, log_append_time_ms, last_offset });
         }
         if !self.log.has_room(records.len()) {

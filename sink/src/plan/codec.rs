@@ -96,6 +96,11 @@ pub fn encode(record: &Record) -> Bytes {
     Bytes::from(w.out)
 }
 
+/// Whether a record is a snapshot, from its head alone.
+pub fn is_snapshot(bytes: &[u8]) -> bool {
+    matches!(bytes, [FORMAT_VERSION, SNAPSHOT, ..])
+}
+
 pub fn decode(bytes: &[u8]) -> Result<Record, CodecError> {
     let mut r = Reader { rest: bytes };
     let version = r.byte()?;

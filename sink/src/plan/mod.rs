@@ -84,12 +84,13 @@ impl Plan {
     pub fn token(&self, cluster_id: &str) -> String {
         let (partition, first, last) =
             self.ranges.first().map_or((0, 0, 0), |r| (r.partition, r.first, r.last));
-        format!(
-            "{cluster_id}/{}/{}/{}:{partition}:{first}-{last}",
-            uuid::Uuid::from_bytes(self.topic_id),
-            self.sink_epoch,
-            self.seq,
-        )
+        let topic = self.topic_token(cluster_id);
+        format!("{topic}{}/{}:{partition}:{first}-{last}", self.sink_epoch, self.seq)
+    }
+
+    /// What the tokens of all plans of the topic begin with, in every epoch.
+    pub fn topic_token(&self, cluster_id: &str) -> String {
+        format!("{cluster_id}/{}/", uuid::Uuid::from_bytes(self.topic_id))
     }
 
     /// The token of the n-th insert of only the missing rows.
@@ -290,10 +291,13 @@ pub fn add_sequence(sequence: i32, records: u32) -> i32 {
 }
 
 impl ExportState {
-    /// The state after all these records, which start at the beginning of the log or at a snapshot.
+    /// The state after all these records. A snapshot stands for everything before it, and the log may begin in the
+    /// middle of that, so replay starts at the last one; without one the records start at the beginning.
     pub fn replay<'a>(records: impl IntoIterator<Item = &'a [u8]>) -> Result<ExportState, StateError> {
+        let records: Vec<&[u8]> = records.into_iter().collect();
+        let from = records.iter().rposition(|bytes| codec::is_snapshot(bytes)).unwrap_or(0);
         let mut state = ExportState::default();
-        for (at, bytes) in records.into_iter().enumerate() {
+        for (at, bytes) in records.into_iter().enumerate().skip(from) {
             let record = codec::decode(bytes).map_err(|reason| StateError::Record { at, reason })?;
             state.apply(&record)?;
         }

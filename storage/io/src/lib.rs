@@ -134,6 +134,13 @@ impl Disk {
         }
     }
 
+    /// Writes where it stands, without waiting: for files that are not opened for direct or synchronous writes, where
+    /// a write is a copy into the page cache and a trip through the ring costs more than it.
+    pub fn write_now(&self, file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.fault(OpKind::Write, file, at, bytes.len())?;
+        file.write_all_at(bytes, at)
+    }
+
     /// Writes `bufs` one after the other, beginning at `at`.
     pub async fn write_vectored_at(&self, file: &File, bufs: Vec<Bytes>, at: u64) -> io::Result<()> {
         self.fault(OpKind::Write, file, at, bufs.iter().map(Bytes::len).sum())?;

@@ -383,7 +383,7 @@ impl Rig {
     pub fn stable(&mut self, group: &str, members: &[String]) -> (i32, String) {
         let tokens: Vec<u64> =
             members.iter().map(|member| self.join(join(group, member, &["range"]), 9)).collect();
-        self.advance(self.config.initial_rebalance_delay_ms * 3);
+        self.advance(self.config.initial_rebalance_delay_ms.max(1) * 3);
         let responses: Vec<_> = tokens.iter().map(|token| self.joined(*token)).collect();
         let generation = responses[0].generation_id;
         let leader = responses[0].leader.to_string();

@@ -1,0 +1,466 @@
+//! One partition's directory at start: segments brought to what its state says, replayed entries added, indexes and
+//! producers rebuilt where they are missing.
+//!
+//! Offline, plain calls. Nothing is removed or shortened here before the new `group.meta` is durable, unless it is
+//! beyond what the old one counts; so recovery can be cut short anywhere and run again.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use flumen_io::{File, Mode};
+
+use crate::flush::{position_of, snapshots, write_snapshot};
+use crate::group_state::GroupState;
+use crate::leader_epochs::LeaderEpochs;
+use crate::producer_state::ProducerState;
+use crate::replay::{LogEntry, Replayed};
+use crate::segment_index::{self, IndexBuilder, IndexEntry, encode_entry, encode_header};
+use crate::tail::TailEntry;
+use crate::walk::{Step, Walk};
+
+/// Recovery does not know the topic's segment size; this is Kafka's default.
+const ROLL_BYTES: u64 = 1 << 30;
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What `attach` needs beyond the public part of a recovered group.
+#[derive(Debug, Default)]
+pub(crate) struct Restored {
+    pub segments: Vec<(i64, u64)>,
+    pub epochs: LeaderEpochs,
+    pub snapshot_offset: i64,
+    pub above_commit: Vec<(u64, i64)>,
+    pub warm: Vec<TailEntry>,
+}
+
+#[derive(Debug)]
+pub(crate) enum RestoreError {
+    Damaged(String),
+    Io(PathBuf, io::Error),
+}
+
+/// Things to do once the new state is durable.
+#[derive(Debug)]
+pub(crate) enum Afterwards {
+    Shorten(PathBuf, u64),
+    Remove(PathBuf),
+}
+
+pub(crate) struct Outcome {
+    pub state: GroupState,
+    pub producers: ProducerState,
+    pub restored: Restored,
+    pub last_index: u64,
+    pub last_term: u64,
+    pub log_end: i64,
+    /// Files to sync before the state is written.
+    pub written: Vec<PathBuf>,
+    pub afterwards: Vec<Afterwards>,
+    pub changed: bool,
+}
+
+fn log_path(dir: &Path, base: i64) -> PathBuf {
+    dir.join(format!("{base:020}.log"))
+}
+
+fn index_path(dir: &Path, base: i64) -> PathBuf {
+    dir.join(format!("{base:020}.idx"))
+}
+
+fn list_segments(dir: &Path) -> io::Result<BTreeMap<i64, u64>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let base = name
+            .to_str()
+            .and_then(|name| name.strip_suffix(".log"))
+            .and_then(|stem| stem.parse::<i64>().ok());
+        if let Some(base) = base.filter(|base| *base >= 0) {
+            found.insert(base, entry.metadata()?.len());
+        }
+    }
+    Ok(found)
+}
+
+/// Walks a segment from a batch on to `bytes`; returns the offset reached.
+fn scan(
+    path: &Path,
+    bytes: u64,
+    (mut position, mut offset): (u64, i64),
+    mut each: impl FnMut(&flumen_protocol::record_batch::BatchHeader, u64),
+) -> Result<i64, RestoreError> {
+    let io = |error| RestoreError::Io(path.to_owned(), error);
+    let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
+    let file = File::open(path, Mode::default()).map_err(io)?;
+    let mut piece = vec![0; PIECE_BYTES];
+    while position < bytes {
+        let want = usize::try_from(bytes - position).unwrap_or(usize::MAX).min(piece.len());
+        let got = file.read_full_at(&mut piece[..want], position).map_err(io)?;
+        let mut walk = Walk::new(&piece[..got], offset);
+        let mut need = 0;
+        loop {
+            match walk.step() {
+                Step::Batch(header, at) => each(&header, position + at as u64),
+                Step::End => break,
+                Step::Short(bytes) => {
+                    need = bytes;
+                    break;
+                }
+                Step::Damaged(reason) => return Err(damaged(reason)),
+            }
+        }
+        let (advanced, reached) = (walk.at(), walk.offset());
+        if advanced == 0 {
+            if got < want || need <= want || need as u64 > bytes - position {
+                return Err(damaged(format!("ends inside of the batch at offset {offset}")));
+            }
+            piece.resize(need, 0);
+        }
+        position += advanced as u64;
+        offset = reached;
+    }
+    Ok(offset)
+}
+
+struct Index {
+    entries: Vec<IndexEntry>,
+    builder: IndexBuilder,
+    rebuilt: bool,
+}
+
+/// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good.
+fn load_index(dir: &Path, base: i64, bytes: u64, end: i64) -> Result<Index, RestoreError> {
+    let raw = std::fs::read(index_path(dir, base)).unwrap_or_default();
+    let mut entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
+    // An entry that disagrees with where the segment ends was written for other content.
+    entries
+        .retain(|entry| entry.offset <= end && (u64::from(entry.position) == bytes) == (entry.offset == end));
+    let last = entries.last().copied();
+    let (position, offset, max) =
+        last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
+    let mut builder = IndexBuilder::resume(max, position);
+    if position == bytes && offset == end {
+        return Ok(Index { entries, builder, rebuilt: false });
+    }
+    let path = log_path(dir, base);
+    let mut term = 0;
+    let walk =
+        |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
+            scan(&path, bytes, from, |header, position| {
+                *term = u32::try_from(header.leader_epoch).unwrap_or(0);
+                entries.extend(builder.batch(header.base_offset, position, *term, 0, header.max_timestamp));
+            })
+        };
+    let mut reached = walk((position, offset), &mut builder, &mut entries, &mut term);
+    if position > 0 && !matches!(reached, Ok(reached) if reached == end) {
+        // The index led to the wrong place; the segment itself decides.
+        entries.clear();
+        builder = IndexBuilder::new();
+        reached = walk((0, base), &mut builder, &mut entries, &mut term);
+    }
+    let reached = reached?;
+    if reached != end {
+        let reason = format!("{}: ends at offset {reached}, not at {end}", path.display());
+        return Err(RestoreError::Damaged(reason));
+    }
+    entries.extend(builder.end(end, bytes, term, 0));
+    Ok(Index { entries, builder, rebuilt: true })
+}
+
+fn write_index(dir: &Path, base: i64, entries: &[IndexEntry]) -> io::Result<()> {
+    let mut out = encode_header(base).to_vec();
+    for entry in entries {
+        out.extend_from_slice(&encode_entry(entry));
+    }
+    std::fs::write(index_path(dir, base), out)
+}
+
+/// Producers as of `end`: the newest usable snapshot, and the headers after it.
+fn restore_producers(
+    dir: &Path,
+    segments: &[(i64, u64)],
+    flushed_end: i64,
+    entries: &[LogEntry],
+    usable_up_to: i64,
+) -> Result<(ProducerState, i64), RestoreError> {
+    let io = |error| RestoreError::Io(dir.to_owned(), error);
+    let mut state = ProducerState::new();
+    let mut from = i64::MIN;
+    for (offset, path) in snapshots(dir).map_err(io)?.into_iter().rev() {
+        if offset > usable_up_to {
+            continue;
+        }
+        let decoded = std::fs::read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
+        match decoded {
+            Some((found, at)) if at == offset => {
+                (state, from) = (found, offset);
+                break;
+            }
+            _ => {
+                tracing::warn!(path = %path.display(), "unusable producer snapshot; building it from the log")
+            }
+        }
+    }
+    let found = from;
+    for (at, (base, bytes)) in segments.iter().enumerate() {
+        let end = segments.get(at + 1).map_or(flushed_end, |next| next.0);
+        if end <= from {
+            continue;
+        }
+        let start = if from <= *base {
+            (0, *base)
+        } else {
+            let raw = std::fs::read(index_path(dir, *base)).unwrap_or_default();
+            let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
+            segment_index::seek_offset(&entries, *base, from)
+        };
+        scan(&log_path(dir, *base), *bytes, start, |header, _| {
+            if header.base_offset >= from {
+                state.apply(header);
+            }
+        })?;
+    }
+    for entry in entries.iter().filter(|entry| entry.is_batch && entry.offset >= from) {
+        if let Some(header) = crate::flush::is_one_batch(&entry.payload) {
+            state.apply(&header);
+        }
+    }
+    Ok((state, found))
+}
+
+/// Writes entries behind the last segment, in large writes.
+struct Appender<'a> {
+    dir: &'a Path,
+    segments: &'a mut Vec<(i64, u64)>,
+    index: Option<(i64, Index)>,
+    pending: Vec<u8>,
+    written: &'a mut Vec<PathBuf>,
+}
+
+impl Appender<'_> {
+    fn flush(&mut self) -> Result<(), RestoreError> {
+        let Some((base, bytes)) = self.segments.last_mut() else { return Ok(()) };
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let path = log_path(self.dir, *base);
+        let write = || {
+            let file = File::open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+            file.write_all_at(&self.pending, *bytes)
+        };
+        write().map_err(|error| RestoreError::Io(path.clone(), error))?;
+        *bytes += self.pending.len() as u64;
+        self.pending.clear();
+        if self.written.last() != Some(&path) {
+            self.written.push(path);
+        }
+        Ok(())
+    }
+
+    fn finish_index(&mut self, end: i64, term: u32, next_index: u64) -> Result<(), RestoreError> {
+        self.flush()?;
+        let (Some((base, mut index)), Some((_, bytes))) = (self.index.take(), self.segments.last()) else {
+            return Ok(());
+        };
+        index.entries.extend(index.builder.end(end, *bytes, term, next_index));
+        // Not synced: a bad index is built again.
+        write_index(self.dir, base, &index.entries)
+            .map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
+    }
+
+    fn append(&mut self, entry: &LogEntry, last: &mut (u32, u64)) -> Result<(), RestoreError> {
+        let size = entry.payload.len() as u64;
+        let at = self.segments.last().map_or(u64::MAX, |(_, bytes)| bytes + self.pending.len() as u64);
+        let roll = self.segments.is_empty() || (at > 0 && at.saturating_add(size) > ROLL_BYTES);
+        if roll {
+            self.finish_index(entry.offset, last.0, last.1)?;
+            self.segments.push((entry.offset, 0));
+            let index = Index { entries: Vec::new(), builder: IndexBuilder::new(), rebuilt: true };
+            self.index = Some((entry.offset, index));
+            let path = log_path(self.dir, entry.offset);
+            // What a cut short recovery left.
+            let fresh = File::open(&path, Mode { write: true, create: true, ..Mode::default() })
+                .and_then(|file| file.set_len(0));
+            fresh.map_err(|error| RestoreError::Io(path, error))?;
+        }
+        let position = if roll { 0 } else { at };
+        let term = u32::try_from(entry.term).unwrap_or(u32::MAX);
+        if let Some((_, index)) = &mut self.index {
+            let timestamp = crate::flush::is_one_batch(&entry.payload).map_or(i64::MIN, |h| h.max_timestamp);
+            index.entries.extend(index.builder.batch(entry.offset, position, term, entry.index, timestamp));
+        }
+        *last = (term, entry.index + 1);
+        self.pending.extend_from_slice(&entry.payload);
+        if self.pending.len() >= PIECE_BYTES { self.flush() } else { Ok(()) }
+    }
+}
+
+/// `changed`: there were WAL records, so the state must be written again even if nothing else happens.
+pub(crate) fn restore(
+    dir: &Path,
+    replayed: Replayed,
+    mut changed: bool,
+    warm_bytes: &mut usize,
+) -> Result<Outcome, RestoreError> {
+    let io = |error| RestoreError::Io(dir.to_owned(), error);
+    let damaged = |reason: String| Err(RestoreError::Damaged(reason));
+    let Replayed { mut state, entries, cut, .. } = replayed;
+    let mut afterwards = Vec::new();
+    let on_disk = list_segments(dir).map_err(io)?;
+    let mut segments: Vec<(i64, u64)> = on_disk
+        .iter()
+        .filter(|(base, _)| **base < state.active_base)
+        .map(|(base, bytes)| (*base, *bytes))
+        .collect();
+    for (base, _) in on_disk.range(state.active_base.saturating_add(1).max(0)..) {
+        // Begun after the state was written; the WAL has what was in it.
+        std::fs::remove_file(log_path(dir, *base)).map_err(io)?;
+        let _ = std::fs::remove_file(index_path(dir, *base));
+    }
+    if state.active_base >= 0 {
+        match on_disk.get(&state.active_base) {
+            Some(bytes) if *bytes >= state.active_bytes => {
+                if *bytes > state.active_bytes {
+                    let file = File::open(
+                        &log_path(dir, state.active_base),
+                        Mode { write: true, ..Mode::default() },
+                    );
+                    file.and_then(|file| file.set_len(state.active_bytes)).map_err(io)?;
+                    changed = true;
+                }
+                segments.push((state.active_base, state.active_bytes));
+            }
+            // Retention may take the last segment as well.
+            None if cut.is_none() && state.log_start >= state.flushed_end => {}
+            Some(bytes) => {
+                return damaged(format!(
+                    "{} has {bytes} bytes of {}",
+                    log_path(dir, state.active_base).display(),
+                    state.active_bytes
+                ));
+            }
+            None => return damaged(format!("{} is missing", log_path(dir, state.active_base).display())),
+        }
+    }
+    if let Some(offset) = cut {
+        // Segments beyond the cut stay until the new state no longer counts them.
+        while let Some((base, bytes)) = segments.last().copied() {
+            if base < offset {
+                let path = log_path(dir, base);
+                let position = File::open(&path, Mode::default())
+                    .and_then(|file| position_of(&file, base, bytes, offset))
+                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
+                if let Some(last) = segments.last_mut() {
+                    last.1 = position;
+                }
+                break;
+            }
+            segments.pop();
+            afterwards.push(Afterwards::Remove(log_path(dir, base)));
+            afterwards.push(Afterwards::Remove(index_path(dir, base)));
+        }
+        changed = true;
+    }
+    // What is counted must be there, batch after batch; whole indexes say so without reading the segments.
+    let mut last_index = None;
+    for at in 0..segments.len() {
+        let (base, bytes) = segments[at];
+        let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
+        let index = load_index(dir, base, bytes, end)?;
+        if index.rebuilt && at + 1 < segments.len() {
+            write_index(dir, base, &index.entries).map_err(io)?;
+        }
+        if at + 1 == segments.len() {
+            if index.rebuilt {
+                write_index(dir, base, &index.entries).map_err(io)?;
+            }
+            last_index = Some((base, index));
+        }
+    }
+    let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
+    let usable_up_to = cut.unwrap_or(log_end);
+    let (producers, snapshot_from) =
+        restore_producers(dir, &segments, state.flushed_end, &entries, usable_up_to)?;
+    let mut written = Vec::new();
+    let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
+    let mut appender = Appender {
+        dir,
+        segments: &mut segments,
+        index: last_index,
+        pending: Vec::new(),
+        written: &mut written,
+    };
+    let batches = entries.iter().any(|entry| entry.is_batch);
+    for entry in entries.iter().filter(|entry| entry.is_batch) {
+        appender.append(entry, &mut last)?;
+    }
+    if batches {
+        appender.finish_index(log_end, last.0, last.1)?;
+    }
+    if let (Some(_), Some((base, bytes))) = (cut, segments.last()) {
+        afterwards.push(Afterwards::Shorten(log_path(dir, *base), *bytes));
+    }
+    if snapshot_from != log_end {
+        write_snapshot(dir, log_end, &producers.encode(log_end)).map_err(io)?;
+    }
+    let (last_index, last_term) =
+        entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));
+    if state.hard_state.commit > last_index || state.log_start > log_end {
+        if !state.os {
+            return damaged(format!(
+                "committed up to entry {} and offset {}, but the log ends at entry {last_index} and offset {log_end}",
+                state.hard_state.commit, state.log_start
+            ));
+        }
+        tracing::warn!(group = state.group, "a log kept by the kernel lost its end with the machine's power");
+        state.hard_state.commit = state.hard_state.commit.min(last_index);
+        state.log_start = state.log_start.min(log_end);
+    }
+    // An entry of a term is proof of that term.
+    state.hard_state.term = state.hard_state.term.max(last_term);
+    let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
+    if first > state.log_start {
+        state.log_start = first;
+        changed = true;
+    }
+    let above_commit = entries
+        .iter()
+        .filter(|entry| entry.index > state.hard_state.commit)
+        .map(|entry| (entry.index, entry.offset))
+        .collect();
+    let warm = warm(&entries, warm_bytes);
+    let active = segments.last().copied();
+    state.flushed_index = last_index;
+    state.flushed_term = last_term;
+    state.flushed_end = log_end;
+    (state.active_base, state.active_bytes) = active.unwrap_or((-1, 0));
+    state.epochs.truncate_end(log_end);
+    state.epochs.truncate_start(state.log_start);
+    let restored =
+        Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
+    Ok(Outcome { state, producers, restored, last_index, last_term, log_end, written, afterwards, changed })
+}
+
+/// The newest entries, copied out of the WAL's pages, as far as the budget goes.
+fn warm(entries: &[LogEntry], budget: &mut usize) -> Vec<TailEntry> {
+    let mut from = entries.len();
+    while from > 0 && entries[from - 1].payload.len() <= *budget {
+        from -= 1;
+        *budget -= entries[from].payload.len();
+    }
+    entries[from..]
+        .iter()
+        .map(|entry| TailEntry {
+            index: entry.index,
+            term: entry.term,
+            base_offset: entry.offset,
+            next_offset: entry.next_offset,
+            max_timestamp: crate::flush::is_one_batch(&entry.payload).map_or(i64::MIN, |h| h.max_timestamp),
+            bytes: Bytes::copy_from_slice(&entry.payload),
+            file_seq: 0,
+            lane: crate::types::Lane::Durable,
+        })
+        .collect()
+}

@@ -1,0 +1,83 @@
+//! Single rules of the protocol, asked of a real broker over TCP.
+
+use flumen_protocol::compression::Compression;
+use flumen_protocol::error_code::ErrorCode;
+use flumen_tests::flumen::Flumen;
+use flumen_tests::wire::{Wire, batch, produce, topic_name};
+use kafka_protocol::messages::fetch_request::{FetchPartition, FetchTopic};
+use kafka_protocol::messages::fetch_response::PartitionData;
+use kafka_protocol::messages::{FetchRequest, MetadataRequest};
+use serde_json::json;
+
+fn broker(settings: &[&str]) -> (tempfile::TempDir, Flumen) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut all = vec!["group.initial.rebalance.delay.ms=0"];
+    all.extend_from_slice(settings);
+    let flumen = Flumen::start(dir.path(), &all).unwrap();
+    (dir, flumen)
+}
+
+/// Reads one partition by name, without waiting.
+fn fetch(wire: &mut Wire, version: i16, topic: &str, offset: i64) -> PartitionData {
+    let request = FetchRequest::default().with_min_bytes(0).with_max_bytes(1 << 20).with_topics(vec![
+        FetchTopic::default().with_topic(topic_name(topic)).with_partitions(vec![
+            FetchPartition::default().with_fetch_offset(offset).with_partition_max_bytes(1 << 20),
+        ]),
+    ]);
+    let mut response = wire.ask(version, &request).unwrap();
+    response.responses[0].partitions.remove(0)
+}
+
+#[test]
+fn zstd_needs_versions_that_know_it() {
+    let (_dir, flumen) = broker(&[]);
+    flumen.create_topic("z", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let zstd = || {
+        batch(&["compressed"; 20], |b| {
+            b.compression(Compression::Zstd);
+        })
+    };
+    let gzip = || {
+        batch(&["compressed"; 20], |b| {
+            b.compression(Compression::Gzip);
+        })
+    };
+    let mut error = |version, records| {
+        let answer = wire.ask(version, &produce("z", 0, -1, Some(records))).unwrap();
+        answer.responses[0].partition_responses[0].error_code
+    };
+    for version in 3..=6 {
+        assert_eq!(error(version, zstd()), ErrorCode::UNSUPPORTED_COMPRESSION_TYPE.0, "v{version}");
+    }
+    assert_eq!(error(3, gzip()), 0);
+    assert_eq!(error(7, zstd()), 0);
+    assert_eq!(error(12, zstd()), 0);
+
+    for version in 4..=9 {
+        let read = fetch(&mut wire, version, "z", 20);
+        assert_eq!(read.error_code, ErrorCode::UNSUPPORTED_COMPRESSION_TYPE.0, "v{version}");
+        assert_eq!(read.high_watermark, 60);
+        // What lies before the first zstd batch can be read by anyone.
+        let read = fetch(&mut wire, version, "z", 0);
+        assert_eq!((read.error_code, read.records.map(|r| r.len())), (0, Some(gzip().len())), "v{version}");
+    }
+    let all = gzip().len() + 2 * zstd().len();
+    assert_eq!(fetch(&mut wire, 10, "z", 0).records.map(|r| r.len()), Some(all));
+}
+
+#[test]
+fn bytes_after_a_request_do_not_end_the_connection() {
+    let (_dir, flumen) = broker(&[]);
+    flumen.create_topic("t", 3, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let all = MetadataRequest::default().with_topics(None);
+    let mut frame = wire.frame(13, &all).unwrap();
+    frame.extend_from_slice(&[1, 0, 0]);
+    let length = i32::try_from(frame.len() - 4).unwrap();
+    frame[..4].copy_from_slice(&length.to_be_bytes());
+    wire.send_raw(&frame).unwrap();
+    let answer = wire.receive::<MetadataRequest>(13).unwrap();
+    assert_eq!(answer.topics[0].partitions.len(), 3);
+    assert_eq!(wire.ask(13, &all).unwrap().topics.len(), 1);
+}
