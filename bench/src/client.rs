@@ -51,6 +51,11 @@ pub fn error_name(code: i16) -> String {
     }
 }
 
+/// Between two questions about so many partitions: an answer names them all, and asking must not become the load.
+fn leader_wait(partitions: usize) -> Duration {
+    LEADER_WAIT.max(Duration::from_micros(50) * partitions as u32)
+}
+
 fn topic_name(name: &str) -> TopicName {
     TopicName(StrBytes::from_string(name.to_string()))
 }
@@ -151,18 +156,26 @@ impl Client {
                 }
             }
         }
-        let mut made = PARTITIONS_AT_ONCE;
-        while made < partitions && self.led_partitions(topic).await?.is_some_and(|led| led < partitions) {
+        let mut made = partitions.min(PARTITIONS_AT_ONCE);
+        loop {
+            self.await_leaders(topic, made).await?;
+            if made == partitions {
+                break;
+            }
             made = (made + PARTITIONS_AT_ONCE).min(partitions);
             self.grow_topic(topic, made).await?;
         }
+        // Metadata can name a leader before that leader knows; only an answer from it proves it.
+        self.offsets(topic, partitions, LATEST).await?;
+        Ok(())
+    }
+
+    async fn await_leaders(&mut self, topic: &str, partitions: usize) -> Result<()> {
         for _ in 0..LEADER_TRIES_MAX {
             if self.led_partitions(topic).await?.is_some_and(|led| led >= partitions) {
-                // Metadata can name a leader before that leader knows; only an answer from it proves it.
-                self.offsets(topic, partitions, LATEST).await?;
                 return Ok(());
             }
-            tokio::time::sleep(LEADER_WAIT).await;
+            tokio::time::sleep(leader_wait(partitions)).await;
         }
         bail!("{topic} did not get {partitions} led partitions in time (a topic of another size may exist)")
     }
@@ -238,7 +251,7 @@ impl Client {
             if last == 0 {
                 return Ok(out);
             }
-            tokio::time::sleep(LEADER_WAIT).await;
+            tokio::time::sleep(leader_wait(partitions)).await;
         }
         bail!("ListOffsets of {topic}: {}", error_name(last))
     }

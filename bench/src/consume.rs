@@ -26,7 +26,7 @@ const FRAME_SLACK_BYTES: usize = 128 << 20;
 /// An answer that takes longer never comes: `max_wait_ms` asks for one after a fraction of a second.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// Distance of the points of a drain's progress.
-const PROGRESS_STEP: Duration = Duration::from_millis(100);
+const PROGRESS_STEP: Duration = Duration::from_millis(25);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -134,8 +134,9 @@ pub fn run(config: &ConsumeConfig, stop: Option<Arc<AtomicBool>>) -> Result<Cons
                     tokio::time::timeout(ANSWER_MAX, f.fetch(&config))
                         .await
                         .context("a Fetch was never answered")??;
-                    f.note_progress(start);
+                    f.note_progress(start, PROGRESS_STEP);
                 }
+                f.note_progress(start, Duration::ZERO);
                 anyhow::Ok((f.count, f.reached, f.progress))
             }));
         }
@@ -212,10 +213,10 @@ impl Fetcher {
         self.positions.iter().map(behind).fold(0, u64::saturating_add)
     }
 
-    fn note_progress(&mut self, start: Instant) {
+    fn note_progress(&mut self, start: Instant, step: Duration) {
         let at = start.elapsed();
         let last = self.progress.last().map_or(0.0, |p| p.seconds);
-        if at.as_secs_f64() - last >= PROGRESS_STEP.as_secs_f64() {
+        if at.as_secs_f64() - last >= step.as_secs_f64() {
             let (bytes, lag_records) = (self.count.bytes, self.lag());
             self.progress.push(Progress { seconds: at.as_secs_f64(), bytes, lag_records });
         }

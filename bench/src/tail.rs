@@ -11,7 +11,7 @@ use crate::load::{self, LoadConfig, LoadResult};
 
 const POLL: Duration = Duration::from_millis(1);
 
-/// A consumer of a load's topic, from its start until it is told to stop.
+/// A consumer of a load's topic, from the topic's start until it is told to stop.
 pub fn config(load: &LoadConfig) -> ConsumeConfig {
     ConsumeConfig {
         bootstrap: load.bootstrap.clone(),
@@ -40,7 +40,9 @@ pub fn with_tail(load: &LoadConfig) -> Result<(LoadResult, ConsumeResult)> {
         std::thread::sleep(POLL);
     }
     let consumer = std::thread::spawn({
-        let (tail, stop) = (config(load), stop.clone());
+        // What an earlier run left in the topic is not this load's.
+        let tail = ConsumeConfig { from: consume::From::Latest, ..config(load) };
+        let stop = stop.clone();
         move || consume::run(&tail, Some(stop))
     });
     let produced = producer.join().map_err(|_| anyhow::anyhow!("the generator panicked"))?;

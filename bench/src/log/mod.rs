@@ -193,7 +193,10 @@ pub fn run(config: &LogConfig) -> Result<ExitCode> {
         let outcome = (row.run)(&mut session).with_context(|| format!("row {}", row.number));
         let seconds = began.elapsed().as_secs_f64();
         let failed = match outcome {
-            Ok(v) => {
+            Ok(mut v) => {
+                if session.failures(row.number) > 0 {
+                    v.iter_mut().for_each(Verdict::spoil);
+                }
                 report::print_cells(&session, row.number);
                 report::print_verdicts(&v);
                 verdicts.extend(v);
@@ -242,6 +245,13 @@ fn finish(session: &Session<'_>, times: &[RowTime], verdicts: &[Verdict]) {
     }
     for t in times.iter().filter(|t| t.failed.is_some()) {
         println!("row {} FAILED: {}", t.row, t.failed.as_deref().unwrap_or_default());
+    }
+    for m in session.measured.iter().filter(|m| m.failed()) {
+        let l = &m.load;
+        println!(
+            "row {} {} ({}): errors {:?}, unanswered {}",
+            m.row, m.cell, m.variant, l.errors, l.unanswered
+        );
     }
     let disturbed: Vec<String> = session
         .measured

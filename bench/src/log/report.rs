@@ -82,11 +82,17 @@ impl Verdict {
     }
 
     pub fn missed(&self) -> bool {
-        self.outcome.starts_with("MISSED") || self.outcome == NOT_MEASURED
+        self.outcome.starts_with("MISSED") || [NOT_MEASURED, SPOILED].contains(&self.outcome)
+    }
+
+    /// Requests of the row failed, so that its figures are not those of the work it names.
+    pub fn spoil(&mut self) {
+        self.outcome = SPOILED;
     }
 }
 
 const NOT_MEASURED: &str = "NOT MEASURED";
+const SPOILED: &str = "SPOILED BY ERRORS";
 
 fn outcome(goal: Goal, judged: Option<Figure>) -> &'static str {
     let (met, surely) = match (goal, judged) {
@@ -162,7 +168,8 @@ pub fn progress(m: &Measured) -> String {
     if !r.errors.is_empty() || r.unanswered > 0 {
         line += &format!(", ERRORS {:?}, unanswered {}", r.errors, r.unanswered);
     }
-    if r.config.mode == Mode::Open && r.unsent > 0 {
+    // The last ones due are still queued when the window ends.
+    if r.config.mode == Mode::Open && r.unsent > r.batches / 1_000 {
         line += &format!(", {} never sent", r.unsent);
     }
     if r.config.mode == Mode::Open && r.generator_late.p99_ms > 1.0 && r.unsent == 0 {
@@ -299,6 +306,10 @@ mod tests {
         let some = Samples::Values(vec![1.0]);
         let v = Verdict::ratio(1, "x", Goal::AtMost(1.0), (&DURABLE, &none), (&KAFKA, &some));
         assert!(v.missed());
+        let mut met = Verdict::ratio(1, "x", Goal::Informs, (&DURABLE, &some), (&KAFKA, &some));
+        assert!(!met.missed());
+        met.spoil();
+        assert!(met.missed());
         assert_eq!(v.sides, "Flumen durable / Kafka default");
     }
 }

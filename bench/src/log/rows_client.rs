@@ -15,7 +15,8 @@ use super::variant::{DURABLE, KAFKA, Variant};
 use super::{LogConfig, Row};
 use crate::stats;
 
-const RECORDS_PER_S: u64 = 8_000;
+/// Low enough that answers come before the next record is due, so that requests stay as small as in row 1.
+const RECORDS_PER_S: u64 = 3_000;
 const PARTITIONS: usize = 100;
 
 pub fn rows() -> Vec<Row> {

@@ -27,8 +27,11 @@ const PARTITIONS: usize = 100;
 const FILL_RECORDS: usize = 16;
 /// Producers alone before the drain begins: what they are compared with.
 const BASELINE_S: f64 = 4.0;
-/// Caught up: less than a second of production is left, as the load is at most this many seconds behind.
-const LAG_S: f64 = 1.0;
+/// Caught up: no more is left than producers send in this time.
+const LAG_S: f64 = 0.25;
+/// Steps in which the speed of a drain is looked at, and the least time on either side of a change that is judged.
+const STEP_S: f64 = 0.25;
+const SIDE_S: f64 = 0.1;
 
 pub fn rows() -> Vec<Row> {
     vec![Row {
@@ -159,7 +162,9 @@ fn beside_producers(r: &mut Round<'_, '_>, v: &Variant, topic: &str, rate: f64) 
     r.reading("beside producers: caught up", v, f64::from(u8::from(drained.reached)));
     r.reading("producers' rate by before", v, mean(&during) / baseline);
     r.reading("producers' slowest second by before", v, slowest / baseline);
-    r.reading("slowest second of the drain, MB/s", v, speed.slowest);
+    if speed.slowest.is_finite() {
+        r.reading("slowest quarter of a second of the drain, MB/s", v, speed.slowest);
+    }
     if let Some(ratio) = speed.cache_by_disk {
         r.reading("drain speed in the cache by on disk", v, ratio);
     }
@@ -175,8 +180,8 @@ fn cache_bytes(r: &Round<'_, '_>) -> Result<f64> {
 
 /// How a drain's speed went over time.
 struct Speed {
-    /// MB/s of each second.
-    seconds: Vec<f64>,
+    /// MB/s of each step.
+    steps: Vec<f64>,
     slowest: f64,
     /// Speed once what is left fits the tail cache, by the speed before.
     cache_by_disk: Option<f64>,
@@ -185,13 +190,13 @@ struct Speed {
 impl Speed {
     fn of(progress: &[Progress], bytes_per_record: f64, cache_bytes: f64) -> Self {
         let rate = |a: &Progress, b: &Progress| (b.bytes - a.bytes) as f64 / 1e6 / (b.seconds - a.seconds);
-        let mut seconds = Vec::new();
+        let mut steps = Vec::new();
         let mut from = progress.first();
         for p in progress.iter().skip(1) {
             if let Some(start) = from
-                && p.seconds - start.seconds >= 1.0
+                && p.seconds - start.seconds >= STEP_S
             {
-                seconds.push(rate(start, p));
+                steps.push(rate(start, p));
                 from = Some(p);
             }
         }
@@ -202,15 +207,16 @@ impl Speed {
         let switch = known.iter().position(|p| in_cache(p));
         let cache_by_disk = switch.and_then(|at| {
             let (first, middle, last) = (known.first()?, known.get(at)?, known.last()?);
-            let long_enough = middle.seconds - first.seconds >= 0.2 && last.seconds - middle.seconds >= 0.2;
+            let long_enough =
+                middle.seconds - first.seconds >= SIDE_S && last.seconds - middle.seconds >= SIDE_S;
             long_enough.then(|| rate(middle, last) / rate(first, middle))
         });
-        let slowest = seconds.iter().copied().fold(f64::INFINITY, f64::min);
-        Self { slowest, seconds, cache_by_disk }
+        let slowest = steps.iter().copied().fold(f64::INFINITY, f64::min);
+        Self { slowest, steps, cache_by_disk }
     }
 
     fn line(&self) -> String {
-        self.seconds.iter().map(|s| format!("{s:.0}")).collect::<Vec<_>>().join(" ")
+        self.steps.iter().map(|s| format!("{s:.0}")).collect::<Vec<_>>().join(" ")
     }
 }
 
@@ -263,7 +269,11 @@ fn verdicts(s: &Session<'_>) -> Vec<Verdict> {
             Goal::AtLeast(0.5),
             "producers' slowest second by before",
         ),
-        own("drain's slowest second, MB/s", Goal::Informs, "slowest second of the drain, MB/s"),
+        own(
+            "drain's slowest quarter of a second, MB/s",
+            Goal::Informs,
+            "slowest quarter of a second of the drain, MB/s",
+        ),
         own(
             "drain speed in the tail cache, by on disk",
             Goal::AtLeast(0.8),
@@ -290,7 +300,7 @@ mod tests {
             at(3.0, 350, 0),
         ];
         let s = Speed::of(&progress, 1_000.0, 1_000_000.0);
-        assert_eq!(s.seconds, [100.0, 200.0, 50.0]);
+        assert_eq!(s.steps, [100.0, 100.0, 200.0, 50.0]);
         assert_eq!(s.slowest, 50.0);
         // 50 to 300 MB in 1.5 s from disk, then 50 MB in a second.
         assert!((s.cache_by_disk.unwrap() - 50.0 / (250.0 / 1.5)).abs() < 1e-9);

@@ -182,13 +182,22 @@ fn keyed(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
     Ok(out)
 }
 
+/// How long a partition of the retention row takes to fill a segment.
+const SEGMENT_S: f64 = 1.5;
+
+/// As many partitions as make each of them fill a segment in that time.
+fn filling_partitions(bytes_per_s: f64, segment_bytes: u64) -> usize {
+    ((bytes_per_s * SEGMENT_S / segment_bytes as f64) as usize).max(1)
+}
+
 fn retention(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
     const ON: &str = "retention on";
     const OFF: &str = "retention off";
-    const PARTITIONS: usize = 16;
-    /// Filled by a partition's share of the load in a second or two; Kafka takes no segment below 1 MiB.
-    const SEGMENT_BYTES: u64 = 2 << 20;
+    /// The smallest that Kafka takes.
+    const SEGMENT_BYTES: u64 = 1 << 20;
     let rate = s.kafka_max(&KAFKA)? * LOAD;
+    let partitions = filling_partitions(rate * 1024.0, SEGMENT_BYTES);
+    s.say(&format!("{partitions} partitions, each filling a segment of 1 MiB in about {SEGMENT_S} s"));
     let settings = |side| match side {
         // As eager as Flumen, which looks every second and removes files at once.
         Side::Kafka => {
@@ -201,9 +210,9 @@ fn retention(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
             mode: Mode::Open,
             in_flight: 5,
             rate,
-            partitions: PARTITIONS,
+            partitions,
             // Long enough for several deletions in each partition.
-            seconds: r.session.config.seconds() * 1.5,
+            seconds: (r.session.config.seconds() * 1.5).max(5.0 * SEGMENT_S),
             ..r.shape()
         };
         for v in r.mine(&[DURABLE, KAFKA]) {
@@ -214,7 +223,7 @@ fn retention(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
             for (cell, bytes) in cells {
                 let configs = [("segment.bytes", SEGMENT_BYTES.to_string()), ("retention.bytes", bytes)];
                 let topic = r.cell(cell, &v, open.clone(), &configs, false)?.load.config.topic.clone();
-                let deleted = deleted_records(&r.peer.kafka, &topic, PARTITIONS)?;
+                let deleted = deleted_records(&r.peer.kafka, &topic, partitions)?;
                 r.reading(&format!("{cell}: records deleted"), &v, deleted as f64);
                 ensure!(
                     cell == OFF || deleted > 0,
@@ -269,5 +278,11 @@ mod tests {
     fn more_producers_send_smaller_batches_of_the_same_bytes() {
         assert_eq!([4, 50, 500].map(|n| lingered_records(36_000.0, n)), [16, 4, 1]);
         assert_eq!(lingered_records(1.0, 500), 1);
+    }
+
+    #[test]
+    fn the_load_is_spread_so_that_segments_fill_in_time() {
+        assert_eq!(filling_partitions(18e6, 1 << 20), 25);
+        assert_eq!(filling_partitions(1.0, 1 << 20), 1);
     }
 }

@@ -1,6 +1,6 @@
 //! Row 12: from spawn to the first acknowledgement, empty and after kill -9 with 10,000 partitions and some GB.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::report::{Goal, Verdict};
 use super::rows_partitions::create;
@@ -46,7 +46,7 @@ fn start(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
             r.reading(EMPTY, &v, took);
         }
         let outcome = after_kill(&mut r, &v);
-        outcome.with_context(|| format!("{}; its last words:\n{}", v.name, r.peer.log_tail()))?;
+        outcome.map_err(|e| r.with_words(e))?;
     }
     let compare = |what: &str, goal: Option<f64>, name: &str| {
         let of = |v: &Variant| s.values(12, name, v);

@@ -87,6 +87,13 @@ pub struct Measured {
     pub attempts: u32,
 }
 
+impl Measured {
+    /// Something that was sent was refused or never answered.
+    pub fn failed(&self) -> bool {
+        !self.load.errors.is_empty() || self.load.unanswered > 0
+    }
+}
+
 /// A figure that is not a load: one value per round.
 #[derive(Debug, Clone, Serialize)]
 pub struct Reading {
@@ -158,7 +165,7 @@ impl<'c> Session<'c> {
             let mut round = self.begin(row, i + 1, side, &settings(side))?;
             round.warm_up()?;
             let outcome = cells(&mut round);
-            outcome.with_context(|| round.words())?;
+            outcome.map_err(|e| round.with_words(e))?;
         }
         Ok(())
     }
@@ -192,7 +199,7 @@ impl<'c> Session<'c> {
             round.warm_up()?;
             for v in [KAFKA, KAFKA_FLUSH] {
                 let outcome = round.load("maximum", &v, cell.clone()).map(|_| ());
-                outcome.with_context(|| round.words())?;
+                outcome.map_err(|e| round.with_words(e))?;
             }
         }
         for v in [KAFKA, KAFKA_FLUSH] {
@@ -244,6 +251,10 @@ impl<'c> Session<'c> {
         Samples::Slices(slices, measure)
     }
 
+    pub fn failures(&self, row: u8) -> usize {
+        self.measured.iter().filter(|m| m.row == row && m.failed()).count()
+    }
+
     pub fn figure(&self, row: u8, cell: &str, variant: &Variant, measure: Measure) -> Option<Figure> {
         self.samples(row, cell, variant, measure).figure()
     }
@@ -265,8 +276,8 @@ pub struct Round<'s, 'c> {
 }
 
 impl Round<'_, '_> {
-    fn words(&self) -> String {
-        format!("row {}, {:?}; the broker's last words:\n{}", self.row, self.side, self.peer.log_tail())
+    pub fn with_words(&self, error: anyhow::Error) -> anyhow::Error {
+        anyhow::anyhow!("{:?}: {error:#}\nthe broker's last words:\n{}", self.side, self.peer.log_tail())
     }
 
     /// The variants of this side, the other way round in every second round, so that none is always the first.
