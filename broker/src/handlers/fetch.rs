@@ -7,11 +7,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_protocol::compression::Compression;
+use flumen_metadata::CompressionType;
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::fetch::{FetchPartitionData, FetchTopicData, ZSTD_MIN_VERSION, encode_fetch_response};
 use flumen_protocol::produce::TopicRef;
-use flumen_protocol::record_batch;
 use kafka_protocol::messages::FetchRequest;
 use tokio::time::Instant;
 
@@ -66,10 +65,15 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             };
             let missing =
                 if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
+            // Kafka's rule: by the topic's configuration, not by what a batch holds. Clients that ask in old versions
+            // and read zstd all the same exist (rskafka).
+            let withheld = version < ZSTD_MIN_VERSION
+                && found.is_some_and(|t| t.effective.compression_type == CompressionType::Zstd);
             let mut partitions = Vec::with_capacity(topic.partitions.len());
             for p in &topic.partitions {
                 let info = found.map(|t| usize::try_from(p.partition).ok().and_then(|i| t.partitions.get(i)));
                 let error = match info {
+                    Some(Some(_)) if withheld => ErrorCode::UNSUPPORTED_COMPRESSION_TYPE,
                     Some(Some(info)) => {
                         items.push(Item {
                             slot,
@@ -117,10 +121,7 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     let mut sent = 0;
     let mut flat: Vec<&mut FetchPartitionData> =
         topics.iter_mut().flat_map(|t| t.partitions.iter_mut()).collect();
-    for mut r in read {
-        if version < ZSTD_MIN_VERSION {
-            withhold_zstd(&mut r.data);
-        }
+    for r in read {
         sent += r.bytes;
         if let Some(slot) = flat.get_mut(r.slot) {
             let partition = slot.partition;
@@ -147,32 +148,6 @@ fn empty(partition: i32, error: ErrorCode) -> FetchPartitionData {
         diverging_epoch: None,
         records: Vec::new(),
     }
-}
-
-/// Clients this old cannot open zstd: they get what lies before the first such batch, or the code that says why
-/// there is nothing.
-fn withhold_zstd(data: &mut FetchPartitionData) {
-    let mut kept = Vec::with_capacity(data.records.len());
-    let mut found = false;
-    for bytes in data.records.drain(..) {
-        let mut end = 0;
-        for (header, batch) in record_batch::batches(&bytes).map_while(Result::ok) {
-            found = header.compression() == Ok(Compression::Zstd);
-            if found {
-                break;
-            }
-            end += batch.len();
-        }
-        kept.push(if found { bytes.slice(..end) } else { bytes });
-        if found {
-            break;
-        }
-    }
-    kept.retain(|bytes| !bytes.is_empty());
-    if found && kept.is_empty() {
-        data.error = ErrorCode::UNSUPPORTED_COMPRESSION_TYPE;
-    }
-    data.records = kept;
 }
 
 struct ReadItem {
