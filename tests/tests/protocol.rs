@@ -128,3 +128,29 @@ fn idle_connections_are_closed_and_waiting_ones_are_not() {
     assert!(idle.receive_frame().unwrap().is_none(), "closed without a word");
     assert_eq!(waiting.receive::<FetchRequest>(12).unwrap().responses[0].partitions[0].error_code, 0);
 }
+
+#[test]
+fn a_deleted_topic_does_not_make_consumers_spin() {
+    let (_dir, flumen) = broker(&[]);
+    flumen.create_topic("t", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let partitions = || vec![FetchPartition::default().with_partition_max_bytes(1000)];
+    let topic = |name: &str| FetchTopic::default().with_topic(topic_name(name)).with_partitions(partitions());
+    let poll = |names: &[&str], wait_ms: i32| {
+        FetchRequest::default()
+            .with_min_bytes(1)
+            .with_max_wait_ms(wait_ms)
+            .with_max_bytes(1000)
+            .with_topics(names.iter().map(|n| topic(n)).collect())
+    };
+    // Beside a partition that is there, the missing one waits for the answer.
+    let started = std::time::Instant::now();
+    let answer = wire.ask(12, &poll(&["t", "gone"], 400)).unwrap();
+    assert!(started.elapsed().as_millis() >= 400);
+    let codes: Vec<i16> = answer.responses.iter().map(|r| r.partitions[0].error_code).collect();
+    assert_eq!(codes, [0, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION.0]);
+    // Alone there is nothing to wait for: were this to wait, the test would take an hour.
+    for names in [&["gone"][..], &[]] {
+        assert_eq!(wire.ask(12, &poll(names, 3_600_000)).unwrap().responses.len(), names.len());
+    }
+}

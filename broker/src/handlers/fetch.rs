@@ -93,7 +93,6 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             topics.push(FetchTopicData { topic: name, partitions });
         }
     }
-    let refused = topics.iter().flat_map(|t| &t.partitions).any(|p| p.error != ErrorCode::NONE);
     let max_bytes = usize::try_from(fetch.max_bytes).unwrap_or(0).min(RESPONSE_BYTES_MAX);
     let min_bytes = usize::try_from(fetch.min_bytes).unwrap_or(0);
     let wait = Duration::from_millis(u64::try_from(fetch.max_wait_ms).unwrap_or(0)).min(WAIT_MAX);
@@ -107,7 +106,9 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     loop {
         read = read_all(shard, &items, max_bytes).await;
         let bytes: usize = read.iter().map(|r| r.bytes).sum();
-        let errors = refused || read.iter().any(|r| r.data.error != ErrorCode::NONE);
+        // A partition that does not exist waits with the others, as in Kafka: a consumer that has not heard yet of a
+        // deleted topic must not turn into a busy loop. One that cannot be read is news.
+        let errors = items.is_empty() || read.iter().any(|r| r.data.error != ErrorCode::NONE);
         if bytes >= min_bytes || errors || Instant::now() >= deadline || shard.is_stopping() {
             break;
         }
