@@ -24,8 +24,8 @@ use crate::segment_index::IndexEntry;
 use crate::store::{Shard, add};
 use crate::tail::{Tail, TailEntry};
 use crate::types::{
-    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload,
-    RecoveredGroup, StageError,
+    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup,
+    StageError,
 };
 use crate::wal::Wal;
 use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
