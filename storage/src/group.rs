@@ -117,8 +117,8 @@ impl Group {
             deleted: Cell::new(false),
             queued: Cell::new(false),
             inner: RefCell::new(Inner {
-                lane: config.durability.lane(),
-                recorded_in: config.durability.lane(),
+                lane: Lane::Durable,
+                recorded_in: Lane::Durable,
                 config,
                 hard_state: HardState::default(),
                 last_index: 0,
@@ -167,9 +167,6 @@ impl Group {
         if let GroupHealth::Damaged { reason } = recovered.health {
             group.frozen.set(true);
             group.note_damage(reason);
-        }
-        if group.inner.borrow().lane == Lane::Os {
-            shard.use_os_lane();
         }
         {
             let mut inner = group.inner.borrow_mut();
