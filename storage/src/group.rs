@@ -100,6 +100,9 @@ pub(crate) struct Group {
     pub damage: OnceCell<String>,
     /// Damaged since the start: nothing of it is written, so that it stays as it was found.
     pub frozen: Cell<bool>,
+    /// Its deletion was asked for: it takes nothing more.
+    pub deleting: Cell<bool>,
+    /// It is deleted: its directory has another name.
     pub deleted: Cell<bool>,
     pub queued: Cell<bool>,
     pub inner: RefCell<Inner>,
@@ -114,6 +117,7 @@ impl Group {
             dir: shard.segments_root().join(dir_name),
             damage: OnceCell::new(),
             frozen: Cell::new(false),
+            deleting: Cell::new(false),
             deleted: Cell::new(false),
             queued: Cell::new(false),
             inner: RefCell::new(Inner {
@@ -352,7 +356,7 @@ impl GroupLog {
         if shard.is_poisoned() || shard.closing.get() {
             return Err(StageError::Poisoned);
         }
-        if self.group.deleted.get() {
+        if self.group.deleting.get() {
             return Err(StageError::Deleted);
         }
         if self.group.is_damaged() {
@@ -538,7 +542,8 @@ impl GroupLog {
     /// the same time.
     pub fn has_room(&self, bytes: usize) -> bool {
         let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() || self.group.deleted.get() || self.group.is_damaged() {
+        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
+        {
             return false;
         }
         let wal = shard.wal(self.next_lane(&self.inner()));
@@ -659,7 +664,7 @@ impl GroupLog {
         if shard.is_poisoned() || shard.closing.get() {
             return Err(StageError::Poisoned);
         }
-        if self.group.deleted.get() {
+        if self.group.deleting.get() {
             return Err(StageError::Deleted);
         }
         if self.group.is_damaged() {

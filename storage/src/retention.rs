@@ -108,7 +108,7 @@ impl GroupLog {
         let inner = &mut *inner;
         let unchanged = RetentionOutcome { log_start_offset: inner.log_start, ..RetentionOutcome::default() };
         if self.group.is_damaged()
-            || self.group.deleted.get()
+            || self.group.deleting.get()
             || inner.is_flushing()
             || inner.segments.is_empty()
         {

@@ -554,7 +554,7 @@ impl ShardStore {
         let shard = &self.shard;
         let group = shard.group(group_id).ok_or(DeleteError::Unknown(group_id))?;
         // Takes no more entries; the second of two deletions finds nothing to do.
-        if group.deleted.replace(true) {
+        if group.deleting.replace(true) {
             return Err(DeleteError::Unknown(group_id));
         }
         // Not while a run of it is on its way to a segment, nor while a WAL file retires: until the new name is sure, a
@@ -566,7 +566,7 @@ impl ShardStore {
         let (files, renamed) = (shard.files.clone(), to.clone());
         let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
         if let Err(source) = rename.and_then(|result| result) {
-            group.deleted.set(false);
+            group.deleting.set(false);
             return Err(DeleteError::Io { path: to.display().to_string(), source });
         }
         let files = shard.files.clone();
