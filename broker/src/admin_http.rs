@@ -474,6 +474,9 @@ async fn export_action(
             let paused = (action == "pause").then(|| "true".to_string());
             let changes = BTreeMap::from([(PAUSED.to_string(), paused)]);
             topic_admin::alter_configs(&node, topic, changes).await?;
+            if action == "resume" {
+                node.exports.resume(topic).await;
+            }
             Ok(Json(json!({ "topic": topic, "paused": action == "pause" })))
         }
         "reset" => {

@@ -113,6 +113,14 @@ fn process(families: &Families, node: &Node) {
         .float("flumen_application_uptime_seconds", "Seconds since the process started", &[])
         .with_label_values::<&str>(&[])
         .set(node.started.elapsed().as_secs_f64());
+    families
+        .gauge("flumen_storage_disk_free_bytes", "Free bytes of the data directory's file system", &[])
+        .with_label_values::<&str>(&[])
+        .set(to_i64(node.disk.free_bytes()));
+    families
+        .gauge("flumen_storage_free_space_alert", "1 while producers are turned away for want of space", &[])
+        .with_label_values::<&str>(&[])
+        .set(i64::from(node.disk.is_low()));
     if let Some(bytes) = resident_bytes() {
         families
             .gauge("flumen_memory_resident_bytes", "Resident memory of the process", &[])

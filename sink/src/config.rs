@@ -20,6 +20,9 @@ pub const MAX_FLUSH_ROWS: usize = 1_000_000;
 /// Largest block in memory.
 pub const MAX_FLUSH_BYTES: usize = 200 << 20;
 
+/// Longest text value: the columns of a table of a thousand columns.
+pub const MAX_TEXT_BYTES: usize = 64 << 10;
+
 /// Kafka's config value types, as DescribeConfigs reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConfigKind {
@@ -381,6 +384,9 @@ fn check(name: &str, value: &str) -> Result<(), ConfigError> {
             }
         }
         Text => {
+            if value.len() > MAX_TEXT_BYTES {
+                return bad(format!("is {} bytes long; at most {MAX_TEXT_BYTES} are taken", value.len()));
+            }
             if value.contains('\0') {
                 return bad("contains a zero byte".to_owned());
             }
@@ -583,6 +589,7 @@ mod tests {
         assert!(err("columns", "a Array(Int8").contains("not closed"));
         assert!(err("endpoint", "tcp://x").contains("http://"));
         assert!(err("deadletterqueue.topic", "a b").contains("topic name"));
+        assert!(err("order.by", &"x".repeat(MAX_TEXT_BYTES + 1)).contains("at most 65536"));
         assert!(
             ExportConfig::from_topic("t", &configs(&[("enabel", "true")]))
                 .unwrap_err()

@@ -22,7 +22,7 @@ use crate::table::{DefaultKind, TableSchema};
 
 /// Version of the bytes that `BlockBuilder` makes from a record. Recorded in every plan: a resend must be
 /// byte-identical, so a change of decoding or encoding rules raises it.
-pub const ENCODER_VERSION: u32 = 1;
+pub const ENCODER_VERSION: u32 = 2;
 
 /// More columns than any table in use; bounds memory per builder.
 pub const MAX_COLUMNS: usize = 10_000;

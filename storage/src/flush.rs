@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_io::{sync_dir, sync_filesystem};
+use flumen_io::{BLOCK_BYTES, FileSystem, Mode};
 use flumen_protocol::record_batch;
 
 use crate::data_dir::replace_file;
@@ -47,6 +47,9 @@ const NO_SPACE_PAUSE_MS: (u64, u64) = (100, 2_000);
 /// A retirement that waits for the high watermark looks again after this.
 const RETIRE_PAUSE: Duration = Duration::from_millis(20);
 
+/// A growing segment is at most this much longer on the disk than what it holds.
+const RESERVE_BYTES_MAX: u64 = 16 << 20;
+
 #[derive(Debug)]
 pub(crate) enum FlushError {
     NoSpace,
@@ -57,6 +60,8 @@ struct Run {
     base: i64,
     new_segment: bool,
     sealed: Option<(i64, u64)>,
+    /// How long the file is already, beyond what counts of it.
+    reserved: u64,
     position: u64,
     bufs: Vec<Bytes>,
     bytes: u64,
@@ -72,7 +77,7 @@ struct Run {
 /// The next run of committed entries of a group, and the segment it goes to.
 fn plan_run(inner: &Inner) -> Option<Run> {
     let mut committed =
-        inner.tail.unflushed().take_while(|entry| entry.next_offset <= inner.high_watermark).peekable();
+        inner.tail.unflushed().take_while(|entry| inner.is_committed(entry)).peekable();
     committed.peek()?;
     let limit = inner.segment_limit();
     let active = inner.segments.back();
@@ -80,6 +85,7 @@ fn plan_run(inner: &Inner) -> Option<Run> {
         base: active.map_or(inner.flushed_end, |segment| segment.base),
         new_segment: active.is_none(),
         sealed: None,
+        reserved: active.map_or(0, |segment| segment.reserved),
         position: active.map_or(0, |segment| segment.bytes),
         bufs: Vec::new(),
         bytes: 0,
@@ -110,6 +116,7 @@ fn plan_run(inner: &Inner) -> Option<Run> {
                 run.sealed = (!run.new_segment).then_some((run.base, run.position));
                 run.base = entry.base_offset;
                 run.new_segment = true;
+                run.reserved = 0;
                 run.position = 0;
                 run.first_timestamp = -1;
                 run.builder = IndexBuilder::new();
@@ -149,20 +156,17 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     if group.deleted.get() {
         return Ok(false);
     }
-    let (cut, lane) = {
-        let inner = group.inner.borrow();
-        (inner.cut_lsn, inner.lane)
-    };
-    if let Some(lsn) = cut {
-        shard.wait_durable(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+    let cut = group.inner.borrow().cut_by;
+    if let Some((lane, lsn)) = cut {
+        shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
         let left = {
             let mut inner = group.inner.borrow_mut();
-            inner.cut_lsn = None;
+            inner.cut_by = None;
             std::mem::take(&mut inner.cut_files)
         };
         for base in left {
             for path in [group.log_path(base), group.index_path(base)] {
-                match std::fs::remove_file(&path) {
+                match shard.files.remove_file(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         shard.poison(&format!("removing {}: {error}", path.display()));
                         return Err(FlushError::Poisoned);
@@ -187,7 +191,7 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     result.map(|()| true)
 }
 
-async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(), FlushError> {
+async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result<(), FlushError> {
     if run.bytes > 0 {
         let fail = |doing: &str, error: io::Error| {
             // A directory that is gone with its deleted group is no failure.
@@ -209,12 +213,21 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         } else {
             shard.file(group, run.base).map_err(|e| fail("opening segment", e))?
         };
+        let (end, limit) = (run.position + run.bytes, group.inner.borrow().segment_limit());
+        if let Some(length) = reservation(end, run.reserved, limit).filter(|_| file.is_direct()) {
+            let grown = file.clone();
+            let reserved = shard.disk.off_thread(move || grown.allocate(length)).await;
+            reserved.and_then(|result| result).map_err(|e| fail("reserving space for segment", e))?;
+            run.reserved = length;
+        }
+        let mut last_block = shard.take_last_block(group.id, run.base);
         shard
             .disk
-            .write_vectored_at(&file, run.bufs.clone(), run.position)
+            .append_at(&file, &mut last_block, &run.bufs, run.position)
             .await
             .map_err(|e| fail("writing segment", e))?;
-        if let Err(error) = append_index(group, run.base, run.new_segment, &run.index) {
+        shard.leave_last_block(group.id, run.base, last_block);
+        if let Err(error) = append_index(&shard.files, group, run.base, run.new_segment, &run.index) {
             // An index that lacks its end is rebuilt from the segment.
             tracing::warn!(group = group.id, %error, "index not written");
         }
@@ -232,10 +245,13 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
                 inner.segments.push_back(Segment::new(run.base, 0));
                 inner.dir_dirty = true;
             }
-            if !inner.dirty.contains(&run.base) {
-                inner.dirty.push(run.base);
+            for base in run.sealed.map(|(base, _)| base).into_iter().chain([run.base]) {
+                if !inner.dirty.contains(&base) {
+                    inner.dirty.push(base);
+                }
             }
             if let Some(segment) = inner.segments.back_mut() {
+                segment.reserved = run.reserved;
                 segment.bytes = run.position + run.bytes;
                 segment.max_timestamp = Some(run.builder.max_timestamp);
                 segment.first_timestamp = Some(run.first_timestamp);
@@ -253,13 +269,16 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         inner.flushed_end = run.end;
         inner.bytes_since_snapshot = inner.bytes_since_snapshot.saturating_add(run.bytes);
         inner.meta_dirty = true;
-        inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES || (run.new_segment && inner.segments.len() > 1)
+        let due = inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES
+            || (run.new_segment && inner.segments.len() > 1);
+        due && inner.producers_whole
     };
     if snapshot_due {
         let group = Rc::clone(group);
         let (offset, bytes) = snapshot_of(&group);
         let dir = group.dir.clone();
-        let written = tokio::task::spawn_blocking(move || write_snapshot(&dir, offset, &bytes)).await;
+        let files = shard.files.clone();
+        let written = shard.disk.off_thread(move || write_snapshot(&files, &dir, offset, &bytes)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(group = group.id, %error, "producer snapshot not written");
         }
@@ -268,16 +287,34 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
     Ok(())
 }
 
-/// What a cut left behind its end must not become part of a finished segment.
+/// The length to which a segment's file should grow before an append that ends at `end`; `None` when there is room. Grows
+/// by as much again as there is, so that a small segment stays small on the disk and a large one is extended rarely and
+/// lies in few pieces.
+fn reservation(end: u64, reserved: u64, limit: u64) -> Option<u64> {
+    let block = BLOCK_BYTES as u64;
+    let need = end.next_multiple_of(block);
+    if need <= reserved {
+        return None;
+    }
+    let wanted = (end + end.min(RESERVE_BYTES_MAX)).min(limit.max(end));
+    Some(wanted.next_multiple_of(block).max(need))
+}
+
+/// Neither what was reserved nor what a cut left behind its end must become part of a finished segment.
 fn seal(shard: &Rc<Shard>, group: &Group, base: i64, bytes: u64) -> io::Result<()> {
     let file = shard.file(group, base)?;
     if file.len()? > bytes { file.set_len(bytes) } else { Ok(()) }
 }
 
-fn append_index(group: &Group, base: i64, fresh: bool, entries: &[IndexEntry]) -> io::Result<()> {
-    use flumen_io::{File, Mode};
+fn append_index(
+    files: &FileSystem,
+    group: &Group,
+    base: i64,
+    fresh: bool,
+    entries: &[IndexEntry],
+) -> io::Result<()> {
     let path = group.index_path(base);
-    let file = File::open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+    let file = files.open(&path, Mode { write: true, create: true, ..Mode::default() })?;
     let mut out = Vec::with_capacity(INDEX_HEADER_BYTES + entries.len() * INDEX_ENTRY_BYTES);
     let length = if fresh { 0 } else { file.len()? as usize };
     let mut at = 0;
@@ -299,38 +336,24 @@ fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
     let offset = inner.log_end;
     inner.snapshot_offset = offset;
     inner.bytes_since_snapshot = 0;
-    (offset, group.producers.borrow().encode(offset))
+    (offset, group.producers.borrow().encode(offset, inner.epochs.epoch_at(offset - 1)))
 }
 
-pub(crate) fn snapshots(dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "snapshot")
-            && let Some(offset) = path.file_stem().and_then(|stem| stem.to_str()?.parse::<i64>().ok())
-        {
-            found.push((offset, path));
-        }
-    }
+pub(crate) fn snapshots(files: &FileSystem, dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
+    let names = files.list(dir)?.into_iter().map(|entry| entry.name);
+    let mut found: Vec<(i64, PathBuf)> = names
+        .filter_map(|name| Some((name.strip_suffix(".snapshot")?.parse().ok()?, dir.join(&name))))
+        .collect();
     found.sort();
     Ok(found)
 }
 
-pub(crate) fn remove_snapshots_above(dir: &Path, offset: i64) -> io::Result<()> {
-    for (at, path) in snapshots(dir)? {
-        if at > offset {
-            std::fs::remove_file(path)?;
-        }
-    }
-    Ok(())
-}
-
 /// Not synced: a torn one fails its checksum and is ignored.
-pub(crate) fn write_snapshot(dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
-    std::fs::write(dir.join(format!("{offset:020}.snapshot")), bytes)?;
-    let found = snapshots(dir)?;
+pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
+    files.write(&dir.join(format!("{offset:020}.snapshot")), bytes)?;
+    let found = snapshots(files, dir)?;
     for (_, path) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
-        std::fs::remove_file(path)?;
+        files.remove_file(path)?;
     }
     Ok(())
 }
@@ -349,14 +372,16 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
     }
     if let Some(segment) = inner.segments.back_mut() {
         let position = shard
-            .file(group, segment.base)
+            .files
+            .open(&group.log_path(segment.base), Mode::default())
             .and_then(|file| position_of(&file, segment.base, segment.bytes, offset));
         match position {
             Ok(position) => {
                 segment.bytes = position;
+                segment.reserved = 0;
                 segment.index = None;
                 segment.max_timestamp = None;
-                let _ = std::fs::remove_file(group.index_path(segment.base));
+                let _ = shard.files.remove_file(&group.index_path(segment.base));
             }
             Err(error) => {
                 group.note_damage(format!(
@@ -370,7 +395,7 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
     inner.flushed_index = index - 1;
     inner.flushed_term = inner.last_term;
     // Set to the commit of the replacing entries once they have one.
-    inner.cut_lsn = Some(Lsn::MAX);
+    inner.cut_by = Some((inner.lane, Lsn::MAX));
     shard.read_ahead.borrow_mut().retain(|ahead| ahead.group != group.id);
 }
 
@@ -444,10 +469,10 @@ pub(crate) async fn run(shard: Rc<Shard>) {
                         pause_ms = NO_SPACE_PAUSE_MS.0;
                         let (bytes, committed) = {
                             let inner = group.inner.borrow();
-                            let first = inner.tail.first_unflushed().map(|entry| entry.next_offset);
+                            let first = inner.tail.first_unflushed();
                             (
                                 inner.tail.unflushed_bytes(),
-                                first.is_some_and(|next| next <= inner.high_watermark),
+                                first.is_some_and(|entry| inner.is_committed(entry)),
                             )
                         };
                         let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
@@ -485,11 +510,10 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     let in_file = |group: &Group| {
         let inner = group.inner.borrow();
         let mut unflushed = inner.tail.unflushed();
-        let high_watermark = inner.high_watermark;
         // (something of this file is left, and it may be flushed)
         unflushed
             .find(|entry| entry.lane == lane && entry.file_seq <= file_seq)
-            .map(|entry| entry.next_offset <= high_watermark)
+            .map(|entry| inner.is_committed(entry))
     };
     for group in &groups {
         while in_file(group) == Some(true) {
@@ -529,6 +553,13 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             if !shard.is_live() {
                 return Err(FlushError::Poisoned);
             }
+        }
+    }
+    if lane == Lane::Durable {
+        let mut tombstones = shard.tombstones.borrow_mut();
+        tombstones.retain(|group| shard.wal(Lane::Os).has_records_of(*group));
+        if !tombstones.iter().all(|group| shard.record_deletion(*group).is_some()) {
+            return Ok(false);
         }
     }
     let end = RecordHeader {
@@ -619,10 +650,8 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
     add(&shard.counters.segment_syncs, files.len() as u64);
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
-        tokio::task::spawn_blocking(move || sync_filesystem(&root))
-            .await
-            .map_err(io::Error::other)
-            .and_then(|result| result)
+        let files = shard.files.clone();
+        shard.disk.off_thread(move || files.sync_all(&root)).await.and_then(|result| result)
     } else {
         sync_each(shard, files, dirs).await
     };
@@ -651,17 +680,17 @@ async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<Pa
     if dirs.is_empty() {
         return Ok(());
     }
-    tokio::task::spawn_blocking(move || {
+    let names = shard.files.clone();
+    let synced = shard.disk.off_thread(move || {
         for dir in dirs {
-            match sync_dir(&dir) {
+            match names.sync_dir(&dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         }
         Ok(())
-    })
-    .await
-    .map_err(io::Error::other)?
+    });
+    synced.await?
 }
 
 fn poisoned(shard: &Shard) -> ShutdownError {
@@ -691,6 +720,29 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         while flush_run(shard, group).await.map_err(|_| poisoned(shard))? {}
         everything &= group.inner.borrow().tail.first_unflushed().is_none();
     }
+    // A segment of a stopped store is as long as what it holds, for whoever reads it next.
+    for group in &groups {
+        let active = group
+            .inner
+            .borrow()
+            .segments
+            .back()
+            .map(|segment| (segment.base, segment.bytes, segment.reserved));
+        if let Some((base, bytes, reserved)) = active
+            && reserved > bytes
+            && !group.deleted.get()
+            && !group.frozen.get()
+        {
+            seal(shard, group, base, bytes).map_err(|source| ShutdownError::Io {
+                path: group.log_path(base).display().to_string(),
+                source,
+            })?;
+            let mut inner = group.inner.borrow_mut();
+            if !inner.dirty.contains(&base) {
+                inner.dirty.push(base);
+            }
+        }
+    }
     sync_segments(shard, &groups).await.map_err(|_| poisoned(shard))?;
     sync_os_lane(shard)
         .await
@@ -702,7 +754,8 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
             if group.frozen.get() {
                 continue;
             }
-            (std::mem::take(&mut inner.meta_dirty), inner.snapshot_offset != inner.log_end)
+            let due = inner.producers_whole && inner.snapshot_offset != inner.log_end;
+            (std::mem::take(&mut inner.meta_dirty), due)
         };
         let snapshot = snapshot.then(|| snapshot_of(group));
         let meta = dirty.then(|| group.state(shard.wal_id, last).encode());
@@ -715,47 +768,63 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         let dir = shard.root.join("wal").join(format!("{}", shard.config.shard));
         (dir.join("CLEAN"), shard.wal_id.to_string())
     });
-    let written = tokio::task::spawn_blocking(move || {
+    let files = shard.files.clone();
+    let written = shard.disk.off_thread(move || {
         let mut replaced = Vec::new();
         for (dir, meta, snapshot) in metas {
             if let Some((offset, bytes)) = snapshot {
-                write_snapshot(&dir, offset, &bytes)?;
+                write_snapshot(&files, &dir, offset, &bytes)?;
             }
             if let Some(meta) = meta {
                 replaced.push((dir.join("group.meta"), meta));
             }
         }
-        replace_many(&root, replaced)?;
+        replace_many(&files, &root, replaced)?;
         if let Some((path, id)) = clean {
-            replace_file(&path, id.as_bytes())?;
+            replace_file(&files, &path, id.as_bytes())?;
         }
         Ok(())
-    })
-    .await
-    .map_err(io::Error::other)
-    .and_then(|result| result);
+    });
+    let written = written.await.and_then(|result: io::Result<()>| result);
     written.map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })
 }
 
 /// Replaces files as `replace_file` does; many of them with two syncs of the file system instead of two each.
-pub(crate) fn replace_many(root: &Path, files: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
-    if files.len() <= SYNC_EACH_MAX / 4 {
-        for (path, bytes) in files {
-            replace_file(&path, &bytes)?;
+pub(crate) fn replace_many(files: &FileSystem, root: &Path, new: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
+    if new.len() <= SYNC_EACH_MAX / 4 {
+        for (path, bytes) in new {
+            replace_file(files, &path, &bytes)?;
         }
         return Ok(());
     }
-    for (path, bytes) in &files {
-        std::fs::write(path.with_extension("new"), bytes)?;
+    for (path, bytes) in &new {
+        files.write(&path.with_extension("new"), bytes)?;
     }
-    sync_filesystem(root)?;
-    for (path, _) in &files {
-        std::fs::rename(path.with_extension("new"), path)?;
+    files.sync_all(root)?;
+    for (path, _) in &new {
+        files.rename(&path.with_extension("new"), path)?;
     }
-    sync_filesystem(root)
+    files.sync_all(root)
 }
 
 /// Whether `bytes` is one whole batch; recovery trusts a block's checksum, not its writer.
 pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
     record_batch::parse(bytes).ok().filter(|header| header.total_bytes() == bytes.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_grow_by_what_they_have() {
+        assert_eq!(reservation(10, 0, 1 << 30), Some(4096));
+        assert_eq!(reservation(4096, 4096, 1 << 30), None);
+        assert_eq!(reservation(4097, 4096, 1 << 30), Some(12288));
+        assert_eq!(reservation(1 << 20, 12288, 1 << 30), Some(2 << 20));
+        assert_eq!(reservation(100 << 20, 1 << 20, 1 << 30), Some(116 << 20));
+        // Never past the segment's limit, unless one batch is larger than it.
+        assert_eq!(reservation(9 << 20, 0, 10 << 20), Some(10 << 20));
+        assert_eq!(reservation((11 << 20) + 1, 0, 10 << 20), Some((11 << 20) + 4096));
+    }
 }

@@ -24,7 +24,7 @@ use crate::segment_index::IndexEntry;
 use crate::store::{Shard, add};
 use crate::tail::{Tail, TailEntry};
 use crate::types::{
-    AdvanceError, Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload,
+    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload,
     RecoveredGroup, StageError,
 };
 use crate::wal::Wal;
@@ -44,11 +44,13 @@ pub(crate) struct Segment {
     pub max_timestamp: Option<i64>,
     pub first_timestamp: Option<i64>,
     pub index: Option<Rc<RefCell<Vec<IndexEntry>>>>,
+    /// Length of the file, as far as it is known to be longer than `bytes`: zeros that later appends write over.
+    pub reserved: u64,
 }
 
 impl Segment {
     pub fn new(base: i64, bytes: u64) -> Self {
-        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None }
+        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None, reserved: 0 }
     }
 }
 
@@ -69,8 +71,8 @@ pub(crate) struct Inner {
     /// Segments written and not synced.
     pub dirty: Vec<i64>,
     pub dir_dirty: bool,
-    /// Segments were cut; nothing is written to them before this commit is durable.
-    pub cut_lsn: Option<Lsn>,
+    /// Segments were cut; nothing is written to them before this commit is done. `Lsn::MAX`: it is being staged.
+    pub cut_by: Option<(Lane, Lsn)>,
     /// Segments that the cut left without a place in the log; removed when it is durable.
     pub cut_files: Vec<i64>,
     /// (index, log end before it) of entries recovered above the commit index.
@@ -78,12 +80,16 @@ pub(crate) struct Inner {
     /// Lane of its next entries, and the newest commit in it that has something of this group.
     pub lane: Lane,
     pub last_lsn: Lsn,
+    /// The commit that moved the log start last; what lies below it may go once that is safe.
+    pub log_start_by: (Lane, Lsn),
     /// Lane of its last record of any kind.
     recorded_in: Lane,
     touched: [Option<u64>; 2],
     /// State differs from `group.meta`.
     pub meta_dirty: bool,
     pub snapshot_offset: i64,
+    /// The log was not cut since the start, so nothing is missing from the producers; only then they are written down.
+    pub producers_whole: bool,
     pub bytes_since_snapshot: u64,
     flushing: bool,
 }
@@ -130,13 +136,15 @@ impl Group {
                 flushed_end: 0,
                 dirty: Vec::new(),
                 dir_dirty: false,
-                cut_lsn: None,
+                cut_by: None,
                 cut_files: Vec::new(),
                 recovered_tail: Vec::new(),
                 last_lsn: 0,
+                log_start_by: (Lane::Durable, 0),
                 touched: [None; 2],
                 meta_dirty: false,
                 snapshot_offset: -1,
+                producers_whole: true,
                 bytes_since_snapshot: 0,
                 flushing: false,
             }),
@@ -244,7 +252,7 @@ impl Group {
         GroupState {
             group: self.id,
             dir_name: self.dir_name.clone(),
-            os: inner.config.durability == Durability::Os,
+            os: inner.lane == Lane::Os,
             wal_id,
             lsn,
             hard_state: inner.hard_state,
@@ -286,6 +294,16 @@ impl Inner {
             return Some(entry.base_offset);
         }
         self.recovered_tail.iter().find(|(known, _)| *known == index).map(|(_, offset)| *offset)
+    }
+
+    /// May leave the WAL. The high watermark counts records: whether an entry without any that stands right at it is
+    /// committed, only the hard state says.
+    pub fn is_committed(&self, entry: &TailEntry) -> bool {
+        if entry.is_batch() {
+            entry.next_offset <= self.high_watermark
+        } else {
+            entry.base_offset < self.high_watermark || entry.index <= self.hard_state.commit
+        }
     }
 
     pub fn size_bytes(&self) -> u64 {
@@ -347,13 +365,16 @@ impl GroupLog {
         }
         let mut inner = self.group.inner.borrow_mut();
         let inner = &mut *inner;
-        let wal = self.choose_lane(inner);
-        let cut = self.admit(inner, wal, hard_state.is_some(), entries)?;
+        let lane = self.next_lane(inner);
+        let cut = self.admit(inner, shard.wal(lane), hard_state.is_some(), entries)?;
+        if hard_state.is_none() && entries.is_empty() {
+            return Ok((inner.lane, inner.last_lsn));
+        }
         if let Some((index, offset)) = cut {
             self.truncate(inner, index, offset);
         }
+        let wal = self.enter_lane(inner, lane);
         let mut lsn = inner.last_lsn;
-        inner.record_in(shard, wal.lane);
         for entry in entries {
             let (kind, bytes) = match &entry.payload {
                 Payload::Batch(bytes) => (BATCH, bytes),
@@ -419,27 +440,33 @@ impl GroupLog {
         }
         inner.meta_dirty = true;
         inner.last_lsn = lsn;
-        if inner.cut_lsn == Some(Lsn::MAX) {
-            inner.cut_lsn = Some(lsn);
+        if inner.cut_by.is_some_and(|(_, by)| by == Lsn::MAX) {
+            inner.cut_by = Some((lane, lsn));
         }
         wal.wake_writer();
-        Ok((wal.lane, lsn))
+        Ok((lane, lsn))
     }
 
-    /// The lane of the partition's durability, once what it has in the other one is done: replay goes by LSN, and an
-    /// entry must not be safe before the one it follows.
-    fn choose_lane(&self, inner: &mut Inner) -> &Wal {
+    /// Where the next record goes. An entry must not be safe before the one it follows: the os lane, which waits for no
+    /// disk, has to wait until the durable one is done with this partition.
+    fn next_lane(&self, inner: &Inner) -> Lane {
         let want = inner.config.durability.lane();
-        if want != inner.lane && inner.last_lsn <= self.shard.durable_lsn(inner.lane) {
-            inner.lane = want;
-            // Its commits in the new lane are all to come.
-            inner.last_lsn = 0;
-            match want {
+        let done = inner.last_lsn <= self.shard.durable_lsn(inner.lane);
+        if want == Lane::Durable || done { want } else { inner.lane }
+    }
+
+    /// To be called right before a record is appended. The durable lane can be told to wait for what it follows in the
+    /// other one, so a partition is as safe as its topic asks from the first record on.
+    fn enter_lane(&self, inner: &mut Inner, lane: Lane) -> &Wal {
+        if lane != inner.lane {
+            match lane {
                 Lane::Os => self.shard.use_os_lane(),
-                Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable.set(true),
+                Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable(inner.last_lsn),
             }
+            inner.lane = lane;
         }
-        self.shard.wal(inner.lane)
+        inner.record_in(&self.shard, lane);
+        self.shard.wal(lane)
     }
 
     /// Checks everything about entries before anything changes. Returns index and offset to cut at, if they replace some.
@@ -500,7 +527,7 @@ impl GroupLog {
         shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
         inner.recovered_tail.retain(|(known, _)| *known < index);
         inner.epochs.truncate_end(offset);
-        self.group.producers.borrow_mut().truncate(offset);
+        inner.producers_whole &= !self.group.producers.borrow_mut().truncate(offset);
         inner.last_index = index - 1;
         inner.log_end = offset;
         inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
@@ -509,8 +536,6 @@ impl GroupLog {
         }
         if inner.snapshot_offset > offset {
             inner.snapshot_offset = -1;
-            inner.bytes_since_snapshot = u64::MAX / 2;
-            let _ = crate::flush::remove_snapshots_above(&self.group.dir, offset);
         }
     }
 
@@ -521,7 +546,7 @@ impl GroupLog {
         if shard.is_poisoned() || shard.closing.get() || self.group.deleted.get() || self.group.is_damaged() {
             return false;
         }
-        let wal = shard.wal(self.inner().lane);
+        let wal = shard.wal(self.next_lane(&self.inner()));
         let room = bytes <= wal.largest_record() && wal.has_room(bytes);
         if !room {
             shard.wake_flusher();
@@ -648,13 +673,14 @@ impl GroupLog {
         if offset == inner.log_start {
             return Ok((inner.lane, inner.last_lsn));
         }
-        let wal = self.choose_lane(inner);
-        inner.record_in(shard, wal.lane);
+        let lane = self.next_lane(inner);
+        let wal = self.enter_lane(inner, lane);
         let record = RecordHeader { kind: LOG_START, group: self.group.id, index: 0, term: 0, offset };
         let (lsn, file_seq) =
             wal.append(&shard.next_lsn, &record, &[], Class::Stage).map_err(|_| StageError::NoSpace)?;
         inner.touch(self.group.id, wal, file_seq);
         inner.last_lsn = lsn;
+        inner.log_start_by = (lane, lsn);
         inner.log_start = offset;
         inner.epochs.truncate_start(offset);
         inner.meta_dirty = true;

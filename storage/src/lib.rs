@@ -39,5 +39,6 @@ pub use producer_state::{
 pub use store::ShardStore;
 pub use types::*;
 
-/// The disk that a store can be opened on instead of the one it chooses; see `ShardStore::open_on`.
-pub use flumen_io::{Disk, DiskKind, Op, OpKind};
+/// The disk and the file system that a store can be opened on instead of the machine's; see `ShardStore::open_on` and
+/// `DataDir::open_on`.
+pub use flumen_io::{Disk, DiskKind, FileSystem, Op, OpKind};

@@ -57,12 +57,12 @@ fn choose(segments: &[Candidate], rules: Rules) -> usize {
 }
 
 /// Largest timestamp of a segment: remembered, or from the end of its index, or the file's own time.
-fn newest_ms(group: &Group, base: i64, known: Option<i64>) -> i64 {
+fn newest_ms(shard: &Shard, group: &Group, base: i64, known: Option<i64>) -> i64 {
     if let Some(known) = known.filter(|timestamp| *timestamp >= 0) {
         return known;
     }
     let from_index = || {
-        let bytes = std::fs::read(group.index_path(base)).ok()?;
+        let bytes = shard.files.read(&group.index_path(base)).ok()?;
         let entries = (bytes.len().checked_sub(INDEX_HEADER_BYTES)?) / INDEX_ENTRY_BYTES;
         let at = INDEX_HEADER_BYTES + entries.checked_sub(1)? * INDEX_ENTRY_BYTES;
         decode_entry(bytes.get(at..)?)
@@ -70,8 +70,8 @@ fn newest_ms(group: &Group, base: i64, known: Option<i64>) -> i64 {
             .filter(|timestamp| *timestamp >= 0)
     };
     let from_file = || {
-        let modified = std::fs::metadata(group.log_path(base)).ok()?.modified().ok()?;
-        i64::try_from(modified.duration_since(std::time::UNIX_EPOCH).ok()?.as_millis()).ok()
+        let modified = shard.files.metadata(&group.log_path(base)).ok()?.modified_ms;
+        Some(modified).filter(|modified| *modified > 0)
     };
     // A segment of which nothing can be said is as young as can be.
     from_index().or_else(from_file).unwrap_or(i64::MAX)
@@ -85,9 +85,8 @@ fn drop_front(shard: &Shard, group: &Group, inner: &mut Inner, count: usize) -> 
         bytes += segment.bytes;
         inner.dirty.retain(|base| *base != segment.base);
         shard.forget_file(group.id, segment.base);
-        let reason = (inner.lane, inner.last_lsn);
-        shard.throw_away(group.index_path(segment.base), reason);
-        shard.throw_away(group.log_path(segment.base), reason);
+        shard.throw_away(group.index_path(segment.base), inner.log_start_by);
+        shard.throw_away(group.log_path(segment.base), inner.log_start_by);
     }
     inner.meta_dirty |= count > 0;
     bytes
@@ -126,7 +125,7 @@ impl GroupLog {
             }
             let segment = &inner.segments[at];
             let newest = if retention_ms >= 0 {
-                newest_ms(&self.group, segment.base, segment.max_timestamp)
+                newest_ms(&self.shard, &self.group, segment.base, segment.max_timestamp)
             } else {
                 i64::MAX
             };
@@ -136,7 +135,6 @@ impl GroupLog {
                 newest_ms: newest,
                 active: is_active,
             });
-            inner.segments[at].max_timestamp.get_or_insert(newest);
             // No need to look at what cannot go before this one does.
             if newest != i64::MAX && now_ms.saturating_sub(newest) <= retention_ms && retention_bytes < 0 {
                 break;
@@ -160,7 +158,7 @@ impl GroupLog {
         }
         // `stage_log_start` has dropped what lies below already, except the one being written.
         let before: usize = chosen;
-        let left = inner.segments.iter().filter(|segment| segment.base < new_start).count();
+        let left = inner.segments.iter().filter(|segment| segment.base < last.end).count();
         let deleted_bytes: u64 = candidates[..before].iter().map(|candidate| candidate.bytes).sum();
         drop_front(&self.shard, &self.group, inner, left);
         RetentionOutcome { deleted_segments: before, deleted_bytes, log_start_offset: inner.log_start }

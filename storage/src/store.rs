@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_io::{Disk, DiskKind, File, Mode};
+use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
 use crate::data_dir::{DataDir, Lock};
@@ -30,11 +30,11 @@ use crate::types::{
     COMMIT_BUCKETS_US, CreateError, DeleteError, Durability, GroupConfig, GroupId, IoKind, LANES, Lane,
     LogPoisoned, Lsn, OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
 };
-use crate::wal::{self, Wal};
+use crate::wal::{self, Wal, sync_os_lane};
 use crate::wal_format::{GROUP_DELETE, GROUP_STATE, RecordHeader};
 
 /// Smaller rings cannot hold the records that emptying them needs.
-const MIN_WAL_FILE_BYTES: u64 = 1 << 20;
+const MIN_WAL_FILE_BYTES: u64 = 256 << 10;
 /// One being written, one being retired, one in between.
 const MIN_WAL_FILES: usize = 3;
 
@@ -42,8 +42,10 @@ const MIN_WAL_FILES: usize = 3;
 /// the usual limit of the process. Others are opened again when needed, some ten microseconds.
 const OPEN_FILES: usize = 256;
 
-/// Whole batches read ahead for catch-up readers, over all of them, per shard.
-const READ_AHEAD_SLOTS: usize = 32;
+/// Places where catch-up readers stopped, per shard: the next read of one needs no index. A few dozen bytes each.
+const READ_AHEAD_SLOTS: usize = 1024;
+/// What was read for small readers beyond what they asked for, over all of them, per shard.
+const READ_AHEAD_BYTES: usize = 8 << 20;
 
 /// Files of deleted segments go one by one with this pause, so that freeing their blocks does not stall the journal.
 const UNLINK_PAUSE: Duration = Duration::from_millis(5);
@@ -52,9 +54,16 @@ pub(crate) fn is_no_space(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+struct OpenSegment {
+    file: File,
+    used: u64,
+    /// What the next append has to write again; `None` while an append has it.
+    last_block: Option<LastBlock>,
+}
+
 #[derive(Default)]
 struct FileCache {
-    files: HashMap<(u64, i64), (File, u64)>,
+    files: HashMap<(u64, i64), OpenSegment>,
     clock: u64,
 }
 
@@ -89,6 +98,7 @@ pub(crate) struct Shard {
     pub config: StoreConfig,
     pub root: PathBuf,
     pub wal_id: u64,
+    pub files: FileSystem,
     pub disk: Disk,
     wals: [Wal; 2],
     os_started: Cell<bool>,
@@ -107,11 +117,15 @@ pub(crate) struct Shard {
     pub flush_wake: Notify,
     /// Held over each piece of flushing; shutdown takes it to be alone.
     pub flush_lock: tokio::sync::Mutex<()>,
-    files: RefCell<FileCache>,
+    open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
-    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64)>>,
+    /// In the order in which they were loaded, with how many entries each had.
+    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64, usize)>>,
     no_space: Cell<bool>,
     pub log_dir_dirty: Cell<bool>,
+    /// Deleted groups with records in the os lane. These outlive the deletion's own record when only the durable lane
+    /// moves on, so that record is written again until they are gone.
+    pub tombstones: RefCell<Vec<GroupId>>,
     /// To be removed once the commit is durable that says why.
     trash: RefCell<VecDeque<(Lane, Lsn, PathBuf)>>,
     trash_wake: Notify,
@@ -210,6 +224,20 @@ impl Shard {
         Ok(())
     }
 
+    /// Waits until no loss of power can take the commit back, in the os lane too: what destroys older bytes because of a
+    /// record must not reach the disk before it.
+    pub async fn wait_safe(self: &Rc<Self>, lane: Lane, lsn: Lsn) -> Result<(), LogPoisoned> {
+        self.wait_durable(lane, lsn).await?;
+        if lane == Lane::Os
+            && let Err(error) = sync_os_lane(self).await
+        {
+            let reason = format!("syncing the os lane: {error}");
+            self.poison(&reason);
+            return Err(LogPoisoned { reason });
+        }
+        Ok(())
+    }
+
     pub fn wake_flusher(&self) {
         self.flush_wake.notify_one();
     }
@@ -260,24 +288,25 @@ impl Shard {
         }
     }
 
+    /// A segment, opened past the page cache: what is read and written goes through `Disk`.
     pub fn file(&self, group: &Group, base: i64) -> io::Result<File> {
-        let mut cache = self.files.borrow_mut();
+        let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         let clock = cache.clock;
-        if let Some((file, used)) = cache.files.get_mut(&(group.id, base)) {
-            *used = clock;
-            return Ok(file.clone());
+        if let Some(open) = cache.files.get_mut(&(group.id, base)) {
+            open.used = clock;
+            return Ok(open.file.clone());
         }
-        let mode = Mode { write: true, create: false, ..Mode::default() };
-        let file = File::open(&group.log_path(base), mode)?;
+        let mode = Mode { write: true, direct: true, ..Mode::default() };
+        let file = self.files.open(&group.log_path(base), mode)?;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
     }
 
     pub fn create_file(&self, group: &Group, base: i64) -> io::Result<File> {
-        let mode = Mode { write: true, create: true, ..Mode::default() };
-        let file = File::open(&group.log_path(base), mode)?;
-        let mut cache = self.files.borrow_mut();
+        let mode = Mode { write: true, create: true, direct: true, ..Mode::default() };
+        let file = self.files.open(&group.log_path(base), mode)?;
+        let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
@@ -285,29 +314,49 @@ impl Shard {
 
     fn remember(&self, cache: &mut FileCache, key: (u64, i64), file: File) {
         if cache.files.len() >= OPEN_FILES
-            && let Some(oldest) = cache.files.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| *key)
+            && let Some(oldest) = cache.files.iter().min_by_key(|(_, open)| open.used).map(|(key, _)| *key)
         {
             cache.files.remove(&oldest);
         }
-        let clock = cache.clock;
-        cache.files.insert(key, (file, clock));
+        cache.files.insert(key, OpenSegment { file, used: cache.clock, last_block: None });
+    }
+
+    /// An append takes it and, if it succeeded, leaves it. One that is not there costs the append a read.
+    pub fn take_last_block(&self, group: GroupId, base: i64) -> LastBlock {
+        let mut cache = self.open_files.borrow_mut();
+        cache.files.get_mut(&(group, base)).and_then(|open| open.last_block.take()).unwrap_or_default()
+    }
+
+    pub fn leave_last_block(&self, group: GroupId, base: i64, last: LastBlock) {
+        if let Some(open) = self.open_files.borrow_mut().files.get_mut(&(group, base)) {
+            open.last_block = Some(last);
+        }
     }
 
     pub fn forget_file(&self, group: GroupId, base: i64) {
-        self.files.borrow_mut().files.remove(&(group, base));
+        self.open_files.borrow_mut().files.remove(&(group, base));
     }
 
     pub fn keep_read_ahead(&self, ahead: ReadAhead) {
         let mut slots = self.read_ahead.borrow_mut();
-        if slots.len() >= READ_AHEAD_SLOTS {
-            slots.pop_front();
-        }
         slots.push_back(ahead);
+        let mut bytes: usize = slots.iter().map(|slot| slot.bytes.len()).sum();
+        while slots.len() > READ_AHEAD_SLOTS || bytes > READ_AHEAD_BYTES {
+            let Some(oldest) = slots.pop_front() else { break };
+            bytes -= oldest.bytes.len();
+        }
     }
 
     pub fn throw_away(&self, path: PathBuf, (lane, after): (Lane, Lsn)) {
         self.trash.borrow_mut().push_back((lane, after, path));
         self.trash_wake.notify_one();
+    }
+
+    /// `None`: the ring is full to its last reserve.
+    pub fn record_deletion(&self, group: GroupId) -> Option<Lsn> {
+        let record = RecordHeader { kind: GROUP_DELETE, group, index: 0, term: 0, offset: 0 };
+        let placed = self.wal(Lane::Durable).append(&self.next_lsn, &record, &[], Class::System);
+        placed.ok().map(|(lsn, _)| lsn)
     }
 
     pub fn segments_root(&self) -> PathBuf {
@@ -321,11 +370,11 @@ async fn empty_trash(shard: Rc<Shard>) {
             shard.trash_wake.notified().await;
             continue;
         };
-        if shard.wait_durable(lane, after).await.is_err() {
+        if shard.wait_safe(lane, after).await.is_err() {
             return;
         }
-        let shown = path.clone();
-        let removed = tokio::task::spawn_blocking(move || remove(&path)).await;
+        let (shown, files) = (path.clone(), shard.files.clone());
+        let removed = shard.disk.off_thread(move || remove(&files, &path)).await;
         match removed {
             Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %shown.display(), %error, "could not remove; the next start tries again");
@@ -336,8 +385,8 @@ async fn empty_trash(shard: Rc<Shard>) {
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
-    if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }
+fn remove(files: &FileSystem, path: &Path) -> io::Result<()> {
+    if files.is_dir(path) { files.remove_dir_all(path) } else { files.remove_file(path) }
 }
 
 /// One shard's log. Cheap to clone; stays on the thread that opened it.
@@ -360,7 +409,7 @@ impl ShardStore {
             IoKind::Uring => DiskKind::Uring,
             IoKind::Sync => DiskKind::Sync,
         };
-        let disk = Disk::open(kind).map_err(|error| OpenError::Uring(error.0))?;
+        let disk = Disk::open_for(dir.files(), kind).map_err(|error| OpenError::Uring(error.0))?;
         Self::open_on(dir, config, disk).await
     }
 
@@ -372,7 +421,7 @@ impl ShardStore {
             )));
         }
         let wal_id = dir.wal_id().ok_or(OpenError::NotRecovered)?;
-        let root = dir.path().to_owned();
+        let (root, files) = (dir.path().to_owned(), dir.files().clone());
         let shard_number = u32::try_from(config.shard)
             .map_err(|_| OpenError::Config("shard number out of range".to_owned()))?;
         let file_bytes = config.wal_file_bytes.next_multiple_of(4096);
@@ -382,17 +431,25 @@ impl ShardStore {
                 Lane::Os => format!("{shard_number}-os"),
             };
             let path = root.join("wal").join(name);
-            std::fs::create_dir_all(&path).map_err(|source| OpenError::Io {
+            files.create_dir_all(&path).map_err(|source| OpenError::Io {
                 path: path.display().to_string(),
                 action: "creating the directory",
                 source,
             })?;
-            let ids = (wal_id, crate::data_dir::boot_id());
-            Ok::<_, OpenError>(Wal::new(lane, path, shard_number, ids, file_bytes, config.wal_files_max))
+            let ids = (wal_id, crate::data_dir::boot_id(&files));
+            Ok::<_, OpenError>(Wal::new(
+                lane,
+                files.clone(),
+                path,
+                shard_number,
+                ids,
+                file_bytes,
+                config.wal_files_max,
+            ))
         };
         let wals = [wal(Lane::Durable)?, wal(Lane::Os)?];
         let wal_root = root.join("wal");
-        flumen_io::sync_dir(&wal_root).map_err(|source| OpenError::Io {
+        files.sync_dir(&wal_root).map_err(|source| OpenError::Io {
             path: wal_root.display().to_string(),
             action: "syncing the directory",
             source,
@@ -404,6 +461,7 @@ impl ShardStore {
             config,
             root,
             wal_id,
+            files,
             disk,
             wals,
             os_started: Cell::new(false),
@@ -420,11 +478,12 @@ impl ShardStore {
             flush_queue: RefCell::default(),
             flush_wake: Notify::new(),
             flush_lock: tokio::sync::Mutex::new(()),
-            files: RefCell::default(),
+            open_files: RefCell::default(),
             read_ahead: RefCell::default(),
             loaded_indexes: RefCell::default(),
             no_space: Cell::new(false),
             log_dir_dirty: Cell::new(false),
+            tombstones: RefCell::default(),
             trash: RefCell::default(),
             trash_wake: Notify::new(),
             counters: Counters::default(),
@@ -471,7 +530,7 @@ impl ShardStore {
             return Err(CreateError::BadName(dir_name.to_owned()));
         }
         let path = shard.segments_root().join(dir_name);
-        match std::fs::create_dir(&path) {
+        match shard.files.create_dir(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 return Err(CreateError::DirectoryExists(dir_name.to_owned()));
@@ -487,7 +546,7 @@ impl ShardStore {
         let record = RecordHeader { kind: GROUP_STATE, group: group_id, index: 0, term: 0, offset: 0 };
         let wal = shard.wal(config.durability.lane());
         let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
-            let _ = std::fs::remove_dir(&path);
+            let _ = shard.files.remove_dir(&path);
             return Err(CreateError::NoSpace);
         };
         shard.log_dir_dirty.set(true);
@@ -504,31 +563,40 @@ impl ShardStore {
     /// Deletes a partition. When this returns, no restart brings it back; its files go in the background.
     pub async fn delete(&self, group_id: GroupId) -> Result<(), DeleteError> {
         let shard = &self.shard;
-        let group = shard.groups.borrow_mut().remove(&group_id).ok_or(DeleteError::Unknown(group_id))?;
-        group.mark_deleted(shard);
-        // Not while a run of it is on its way to a segment.
+        let group = shard.group(group_id).ok_or(DeleteError::Unknown(group_id))?;
+        // Takes no more entries; the second of two deletions finds nothing to do.
+        if group.deleted.replace(true) {
+            return Err(DeleteError::Unknown(group_id));
+        }
+        // Not while a run of it is on its way to a segment, nor while a WAL file retires: until the new name is sure, a
+        // restart would find the partition, and all of its records with it.
         let alone = shard.flush_lock.lock().await;
         let root = shard.segments_root();
         let from = root.join(&group.dir_name);
         let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
-        let renamed = to.clone();
-        let result = tokio::task::spawn_blocking(move || {
-            std::fs::rename(&from, &renamed)?;
-            flumen_io::sync_dir(&root)
-        })
-        .await
-        .map_err(io::Error::other)
-        .and_then(|result| result);
-        drop(alone);
+        let (files, renamed) = (shard.files.clone(), to.clone());
+        let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
+        if let Err(source) = rename.and_then(|result| result) {
+            group.deleted.set(false);
+            return Err(DeleteError::Io { path: to.display().to_string(), source });
+        }
+        let files = shard.files.clone();
+        let synced = shard.disk.off_thread(move || files.sync_dir(&root)).await;
+        if let Err(error) = synced.and_then(|result| result) {
+            // Nobody knows which name is on the disk.
+            shard.poison(&format!("syncing the name of {}: {error}", to.display()));
+        }
+        shard.groups.borrow_mut().remove(&group_id);
+        group.mark_deleted(shard);
         for base in group.segment_bases() {
             shard.forget_file(group_id, base);
         }
-        result.map_err(|source| DeleteError::Io { path: to.display().to_string(), source })?;
-        let record = RecordHeader { kind: GROUP_DELETE, group: group_id, index: 0, term: 0, offset: 0 };
-        let wal = shard.wal(Lane::Durable);
-        let (lsn, _) =
-            wal.append(&shard.next_lsn, &record, &[], Class::System).map_err(|_| StageError::NoSpace)?;
-        wal.wake_writer();
+        if shard.wal(Lane::Os).has_records_of(group_id) {
+            shard.tombstones.borrow_mut().push(group_id);
+        }
+        drop(alone);
+        let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
+        shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
         shard.throw_away(to, (Lane::Durable, lsn));
         Ok(())
@@ -568,7 +636,7 @@ impl ShardStore {
             wal_files_in_use: LANES.iter().map(|lane| shard.wal(*lane).files_in_use()).sum(),
             wal_files_retired: counters.files_retired.get(),
             groups: shard.groups.borrow().len() as u64,
-            open_files: shard.files.borrow().files.len() as u64,
+            open_files: shard.open_files.borrow().files.len() as u64,
             no_space: shard.no_space.get(),
             poisoned: shard.is_poisoned(),
             commit_time_buckets: *counters.commit_buckets.borrow(),

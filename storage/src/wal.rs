@@ -19,10 +19,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use flumen_io::{AlignedBuf, File, Mode, sync_dir};
+use flumen_io::{AlignedBuf, File, FileSystem, Mode};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::ring::{Class, Plan};
 use crate::store::Shard;
@@ -107,6 +108,7 @@ struct State {
 
 pub(crate) struct Wal {
     pub lane: Lane,
+    file_system: FileSystem,
     dir: PathBuf,
     shard: u32,
     wal_id: u64,
@@ -122,15 +124,18 @@ pub(crate) struct Wal {
     zero_done: Notify,
     /// A file for the ring could not be made; entering it is refused until that works.
     pub no_space: Cell<bool>,
-    /// The next durable commit must find this (os) lane on the disk: a partition changed its durability.
-    pub sync_before_durable: Cell<bool>,
+    /// The next durable commit must find this (os) lane on the disk up to this LSN: a partition changed its durability.
+    owed_to_durable: Cell<Option<Lsn>>,
     /// Written and not synced since; os lane only.
     unsynced: Cell<bool>,
+    /// Held over a sync, so that nobody takes one that is under way for done.
+    syncing: tokio::sync::Mutex<()>,
 }
 
 impl Wal {
     pub fn new(
         lane: Lane,
+        file_system: FileSystem,
         dir: PathBuf,
         shard: u32,
         (wal_id, boot_id): (u64, u64),
@@ -139,6 +144,7 @@ impl Wal {
     ) -> Self {
         Self {
             lane,
+            file_system,
             dir,
             shard,
             wal_id,
@@ -166,8 +172,9 @@ impl Wal {
             zero_wake: Notify::new(),
             zero_done: Notify::new(),
             no_space: Cell::new(false),
-            sync_before_durable: Cell::new(false),
+            owed_to_durable: Cell::new(None),
             unsynced: Cell::new(false),
+            syncing: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -255,23 +262,11 @@ impl Wal {
             && state.free_slot().is_none_or(|slot| state.slots[slot].is_none())
     }
 
-    /// Whether a batch of `len` bytes may be accepted now.
+    /// Whether a batch of `len` bytes may be accepted now: whether it would be taken, and as much again as is accepted at
+    /// the same time.
     pub fn has_room(&self, len: usize) -> bool {
-        let mut state = self.state.borrow_mut();
-        let bytes = (block_bytes(RECORD_HEADER_BYTES + len) + 4096) as u64;
-        let plan = &state.plan;
-        let open_bytes = match (state.open, state.queue.back()) {
-            (true, Some(block)) => block.len.next_multiple_of(4096) as u64,
-            _ => 0,
-        };
-        if plan.may_grow(plan.position + open_bytes, bytes, Class::Admit) {
-            return true;
-        }
-        let (file_seq, position) = (plan.file_seq, plan.position);
-        state.plan.position = self.file_bytes;
-        let next = state.plan.place(bytes, Class::Admit);
-        state.plan.position = position;
-        next.is_some_and(|(next, _)| next == file_seq + 1 && !self.refuses_file(&state, Class::Admit))
+        let margin = self.state.borrow().plan.margin() as usize;
+        self.fits_all(len + margin, len, 1)
     }
 
     /// Whether entries of `total` bytes together, none above `largest`, surely fit.
@@ -316,6 +311,16 @@ impl Wal {
     /// A group has records in a file; called once per group and file.
     pub fn touch(&self, file_seq: u64, group: GroupId) {
         self.state.borrow_mut().touched.entry(file_seq).or_default().push(group);
+    }
+
+    /// Whether a file that is not retired has records of a group.
+    pub fn has_records_of(&self, group: GroupId) -> bool {
+        self.state.borrow().touched.values().any(|groups| groups.contains(&group))
+    }
+
+    /// No durable commit from the one that is filling on is written before everything up to `lsn` here is on the disk.
+    pub fn sync_before_durable(&self, lsn: Lsn) {
+        self.owed_to_durable.set(self.owed_to_durable.get().max(Some(lsn)));
     }
 
     pub fn wake_writer(&self) {
@@ -392,7 +397,7 @@ impl Wal {
         let durable = self.lane == Lane::Durable;
         let path = self.dir.join(format!("{slot:08}.wal"));
         let mode = Mode { write: true, create: true, direct: durable, dsync: durable };
-        let file = File::open(&path, mode)?;
+        let file = self.file_system.open(&path, mode)?;
         if file.len()? != self.file_bytes {
             file.set_len(0)?;
             if let Err(error) = file.allocate(self.file_bytes) {
@@ -401,7 +406,7 @@ impl Wal {
                 return Err(error);
             }
             file.sync_all()?;
-            sync_dir(&self.dir)?;
+            self.file_system.sync_dir(&self.dir)?;
         }
         let zeroed = if durable { file.written_until()?.min(self.file_bytes) } else { self.file_bytes };
         self.state.borrow_mut().slots[slot] = Some(SlotFile { file: file.clone(), zeroed });
@@ -580,11 +585,15 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
             wal.zero_done.notified().await;
         }
         if lane == Lane::Durable
-            && shard.wal(Lane::Os).sync_before_durable.replace(false)
-            && let Err(error) = sync_os_lane(&shard).await
+            && let Some(owed) = shard.wal(Lane::Os).owed_to_durable.take()
         {
-            shard.poison(&format!("syncing the os lane: {error}"));
-            return;
+            if shard.wait_durable(Lane::Os, owed).await.is_err() {
+                return;
+            }
+            if let Err(error) = sync_os_lane(&shard).await {
+                shard.poison(&format!("syncing the os lane: {error}"));
+                return;
+            }
         }
         let start = Instant::now();
         last_start = Some(start);
@@ -624,6 +633,7 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
 /// Makes everything written to the os lane so far durable.
 pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> io::Result<()> {
     let wal = shard.wal(Lane::Os);
+    let _alone = wal.syncing.lock().await;
     if !wal.unsynced.replace(false) {
         return Ok(());
     }
@@ -669,7 +679,7 @@ pub(crate) async fn fill_zeros(shard: Rc<Shard>) {
         // Without O_DSYNC: one sync at the end of a chunk instead.
         if plain.as_ref().is_none_or(|(known, _)| *known != slot) {
             let mode = Mode { write: true, create: false, direct: true, dsync: false };
-            match File::open(file.path(), mode) {
+            match wal.file_system.open(file.path(), mode) {
                 Ok(file) => plain = Some((slot, file)),
                 Err(error) => {
                     shard.poison(&format!("opening {}: {error}", file.path().display()));

@@ -47,7 +47,7 @@ impl ProducerContext for Delivery {
     }
 }
 
-/// An idempotent producer whose retries outlast whatever a test does to the broker.
+/// An idempotent producer for one topic, whose retries outlast whatever a test does to the broker.
 pub struct Sender {
     producer: ThreadedProducer<Delivery>,
     reports: Delivery,
@@ -166,4 +166,20 @@ pub fn kafka_tool(class: &str, arguments: &[&str]) -> anyhow::Result<(bool, Stri
     let text =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     Ok((output.status.success(), text))
+}
+
+/// One call of `clients/admin.py`, which is librdkafka's admin client; what it printed.
+pub fn librdkafka_admin(kafka: &str, arguments: &[&str]) -> anyhow::Result<String> {
+    let python = repository().join(".cache/venv/bin/python");
+    let script = repository().join("tests/clients/admin.py");
+    let output = Command::new(&python)
+        .arg(script)
+        .arg(kafka)
+        .args(arguments)
+        .output()
+        .with_context(|| format!("{} cannot be run; run `make setup`", python.display()))?;
+    if !output.status.success() {
+        bail!("admin.py {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_string())
 }

@@ -6,6 +6,7 @@ pub mod clickhouse;
 pub mod export;
 pub mod flumen;
 pub mod kafka;
+pub mod mount;
 pub mod process;
 pub mod wire;
 // The proxy of the export's own tests, shared and not written twice.

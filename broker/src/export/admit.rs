@@ -19,6 +19,7 @@ use crate::node::Node;
 
 /// Longer than a busy server needs for a handful of look-ups, shorter than a Kafka client waits for its answer.
 const ADMIT_MAX: Duration = Duration::from_secs(10);
+const AWAY_FIX: &str = "check that ClickHouse runs there and that the URL is right; nothing was changed";
 /// Records looked at when the columns of a table have to be guessed.
 const SAMPLE_RECORDS: usize = 100;
 const SAMPLE_BYTES: usize = 256 << 10;
@@ -69,16 +70,20 @@ pub(super) async fn admit(
     let admission = match tokio::time::timeout(ADMIT_MAX, asked).await {
         Ok(Ok(admission)) => admission,
         Ok(Err(error)) => {
-            let (message, fix) = (error.to_string(), error.hint().to_string());
+            let message = error.to_string();
             return Err(match error.kind {
-                CallKind::Exception | CallKind::Request => NotAdmitted::Answer { message, fix },
-                _ => NotAdmitted::Away { message, fix },
+                CallKind::Exception | CallKind::Request => {
+                    // There is no export yet that could be resumed.
+                    let fix = error.hint().trim_end_matches(", then resume the export").to_string();
+                    NotAdmitted::Answer { message, fix }
+                }
+                _ => NotAdmitted::Away { message, fix: AWAY_FIX.to_string() },
             });
         }
         Err(_) => {
             return Err(NotAdmitted::Away {
                 message: format!("{} did not answer within {} s", endpoint.shown(), ADMIT_MAX.as_secs()),
-                fix: "check that ClickHouse runs there and is not overloaded".to_string(),
+                fix: AWAY_FIX.to_string(),
             });
         }
     };

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use flumen_sink::client::Endpoint;
 use flumen_sink::config::ExportConfig;
-use flumen_sink::exporter::{ExportHandle, ExportSetup, Exporter, ResetTo};
+use flumen_sink::exporter::{Before, ExportHandle, ExportSetup, Exporter, ResetTo};
 use flumen_sink::plan::{ExportState, codec};
 use flumen_sink::status::{ExportStatus, LastError, State};
 use tokio::sync::mpsc;
@@ -104,6 +104,7 @@ impl Manager {
                         });
                     }
                     Some(Command::Reset { topic, positions, answer }) => self.reset(topic, positions, answer),
+                    Some(Command::Resume { topic }) => self.resume(&topic).await,
                     Some(Command::Stop { done }) => {
                         for (_, export) in std::mem::take(&mut self.running) {
                             stop(export).await;
@@ -141,6 +142,19 @@ impl Manager {
                 }
             }
         }
+        for (id, export) in &mut self.running {
+            let Some(config) = wanted.get(id) else { continue };
+            let as_wanted = ExportConfig { paused: config.paused, ..export.config.clone() };
+            if export.config != *config && as_wanted == *config {
+                // An error means that it has ended: it is started anew below.
+                let _ = match config.paused {
+                    true => export.handle.pause("flumen.clickhouse.paused is true").await,
+                    false => export.handle.resume().await,
+                };
+                export.config = as_wanted;
+            }
+        }
+        let mut before: BTreeMap<Uuid, Before> = BTreeMap::new();
         let outdated: Vec<Uuid> = self
             .running
             .iter()
@@ -149,7 +163,9 @@ impl Manager {
             .collect();
         for id in outdated {
             if let Some(export) = self.running.remove(&id) {
+                let handle = export.handle.clone();
                 stop(export).await;
+                before.insert(id, handle.before());
             }
         }
         wanted.retain(|id, _| !self.running.contains_key(id));
@@ -159,7 +175,7 @@ impl Manager {
                     for (id, config) in wanted {
                         let topic = config.topic.clone();
                         let own = records.remove(&id).unwrap_or_default();
-                        match self.start_one(id, config, own) {
+                        match self.start_one(id, config, own, before.remove(&id)) {
                             Ok(export) => drop(self.running.insert(id, export)),
                             Err((reason, hint)) => drop(refused.insert(id, (topic, reason, hint))),
                         }
@@ -210,6 +226,7 @@ impl Manager {
         topic_id: Uuid,
         config: ExportConfig,
         records: Vec<Bytes>,
+        before: Option<Before>,
     ) -> Result<Running, (String, String)> {
         let endpoint = endpoint(&self.node, &config)?;
         let topic = config.topic.clone();
@@ -224,6 +241,7 @@ impl Manager {
             source: TopicSource { node: self.node.clone(), topic_id },
             state_log: TopicStateLog::new(self.node.clone(), group_id, topic_id, self.trim.clone()),
             records,
+            before,
         };
         let (exporter, handle) = Exporter::recover(setup).map_err(|e| {
             let hint =
@@ -233,6 +251,18 @@ impl Manager {
         let task = tokio::task::spawn_local(exporter.run());
         tracing::info!(topic, "export started");
         Ok(Running { topic, config, handle, task })
+    }
+
+    /// A person has seen to what the export waits for.
+    async fn resume(&mut self, topic: &str) {
+        match self.running.values().find(|e| e.topic == topic && !e.config.paused) {
+            Some(export) => {
+                if export.handle.resume().await.is_err() {
+                    self.reconcile().await;
+                }
+            }
+            None => self.reconcile().await,
+        }
     }
 
     fn reset(

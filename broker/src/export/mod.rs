@@ -50,6 +50,10 @@ pub(crate) enum Command {
         positions: Vec<(i32, ResetTo)>,
         answer: oneshot::Sender<Result<(), ResetRefused>>,
     },
+    /// Look again at once at what the export waits for.
+    Resume {
+        topic: String,
+    },
     Stop {
         done: oneshot::Sender<()>,
     },
@@ -119,7 +123,7 @@ impl Exports {
     ) -> Result<Admission, NotAdmitted> {
         let stopping = || NotAdmitted::Away {
             message: "the broker is stopping".to_string(),
-            fix: "ask again when it runs".to_string(),
+            fix: "ask again when it runs; nothing was changed".to_string(),
         };
         let (answer, receiver) = oneshot::channel();
         let command = Command::Admit { topic: topic.to_string(), configs, answer };
@@ -178,6 +182,12 @@ impl Exports {
         let command = Command::Reset { topic: topic.to_string(), positions, answer };
         self.commands.send(command).await.map_err(|_| ResetRefused::Stopping)?;
         receiver.await.map_err(|_| ResetRefused::Stopping)?
+    }
+
+    /// A failed export looks again at once, instead of when its time comes or never.
+    pub async fn resume(&self, topic: &str) {
+        // An error means that the broker is stopping.
+        let _ = self.commands.send(Command::Resume { topic: topic.to_string() }).await;
     }
 
     pub async fn stop(&self) {

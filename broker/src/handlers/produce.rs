@@ -157,6 +157,7 @@ fn result(topic: u32, partition: i32, error: ErrorCode, message: Option<&str>) -
         log_append_time_ms: -1,
         log_start_offset: -1,
         error_message: message.map(Into::into),
+        record_errors: Box::default(),
         current_leader: None,
     }
 }
@@ -187,6 +188,7 @@ fn append_all(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results
             }
             Err((error, _completion)) => {
                 tracing::debug!(topic = %partition.topic, partition = partition.index, %error, "produce refused");
+                in_flight.set(slot, |r| r.record_errors = error.record_errors());
                 in_flight.fail(slot, error.code(), Some(error.to_string().into()));
             }
         }

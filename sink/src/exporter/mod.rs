@@ -31,7 +31,7 @@ use crate::config::ExportConfig;
 use crate::plan::{ExportState, Record, StateError, codec};
 use crate::settle::{Alarm, Class, hint};
 use crate::source::{Source, SourceError, StateLog, StateLogError};
-use crate::status::{ExportMetrics, ExportStatus, Published, State};
+use crate::status::{ExportMetrics, ExportStatus, Published, State, StateChange};
 
 use board::Board;
 use encode::{Encoder, MappingInUse};
@@ -151,6 +151,11 @@ impl ExportHandle {
         &self.metrics
     }
 
+    /// For the export that follows this one.
+    pub fn before(&self) -> Before {
+        Before { metrics: self.metrics.clone(), history: self.status().history.clone() }
+    }
+
     pub async fn pause(&self, reason: &str) -> Result<(), NotRunning> {
         self.send(Command::Pause { reason: reason.to_owned() }).await
     }
@@ -194,6 +199,15 @@ pub struct ExportSetup<S, L> {
     pub state_log: L,
     /// Everything the state log holds, oldest first.
     pub records: Vec<Bytes>,
+    /// What the export counted and went through before it was started anew, in this process.
+    pub before: Option<Before>,
+}
+
+/// What outlives an export that is started anew with other settings.
+#[derive(Clone, Debug)]
+pub struct Before {
+    metrics: Arc<ExportMetrics>,
+    history: Vec<StateChange>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -320,7 +334,10 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                 expected: uuid::Uuid::from_bytes(setup.topic_id),
             });
         }
-        let metrics = Arc::new(ExportMetrics::default());
+        let (metrics, history) = match setup.before {
+            Some(before) => (before.metrics, before.history),
+            None => (Arc::default(), Vec::new()),
+        };
         let published = Arc::new(Published::default());
         let config = setup.config;
         let status = ExportStatus {
@@ -330,6 +347,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
             table: config.table.clone(),
             target_lag_ms: config.target_lag_ms,
             dead_letter_topic: config.dead_letter_topic.clone(),
+            history,
             ..ExportStatus::default()
         };
         let mut board = Board::new(status, metrics.clone(), published.clone());

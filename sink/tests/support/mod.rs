@@ -42,6 +42,7 @@ impl Running {
             source: topic.clone(),
             state_log: log.clone(),
             records: log.records(),
+            before: None,
         })
         .unwrap_or_else(|e| panic!("the state log does not replay: {e}"));
         Running { handle, task: tokio::task::spawn_local(exporter.run()) }
