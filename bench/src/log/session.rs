@@ -451,7 +451,8 @@ impl Round<'_, '_> {
             partitions,
             connections: CONNECTIONS,
             in_flight: 5,
-            record_bytes: 100,
+            // Twice what lies between two entries of Kafka's index, whose first entry is the expensive one.
+            record_bytes: 8 << 10,
             partitions_per_request: 50,
             seconds: FILL_SECONDS_MAX,
             warmup_seconds: 0.0,
