@@ -280,6 +280,9 @@ fn an_os_topic_does_not_wait_for_a_durable_commit() {
         let store = ShardStore::open(&data, config).await.unwrap();
         let slow = Writer::new(&store, store.create(1, "d-0", GroupConfig::default()).unwrap());
         let fast = Writer::new(&store, store.create(2, "os-0", os).unwrap());
+        // That the partition exists is durable first; from its next record on it is the os lane's alone.
+        let (first, _) = fast.stage(1, 100).unwrap();
+        fast.durable(first).await;
         // Several commits of a megabyte each, one after the other.
         let (far, _) = (0..6).map(|_| slow.stage(1, 1 << 20).unwrap()).last().unwrap();
         let (near, _) = fast.stage(1, 100).unwrap();
