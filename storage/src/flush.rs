@@ -228,6 +228,10 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
                 inner.segments.push_back(Segment::new(run.base, 0));
                 inner.dir_dirty = true;
             }
+            // It may have been shortened, and from now on its length is where it ends.
+            if let Some((base, _)) = run.sealed.filter(|(base, _)| !inner.dirty.contains(base)) {
+                inner.dirty.push(base);
+            }
             if !inner.dirty.contains(&run.base) {
                 inner.dirty.push(run.base);
             }
