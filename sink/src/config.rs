@@ -10,7 +10,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::column_type::ColumnType;
-use crate::mapping::UnknownFields;
+use crate::mapping::{TimeUnit, UnknownFields};
 use crate::table::Column;
 
 pub const PREFIX: &str = "flumen.clickhouse.";
@@ -155,6 +155,14 @@ pub const CONFIG_KEYS: &[ConfigKey] = &[
         "How old a record may be when it becomes visible in ClickHouse, while the server keeps up.",
     ),
     key(
+        "flumen.clickhouse.time.unit",
+        "auto",
+        Choice(&["auto", "s", "ms", "us", "ns"]),
+        "What a whole number in a time column counts since 1970. auto tells seconds, milliseconds, microseconds and \
+         nanoseconds apart by the number's size, which is right for every time after 1973. A number with a fraction \
+         counts seconds.",
+    ),
+    key(
         "flumen.clickhouse.tombstones",
         "skip",
         Choice(&["skip", "dlq"]),
@@ -257,6 +265,7 @@ pub struct ExportConfig {
     pub insert_timeout_ms: u64,
     pub paused: bool,
     pub tombstones_to_dead_letters: bool,
+    pub time_unit: TimeUnit,
     pub trust_existing_rows: bool,
     pub server_default_columns: Vec<String>,
     pub audit_interval_ms: u64,
@@ -316,6 +325,13 @@ impl ExportConfig {
             insert_timeout_ms: values.number("insert.timeout.ms"),
             paused: values.boolean("paused"),
             tombstones_to_dead_letters: values.word("tombstones") == "dlq",
+            time_unit: match values.word("time.unit").as_str() {
+                "s" => TimeUnit::Seconds,
+                "ms" => TimeUnit::Milliseconds,
+                "us" => TimeUnit::Microseconds,
+                "ns" => TimeUnit::Nanoseconds,
+                _ => TimeUnit::BySize,
+            },
             trust_existing_rows: values.word("existing.rows") == "trust",
             server_default_columns: values
                 .text("server.default.columns")

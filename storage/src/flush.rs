@@ -76,8 +76,7 @@ struct Run {
 
 /// The next run of committed entries of a group, and the segment it goes to.
 fn plan_run(inner: &Inner) -> Option<Run> {
-    let mut committed =
-        inner.tail.unflushed().take_while(|entry| inner.is_committed(entry)).peekable();
+    let mut committed = inner.tail.unflushed().take_while(|entry| inner.is_committed(entry)).peekable();
     committed.peek()?;
     let limit = inner.segment_limit();
     let active = inner.segments.back();

@@ -24,8 +24,8 @@ use crate::segment_index::IndexEntry;
 use crate::store::{Shard, add};
 use crate::tail::{Tail, TailEntry};
 use crate::types::{
-    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload,
-    RecoveredGroup, StageError,
+    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup,
+    StageError,
 };
 use crate::wal::Wal;
 use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
@@ -102,6 +102,9 @@ pub(crate) struct Group {
     pub damage: OnceCell<String>,
     /// Damaged since the start: nothing of it is written, so that it stays as it was found.
     pub frozen: Cell<bool>,
+    /// Its deletion was asked for: it takes nothing more.
+    pub deleting: Cell<bool>,
+    /// It is deleted: its directory has another name.
     pub deleted: Cell<bool>,
     pub queued: Cell<bool>,
     pub inner: RefCell<Inner>,
@@ -116,11 +119,12 @@ impl Group {
             dir: shard.segments_root().join(dir_name),
             damage: OnceCell::new(),
             frozen: Cell::new(false),
+            deleting: Cell::new(false),
             deleted: Cell::new(false),
             queued: Cell::new(false),
             inner: RefCell::new(Inner {
-                lane: config.durability.lane(),
-                recorded_in: config.durability.lane(),
+                lane: Lane::Durable,
+                recorded_in: Lane::Durable,
                 config,
                 hard_state: HardState::default(),
                 last_index: 0,
@@ -169,9 +173,6 @@ impl Group {
         if let GroupHealth::Damaged { reason } = recovered.health {
             group.frozen.set(true);
             group.note_damage(reason);
-        }
-        if group.inner.borrow().lane == Lane::Os {
-            shard.use_os_lane();
         }
         {
             let mut inner = group.inner.borrow_mut();
@@ -357,7 +358,7 @@ impl GroupLog {
         if shard.is_poisoned() || shard.closing.get() {
             return Err(StageError::Poisoned);
         }
-        if self.group.deleted.get() {
+        if self.group.deleting.get() {
             return Err(StageError::Deleted);
         }
         if self.group.is_damaged() {
@@ -543,7 +544,8 @@ impl GroupLog {
     /// the same time.
     pub fn has_room(&self, bytes: usize) -> bool {
         let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() || self.group.deleted.get() || self.group.is_damaged() {
+        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
+        {
             return false;
         }
         let wal = shard.wal(self.next_lane(&self.inner()));
@@ -664,7 +666,7 @@ impl GroupLog {
         if shard.is_poisoned() || shard.closing.get() {
             return Err(StageError::Poisoned);
         }
-        if self.group.deleted.get() {
+        if self.group.deleting.get() {
             return Err(StageError::Deleted);
         }
         if self.group.is_damaged() {

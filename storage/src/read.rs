@@ -284,10 +284,10 @@ impl GroupLog {
                 // Retention took the segment away meanwhile: the log start has moved, look again.
                 Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
                     let still = self.place_of(from).is_some_and(|now| now.base == place.base);
-                    if still && !group.deleted.get() && from >= self.log_start_offset() {
+                    if still && !group.deleting.get() && from >= self.log_start_offset() {
                         return Err(damaged(group, place.base, "the segment is missing".to_owned()));
                     }
-                    if group.deleted.get() {
+                    if group.deleting.get() {
                         return Err(ReadError::Io(error));
                     }
                 }

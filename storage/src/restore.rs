@@ -188,8 +188,10 @@ fn restore_producers(
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let mut state = ProducerState::new();
     let mut from = i64::MIN;
+    let first = segments.first().map_or(flushed_end, |segment| segment.0);
     for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
-        if offset > log_end {
+        // Between an older one and the first segment that is left, producers may have gone on.
+        if offset > log_end || offset < first {
             continue;
         }
         let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
@@ -401,7 +403,8 @@ pub(crate) fn restore(
         afterwards.push(Afterwards::Remove(index_path(dir, *base)));
     }
     if snapshot_from != log_end {
-        write_snapshot(files, dir, log_end, &producers.encode(log_end, state.epochs.epoch_at(log_end - 1))).map_err(io)?;
+        write_snapshot(files, dir, log_end, &producers.encode(log_end, state.epochs.epoch_at(log_end - 1)))
+            .map_err(io)?;
     }
     let (last_index, last_term) =
         entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));

@@ -78,15 +78,16 @@ fn newest_ms(shard: &Shard, group: &Group, base: i64, known: Option<i64>) -> i64
 }
 
 /// Takes `count` segments from the front out of the log and hands their files to the remover.
-fn drop_front(shard: &Shard, group: &Group, inner: &mut Inner, count: usize) -> u64 {
+fn drop_front(shard: &Shard, group: &Rc<Group>, inner: &mut Inner, count: usize) -> u64 {
     let mut bytes = 0;
     for _ in 0..count {
         let Some(segment) = inner.segments.pop_front() else { break };
         bytes += segment.bytes;
         inner.dirty.retain(|base| *base != segment.base);
         shard.forget_file(group.id, segment.base);
-        shard.throw_away(group.index_path(segment.base), inner.log_start_by);
-        shard.throw_away(group.log_path(segment.base), inner.log_start_by);
+        for path in [group.index_path(segment.base), group.log_path(segment.base)] {
+            shard.throw_away(path, inner.log_start_by, Some(Rc::clone(group)));
+        }
     }
     inner.meta_dirty |= count > 0;
     bytes
@@ -107,7 +108,7 @@ impl GroupLog {
         let inner = &mut *inner;
         let unchanged = RetentionOutcome { log_start_offset: inner.log_start, ..RetentionOutcome::default() };
         if self.group.is_damaged()
-            || self.group.deleted.get()
+            || self.group.deleting.get()
             || inner.is_flushing()
             || inner.segments.is_empty()
         {

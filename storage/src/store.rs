@@ -27,8 +27,8 @@ use crate::group::{Group, GroupLog};
 use crate::group_state::{GroupState, valid_dir_name};
 use crate::ring::Class;
 use crate::types::{
-    COMMIT_BUCKETS_US, CreateError, DeleteError, Durability, GroupConfig, GroupId, IoKind, LANES, Lane,
-    LogPoisoned, Lsn, OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
+    COMMIT_BUCKETS_US, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
+    OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
 };
 use crate::wal::{self, Wal, sync_os_lane};
 use crate::wal_format::{GROUP_DELETE, GROUP_STATE, RecordHeader};
@@ -94,6 +94,12 @@ pub(crate) struct ReadAhead {
     pub bytes: bytes::Bytes,
 }
 
+struct Trash {
+    path: PathBuf,
+    after: (Lane, Lsn),
+    of: Option<Rc<Group>>,
+}
+
 pub(crate) struct Shard {
     pub config: StoreConfig,
     pub root: PathBuf,
@@ -127,7 +133,9 @@ pub(crate) struct Shard {
     /// moves on, so that record is written again until they are gone.
     pub tombstones: RefCell<Vec<GroupId>>,
     /// To be removed once the commit is durable that says why.
-    trash: RefCell<VecDeque<(Lane, Lsn, PathBuf)>>,
+    trash: RefCell<VecDeque<Trash>>,
+    /// Held over a removal and over the renaming of a deletion, so that no removal meets the files of a namesake.
+    removing: tokio::sync::Mutex<()>,
     trash_wake: Notify,
     pub counters: Counters,
     /// The directory's lock lives as long as any shard does.
@@ -347,8 +355,10 @@ impl Shard {
         }
     }
 
-    pub fn throw_away(&self, path: PathBuf, (lane, after): (Lane, Lsn)) {
-        self.trash.borrow_mut().push_back((lane, after, path));
+    /// Removes a file or directory once the commit is safe that makes it worthless. One in the directory of a partition
+    /// goes with that, should the partition be deleted before.
+    pub fn throw_away(&self, path: PathBuf, after: (Lane, Lsn), of: Option<Rc<Group>>) {
+        self.trash.borrow_mut().push_back(Trash { path, after, of });
         self.trash_wake.notify_one();
     }
 
@@ -366,12 +376,16 @@ impl Shard {
 
 async fn empty_trash(shard: Rc<Shard>) {
     while shard.is_live() {
-        let Some((lane, after, path)) = shard.trash.borrow_mut().pop_front() else {
+        let Some(Trash { path, after: (lane, lsn), of }) = shard.trash.borrow_mut().pop_front() else {
             shard.trash_wake.notified().await;
             continue;
         };
-        if shard.wait_safe(lane, after).await.is_err() {
+        if shard.wait_safe(lane, lsn).await.is_err() {
             return;
+        }
+        let alone = shard.removing.lock().await;
+        if of.is_some_and(|group| group.deleted.get()) {
+            continue;
         }
         let (shown, files) = (path.clone(), shard.files.clone());
         let removed = shard.disk.off_thread(move || remove(&files, &path)).await;
@@ -381,6 +395,7 @@ async fn empty_trash(shard: Rc<Shard>) {
             }
             _ => {}
         }
+        drop(alone);
         tokio::time::sleep(UNLINK_PAUSE).await;
     }
 }
@@ -485,6 +500,7 @@ impl ShardStore {
             log_dir_dirty: Cell::new(false),
             tombstones: RefCell::default(),
             trash: RefCell::default(),
+            removing: tokio::sync::Mutex::new(()),
             trash_wake: Notify::new(),
             counters: Counters::default(),
             _lock: dir.lock(),
@@ -538,13 +554,10 @@ impl ShardStore {
             Err(error) if is_no_space(&error) => return Err(CreateError::NoSpace),
             Err(source) => return Err(CreateError::Io { path: path.display().to_string(), source }),
         }
-        let mut state = GroupState::new(group_id, dir_name);
-        state.os = config.durability == Durability::Os;
-        if state.os {
-            shard.use_os_lane();
-        }
+        // That a partition exists is always durable; one of the os lane goes there once this is done.
+        let state = GroupState::new(group_id, dir_name);
         let record = RecordHeader { kind: GROUP_STATE, group: group_id, index: 0, term: 0, offset: 0 };
-        let wal = shard.wal(config.durability.lane());
+        let wal = shard.wal(Lane::Durable);
         let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
             let _ = shard.files.remove_dir(&path);
             return Err(CreateError::NoSpace);
@@ -565,19 +578,19 @@ impl ShardStore {
         let shard = &self.shard;
         let group = shard.group(group_id).ok_or(DeleteError::Unknown(group_id))?;
         // Takes no more entries; the second of two deletions finds nothing to do.
-        if group.deleted.replace(true) {
+        if group.deleting.replace(true) {
             return Err(DeleteError::Unknown(group_id));
         }
         // Not while a run of it is on its way to a segment, nor while a WAL file retires: until the new name is sure, a
         // restart would find the partition, and all of its records with it.
-        let alone = shard.flush_lock.lock().await;
+        let alone = (shard.flush_lock.lock().await, shard.removing.lock().await);
         let root = shard.segments_root();
         let from = root.join(&group.dir_name);
         let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
         let (files, renamed) = (shard.files.clone(), to.clone());
         let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
         if let Err(source) = rename.and_then(|result| result) {
-            group.deleted.set(false);
+            group.deleting.set(false);
             return Err(DeleteError::Io { path: to.display().to_string(), source });
         }
         let files = shard.files.clone();
@@ -598,7 +611,7 @@ impl ShardStore {
         let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
         shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
-        shard.throw_away(to, (Lane::Durable, lsn));
+        shard.throw_away(to, (Lane::Durable, lsn), None);
         Ok(())
     }
 

@@ -7,11 +7,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_protocol::compression::Compression;
+use flumen_metadata::CompressionType;
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::fetch::{FetchPartitionData, FetchTopicData, ZSTD_MIN_VERSION, encode_fetch_response};
 use flumen_protocol::produce::TopicRef;
-use flumen_protocol::record_batch;
 use kafka_protocol::messages::FetchRequest;
 use tokio::time::Instant;
 
@@ -66,10 +65,15 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             };
             let missing =
                 if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
+            // Kafka's rule: by the topic's configuration, not by what a batch holds. Clients that ask in old versions
+            // and read zstd all the same exist (rskafka).
+            let withheld = version < ZSTD_MIN_VERSION
+                && found.is_some_and(|t| t.effective.compression_type == CompressionType::Zstd);
             let mut partitions = Vec::with_capacity(topic.partitions.len());
             for p in &topic.partitions {
                 let info = found.map(|t| usize::try_from(p.partition).ok().and_then(|i| t.partitions.get(i)));
                 let error = match info {
+                    Some(Some(_)) if withheld => ErrorCode::UNSUPPORTED_COMPRESSION_TYPE,
                     Some(Some(info)) => {
                         items.push(Item {
                             slot,
@@ -89,7 +93,6 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             topics.push(FetchTopicData { topic: name, partitions });
         }
     }
-    let refused = topics.iter().flat_map(|t| &t.partitions).any(|p| p.error != ErrorCode::NONE);
     let max_bytes = usize::try_from(fetch.max_bytes).unwrap_or(0).min(RESPONSE_BYTES_MAX);
     let min_bytes = usize::try_from(fetch.min_bytes).unwrap_or(0);
     let wait = Duration::from_millis(u64::try_from(fetch.max_wait_ms).unwrap_or(0)).min(WAIT_MAX);
@@ -103,7 +106,9 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     loop {
         read = read_all(shard, &items, max_bytes).await;
         let bytes: usize = read.iter().map(|r| r.bytes).sum();
-        let errors = refused || read.iter().any(|r| r.data.error != ErrorCode::NONE);
+        // A partition that does not exist waits with the others, as in Kafka: a consumer that has not heard yet of a
+        // deleted topic must not turn into a busy loop. One that cannot be read is news.
+        let errors = items.is_empty() || read.iter().any(|r| r.data.error != ErrorCode::NONE);
         if bytes >= min_bytes || errors || Instant::now() >= deadline || shard.is_stopping() {
             break;
         }
@@ -117,10 +122,7 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     let mut sent = 0;
     let mut flat: Vec<&mut FetchPartitionData> =
         topics.iter_mut().flat_map(|t| t.partitions.iter_mut()).collect();
-    for mut r in read {
-        if version < ZSTD_MIN_VERSION {
-            withhold_zstd(&mut r.data);
-        }
+    for r in read {
         sent += r.bytes;
         if let Some(slot) = flat.get_mut(r.slot) {
             let partition = slot.partition;
@@ -147,32 +149,6 @@ fn empty(partition: i32, error: ErrorCode) -> FetchPartitionData {
         diverging_epoch: None,
         records: Vec::new(),
     }
-}
-
-/// Clients this old cannot open zstd: they get what lies before the first such batch, or the code that says why
-/// there is nothing.
-fn withhold_zstd(data: &mut FetchPartitionData) {
-    let mut kept = Vec::with_capacity(data.records.len());
-    let mut found = false;
-    for bytes in data.records.drain(..) {
-        let mut end = 0;
-        for (header, batch) in record_batch::batches(&bytes).map_while(Result::ok) {
-            found = header.compression() == Ok(Compression::Zstd);
-            if found {
-                break;
-            }
-            end += batch.len();
-        }
-        kept.push(if found { bytes.slice(..end) } else { bytes });
-        if found {
-            break;
-        }
-    }
-    kept.retain(|bytes| !bytes.is_empty());
-    if found && kept.is_empty() {
-        data.error = ErrorCode::UNSUPPORTED_COMPRESSION_TYPE;
-    }
-    data.records = kept;
 }
 
 struct ReadItem {

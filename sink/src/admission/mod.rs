@@ -85,6 +85,7 @@ pub fn mapping_options(config: &ExportConfig) -> MappingOptions {
     MappingOptions {
         unknown_fields: config.unknown_fields,
         server_default_columns: config.server_default_columns.clone(),
+        time_unit: config.time_unit,
         ..MappingOptions::default()
     }
 }

@@ -47,6 +47,7 @@ impl BlockBuilder {
             rules: Rules {
                 json_text_in_strings: options.json_text_in_strings,
                 truncate_time_fraction: options.truncate_time_fraction,
+                time_unit: options.time_unit,
             },
             nodes: mapping.columns().iter().map(|column| Node::new(&column.wire)).collect(),
             order: FieldOrder::new(mapping),

@@ -13,7 +13,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use crate::column_type::ColumnType;
-use crate::mapping::{MappingError, MappingOptions, RowMapping, UnknownFields};
+use crate::mapping::{MappingError, MappingOptions, RowMapping, TimeUnit, UnknownFields};
 use crate::table::{Column, DefaultKind, TableSchema};
 
 /// Partitions in one plan. Kafka clusters stop at some thousands of partitions per topic.
@@ -111,6 +111,7 @@ pub struct MappingRecord {
     pub unknown_to_dead_letters: bool,
     pub json_text_in_strings: bool,
     pub truncate_time_fraction: bool,
+    pub time_unit: TimeUnit,
     pub tombstones_to_dead_letters: bool,
 }
 
@@ -154,6 +155,7 @@ impl MappingRecord {
             unknown_to_dead_letters: options.unknown_fields == UnknownFields::DeadLetter,
             json_text_in_strings: options.json_text_in_strings,
             truncate_time_fraction: options.truncate_time_fraction,
+            time_unit: options.time_unit,
             tombstones_to_dead_letters,
         };
         // The record without its version names exactly what the bytes depend on.
@@ -188,6 +190,7 @@ impl MappingRecord {
             server_default_columns: self.server_default_columns.clone(),
             json_text_in_strings: self.json_text_in_strings,
             truncate_time_fraction: self.truncate_time_fraction,
+            time_unit: self.time_unit,
         };
         Ok(RowMapping::new(&table, &options)?)
     }
