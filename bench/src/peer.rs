@@ -25,9 +25,9 @@ pub enum Side {
     Null,
 }
 
-/// How long a broker may take to its first answer before it is called broken. Apache Kafka that was killed reads all of
-/// its open segments again, which has been seen to take 100 seconds.
-const START_MAX: Duration = Duration::from_secs(300);
+/// How long a broker may take to its first answer before it is called broken. Apache Kafka that was killed looks at all of
+/// its open segments again: minutes, with 10,000 partitions.
+const START_MAX: Duration = Duration::from_secs(600);
 /// Fine enough that the poll does not show in the start time.
 const CONNECT_POLL: Duration = Duration::from_millis(2);
 
