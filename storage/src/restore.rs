@@ -324,7 +324,11 @@ pub(crate) fn restore(
     let shown = log_path(dir, state.active_base);
     let is_active = |segment: &(i64, u64)| segment.0 == state.active_base;
     match cut {
-        // What was cut off may have gone already, and been written again.
+        // What was cut off may have gone already, and been written again; and the log start may have passed all of it.
+        Some(offset) if state.log_start >= offset => {
+            segments.clear();
+            changed = true;
+        }
         Some(offset) => {
             if let Some((base, bytes)) = segments.last_mut() {
                 let path = log_path(dir, *base);
