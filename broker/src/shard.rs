@@ -20,6 +20,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
+use crate::handlers::produce::ProduceLine;
 use crate::mailbox::ShardMessage;
 use crate::metrics::ShardMetrics;
 use crate::net::connection;
@@ -45,6 +46,7 @@ pub struct Shard {
     controller: OnceCell<Rc<Controller>>,
     stopping: Cell<bool>,
     pub stop: Notify,
+    pub produce_line: ProduceLine,
     /// Socket reads land here before frames are cut; one per shard, not per connection.
     pub scratch: RefCell<Vec<u8>>,
 }
@@ -67,6 +69,7 @@ impl Shard {
             controller: OnceCell::new(),
             stopping: Cell::new(false),
             stop: Notify::new(),
+            produce_line: ProduceLine::default(),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES]),
         })
     }

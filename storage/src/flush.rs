@@ -244,6 +244,7 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
                 inner.segments.push_back(Segment::new(run.base, 0));
                 inner.dir_dirty = true;
             }
+            // A sealed one may have been shortened, and from now on its length is where it ends.
             for base in run.sealed.map(|(base, _)| base).into_iter().chain([run.base]) {
                 if !inner.dirty.contains(&base) {
                     inner.dirty.push(base);

@@ -30,6 +30,9 @@ use crate::types::{
 use crate::wal::Wal;
 use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
 
+/// Room in the WAL that waiting producers leave alone: metadata, groups and export plans go on under any load.
+const RING_RESERVE_BYTES: usize = 4 << 20;
+
 /// A run of this size is worth a write of its own.
 pub(crate) const FLUSH_RUN_BYTES: u64 = 256 << 10;
 
@@ -554,6 +557,29 @@ impl GroupLog {
             shard.wake_flusher();
         }
         room
+    }
+
+    /// Whether the WAL has no room for `count` batches, `total` bytes together and none above `largest`, only because what
+    /// it holds is still on its way to segments: there will be room soon. Keeps a part of the ring for records that are not
+    /// clients'. What can never fit, and anything on a full disk, does not wait: it is for `has_room` to refuse.
+    pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
+        let shard = &self.shard;
+        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
+        {
+            return false;
+        }
+        let wal = shard.wal(self.next_lane(&self.inner()));
+        if largest > wal.largest_record() || shard.is_out_of_space() {
+            return false;
+        }
+        let file_bytes = usize::try_from(shard.config.wal_file_bytes).unwrap_or(usize::MAX);
+        let reserve = RING_RESERVE_BYTES.min(file_bytes / 4);
+        // A request of more than half a file is let in when that much is free.
+        if wal.has_room_for(total.min(file_bytes / 2) + reserve, largest, count) {
+            return false;
+        }
+        shard.wake_flusher();
+        true
     }
 
     /// The largest batch that this log ever takes.

@@ -419,12 +419,14 @@ pub(crate) fn restore(
         state.hard_state.commit = state.hard_state.commit.min(last_index);
         state.log_start = state.log_start.min(log_end);
     }
-    // An entry of a term is proof of that term.
-    state.hard_state.term = state.hard_state.term.max(last_term);
+    // An entry of a term is proof of that term, in which nothing is known of a vote.
+    if last_term > state.hard_state.term {
+        state.hard_state.term = last_term;
+        state.hard_state.vote = 0;
+    }
     let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
     if first > state.log_start {
-        state.log_start = first;
-        changed = true;
+        return damaged(format!("the segment with offset {} is missing", state.log_start));
     }
     let above_commit = entries
         .iter()

@@ -176,6 +176,10 @@ impl Shard {
         }
     }
 
+    pub fn is_out_of_space(&self) -> bool {
+        self.no_space.get()
+    }
+
     pub fn note_space(&self) {
         if self.no_space.replace(false) {
             tracing::info!(shard = self.config.shard, "the disk has space again");

@@ -265,8 +265,13 @@ impl Wal {
     /// Whether a batch of `len` bytes may be accepted now: whether it would be taken, and as much again as is accepted at
     /// the same time.
     pub fn has_room(&self, len: usize) -> bool {
+        self.has_room_for(len, len, 1)
+    }
+
+    /// The same for several batches.
+    pub fn has_room_for(&self, total: usize, largest: usize, count: usize) -> bool {
         let margin = self.state.borrow().plan.margin() as usize;
-        self.fits_all(len + margin, len, 1)
+        self.fits_all(total + margin, largest, count)
     }
 
     /// Whether entries of `total` bytes together, none above `largest`, surely fit.

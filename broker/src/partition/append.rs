@@ -147,6 +147,11 @@ impl Partition {
         })
     }
 
+    /// Whether the log takes no more until some of what it has moved to segments.
+    pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
+        self.log.must_wait(total, largest, count)
+    }
+
     fn admit(&self, records: &[u8], origin: Origin, now_ms: i64) -> Result<Admitted, AppendError> {
         if let Some(reason) = self.damage() {
             return Err(AppendError::Damaged(reason.to_string()));
