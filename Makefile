@@ -3,7 +3,7 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo test test-full lint bench-smoke bench-log bench-instructions clean
+.PHONY: build engine setup demo test test-full lint conformance bench-smoke bench-log bench-instructions clean
 
 build:
 	cargo build --release -p flumen-broker
@@ -44,6 +44,10 @@ bench-log:
 # Instructions of the hot paths by valgrind, compared with bench/results/instructions.json.
 bench-instructions:
 	bash bench/callgrind.sh
+
+# Other people's suites (franz-go, librdkafka, rdkafka, rskafka) against a flumen process; about an hour.
+conformance: build
+	bash tests/conformance/run.sh
 
 clean:
 	cargo clean
