@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use flumen_storage::StoreStats;
+use flumen_storage::{COMMIT_BUCKETS_US, StoreStats};
 
 /// Requests are counted per API key; keys above this share the last slot.
 const API_KEYS: usize = 96;
@@ -32,6 +32,8 @@ pub struct ShardMetrics {
     pub appended_bytes: AtomicU64,
     pub cache_bytes: AtomicU64,
     pub no_space: AtomicU64,
+    commit_us_sum: AtomicU64,
+    commits_by_time: [AtomicU64; COMMIT_BUCKETS_US.len() + 1],
 }
 
 impl Default for ShardMetrics {
@@ -55,6 +57,8 @@ impl Default for ShardMetrics {
             appended_bytes: zero(),
             cache_bytes: zero(),
             no_space: zero(),
+            commit_us_sum: zero(),
+            commits_by_time: std::array::from_fn(|_| zero()),
         }
     }
 }
@@ -109,6 +113,34 @@ impl ShardMetrics {
         self.appended_bytes.store(stats.bytes_appended, Ordering::Relaxed);
         self.cache_bytes.store(stats.cache_bytes, Ordering::Relaxed);
         self.no_space.store(u64::from(stats.no_space), Ordering::Relaxed);
+        self.commit_us_sum.store(stats.commit_time_sum_us, Ordering::Relaxed);
+        for (slot, count) in self.commits_by_time.iter().zip(stats.commit_time_buckets) {
+            slot.store(count, Ordering::Relaxed);
+        }
+    }
+
+    /// Bytes that the log wrote for each byte that was appended; 0 before the first.
+    pub fn write_amplification(&self) -> f64 {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
+        let appended = read(&self.appended_bytes);
+        if appended > 0.0 { (read(&self.wal_bytes) + read(&self.segment_bytes)) / appended } else { 0.0 }
+    }
+
+    /// (upper bound in seconds, commits at or below it), cumulative; the last bound is infinite.
+    pub fn commit_buckets(&self) -> Vec<(f64, u64)> {
+        let mut total = 0;
+        let bounds = COMMIT_BUCKETS_US.iter().map(|us| *us as f64 / 1e6).chain([f64::INFINITY]);
+        bounds
+            .zip(&self.commits_by_time)
+            .map(|(bound, count)| {
+                total += count.load(Ordering::Relaxed);
+                (bound, total)
+            })
+            .collect()
+    }
+
+    pub fn commit_seconds_sum(&self) -> f64 {
+        self.commit_us_sum.load(Ordering::Relaxed) as f64 / 1e6
     }
 
     /// (api key, count, microseconds) of every API that was asked for.

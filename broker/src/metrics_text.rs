@@ -147,6 +147,21 @@ fn shards(families: &Families, node: &Node) {
     let appended = one("flumen_storage_appended_bytes_total", "Bytes of batches appended");
     let cache = families.gauge("flumen_storage_cache_bytes", "Bytes held by the tail cache", &["shard"]);
     let full = families.gauge("flumen_storage_no_space", "1 while the disk is full", &["shard"]);
+    let amplification = families.float(
+        "flumen_storage_write_amplification_ratio",
+        "Bytes written to log and segments for each byte appended",
+        &["shard"],
+    );
+    let commit_buckets = families.gauge(
+        "flumen_storage_commit_seconds_bucket",
+        "Group commits whose write took at most le seconds",
+        &["shard", "le"],
+    );
+    let commit_seconds = families.float(
+        "flumen_storage_commit_seconds_sum",
+        "Time that the writes of group commits took",
+        &["shard"],
+    );
     let connections = families.gauge("flumen_kafka_connections", "Open client connections", &["shard"]);
     let mut cumulative: Vec<(f64, u64)> = Vec::new();
     for (id, metrics) in node.metrics.iter().enumerate() {
@@ -177,6 +192,12 @@ fn shards(families: &Families, node: &Node) {
         appended.with_label_values(l).inc_by(read(&metrics.appended_bytes));
         cache.with_label_values(l).set(to_i64(read(&metrics.cache_bytes)));
         full.with_label_values(l).set(to_i64(read(&metrics.no_space)));
+        amplification.with_label_values(l).set(metrics.write_amplification());
+        commit_seconds.with_label_values(l).set(metrics.commit_seconds_sum());
+        for (bound, count) in metrics.commit_buckets() {
+            let le = if bound.is_finite() { format!("{bound}") } else { "+Inf".to_string() };
+            commit_buckets.with_label_values(&[shard.as_str(), le.as_str()]).set(to_i64(count));
+        }
         connections.with_label_values(l).set(to_i64(node.shards[id].connections() as u64));
     }
     for (bound, count) in cumulative {

@@ -10,12 +10,12 @@
 //! - A failed log stops the process: nothing from the failed range is acknowledged, ever.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_storage::{GroupLog, LANES, Lane, Lsn, RecoveredGroup, ShardStore};
+use flumen_storage::{GroupLog, RecoveredGroup, ShardStore};
 use tokio::sync::{Notify, mpsc};
 
 use crate::controller::Controller;
@@ -42,8 +42,6 @@ pub struct Shard {
     pub coordinators: Coordinators,
     store: ShardStore,
     partitions: RefCell<HashMap<u64, Rc<Partition>>>,
-    /// Per lane: (log position, group, raft output number) staged and not yet durable, in staging order.
-    staged: [RefCell<VecDeque<(Lsn, u64, u64)>>; 2],
     controller: OnceCell<Rc<Controller>>,
     stopping: Cell<bool>,
     pub stop: Notify,
@@ -65,7 +63,6 @@ impl Shard {
             coordinators: Coordinators::default(),
             store,
             partitions: RefCell::default(),
-            staged: Default::default(),
             controller: OnceCell::new(),
             stopping: Cell::new(false),
             stop: Notify::new(),
@@ -75,15 +72,16 @@ impl Shard {
 
     /// Runs until the mailbox closes.
     pub async fn serve(self: Rc<Self>, mut mailbox: mpsc::Receiver<ShardMessage>) {
-        for lane in LANES {
-            tokio::task::spawn_local(self.clone().watch_durability(lane));
-        }
+        tokio::task::spawn_local(self.clone().watch_durability());
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().publish_store_stats());
         while let Some(message) = mailbox.recv().await {
             match message {
                 ShardMessage::Connection(stream, peer) => connection::start(&self, stream, peer),
-                ShardMessage::Job(job) => job(&self),
+                ShardMessage::Job(job) => {
+                    self.relief().await;
+                    job(&self);
+                }
             }
         }
     }
@@ -144,8 +142,9 @@ impl Shard {
         }
     }
 
-    pub fn note_staged(&self, lane: Lane, lsn: Lsn, group_id: u64, number: u64) {
-        self.staged[lane as usize].borrow_mut().push_back((lsn, group_id, number));
+    /// Waits while the log takes batches faster than the disk: producers slow down instead of being refused.
+    pub async fn relief(&self) {
+        self.store.relief().await;
     }
 
     /// The log failed: say why and stop. Never retried into success.
@@ -173,32 +172,21 @@ impl Shard {
         self.stopping.get()
     }
 
-    async fn watch_durability(self: Rc<Self>, lane: Lane) {
-        let mut seen = 0;
-        let mut dirty: Vec<Rc<Partition>> = Vec::new();
+    async fn watch_durability(self: Rc<Self>) {
+        let mut news: Vec<(u64, u64)> = Vec::new();
         loop {
-            match self.store.next_durable(lane, seen).await {
-                Ok(lsn) => seen = lsn,
+            match self.store.next_persisted(&mut news).await {
+                Ok(()) => {}
                 Err(error) if self.is_stopping() => {
                     tracing::debug!(shard = self.id, %error, "log closed");
                     return;
                 }
                 Err(error) => self.poison(&error.to_string()),
             }
-            {
-                let mut staged = self.staged[lane as usize].borrow_mut();
-                let partitions = self.partitions.borrow();
-                while staged.front().is_some_and(|(lsn, _, _)| *lsn <= seen) {
-                    let Some((_, group_id, number)) = staged.pop_front() else { break };
-                    if let Some(partition) = partitions.get(&group_id)
-                        && partition.note_persisted(number)
-                    {
-                        dirty.push(partition.clone());
-                    }
+            for (group_id, number) in news.drain(..) {
+                if let Some(partition) = self.partition(group_id) {
+                    partition.on_persisted(number);
                 }
-            }
-            for partition in dirty.drain(..) {
-                partition.apply_persisted();
             }
         }
     }

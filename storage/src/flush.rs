@@ -12,18 +12,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use flumen_io::{sync_dir, sync_filesystem};
-use flumen_protocol::record_batch;
 
 use crate::data_dir::replace_file;
+use crate::direct::wait_recorded;
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
 use crate::ring::Class;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
 };
+use crate::stage::record_entry;
 use crate::store::{Shard, add, is_no_space};
+use crate::tail::TailEntry;
 use crate::types::{LANES, Lane, LogPoisoned, Lsn, ShutdownError};
 use crate::wal::sync_os_lane;
-use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, RecordHeader};
+use crate::wal_format::{GROUP_STATE, POINTER_BYTES, RecordHeader};
 use crate::walk::{Step, Walk};
 
 /// One write takes about this much of one partition.
@@ -34,6 +36,9 @@ const FLUSH_MAX_BYTES: u64 = 1 << 20;
 const SNAPSHOT_INTERVAL_BYTES: u64 = 64 << 20;
 /// The newest, and one more in case it is damaged.
 const SNAPSHOTS_KEPT: usize = 2;
+
+/// See `record_direct`: a tenth of a second of reading.
+const DIRECT_STATE_BYTES: u64 = 64 << 20;
 
 /// Syncs of one retirement in flight together; the disk's queue is deeper, but readers want some of it.
 const SYNCS_IN_FLIGHT: usize = 16;
@@ -58,6 +63,8 @@ struct Run {
     new_segment: bool,
     sealed: Option<(i64, u64)>,
     position: u64,
+    /// Its batches are in the segment already.
+    direct: bool,
     bufs: Vec<Bytes>,
     bytes: u64,
     count: usize,
@@ -66,21 +73,24 @@ struct Run {
     last_index: u64,
     last_term: u64,
     end: i64,
-    first_timestamp: i64,
+    first_timestamp: Option<i64>,
 }
 
 /// The next run of committed entries of a group, and the segment it goes to.
 fn plan_run(inner: &Inner) -> Option<Run> {
-    let mut committed =
-        inner.tail.unflushed().take_while(|entry| entry.next_offset <= inner.high_watermark).peekable();
+    let mut committed = inner
+        .tail
+        .unflushed()
+        .take_while(|entry| entry.next_offset <= inner.high_watermark && entry.is_recorded())
+        .peekable();
     committed.peek()?;
-    let limit = inner.segment_limit();
     let active = inner.segments.back();
     let mut run = Run {
         base: active.map_or(inner.flushed_end, |segment| segment.base),
-        new_segment: active.is_none(),
+        new_segment: false,
         sealed: None,
         position: active.map_or(0, |segment| segment.bytes),
+        direct: false,
         bufs: Vec::new(),
         bytes: 0,
         count: 0,
@@ -92,36 +102,35 @@ fn plan_run(inner: &Inner) -> Option<Run> {
         last_index: inner.flushed_index,
         last_term: inner.flushed_term,
         end: inner.flushed_end,
-        first_timestamp: active.and_then(|segment| segment.first_timestamp).unwrap_or(-1),
+        first_timestamp: active.and_then(|segment| segment.first_timestamp),
     };
     for entry in committed {
         if entry.is_batch() {
             let bytes = entry.bytes.len() as u64;
-            let position = run.position + run.bytes;
-            let too_big = position > 0 && position + bytes > limit;
-            let too_old = position > 0
-                && inner.config.segment_ms >= 0
-                && run.first_timestamp >= 0
-                && entry.max_timestamp.saturating_sub(run.first_timestamp) > inner.config.segment_ms;
-            if too_big || too_old {
-                if run.count > 0 {
-                    break;
-                }
-                run.sealed = (!run.new_segment).then_some((run.base, run.position));
-                run.base = entry.base_offset;
-                run.new_segment = true;
-                run.position = 0;
-                run.first_timestamp = -1;
-                run.builder = IndexBuilder::new();
-            }
-            if run.bytes > 0 && run.bytes + bytes > FLUSH_MAX_BYTES {
+            if run.bytes > 0
+                && (entry.place.starts || entry.direct != run.direct || run.bytes + bytes > FLUSH_MAX_BYTES)
+            {
                 break;
             }
-            if run.first_timestamp < 0 {
-                run.first_timestamp = entry.max_timestamp;
+            if run.bytes == 0 {
+                run.direct = entry.direct;
+                if entry.place.starts {
+                    run.sealed = active.map(|segment| (segment.base, segment.bytes));
+                    run.base = entry.place.base;
+                    run.new_segment = true;
+                    run.position = 0;
+                    run.first_timestamp = None;
+                    run.builder = IndexBuilder::new();
+                }
             }
+            run.first_timestamp.get_or_insert(entry.max_timestamp);
             let term = u32::try_from(entry.term).unwrap_or(u32::MAX);
             let position = run.position + run.bytes;
+            assert_eq!(
+                (entry.place.base, u64::from(entry.place.position)),
+                (run.base, position),
+                "batches go where they were laid out"
+            );
             run.index.extend(run.builder.batch(
                 entry.base_offset,
                 position,
@@ -129,7 +138,9 @@ fn plan_run(inner: &Inner) -> Option<Run> {
                 entry.index,
                 entry.max_timestamp,
             ));
-            run.bufs.push(entry.bytes.clone());
+            if !entry.direct {
+                run.bufs.push(entry.bytes.clone());
+            }
             run.bytes += bytes;
         }
         run.count += 1;
@@ -204,22 +215,24 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         if let Some((base, bytes)) = run.sealed {
             seal(shard, group, base, bytes).map_err(|e| fail("closing segment before", e))?;
         }
-        let file = if run.new_segment {
-            shard.create_file(group, run.base).map_err(|e| fail("creating segment", e))?
-        } else {
-            shard.file(group, run.base).map_err(|e| fail("opening segment", e))?
-        };
-        shard
-            .disk
-            .write_vectored_at(&file, run.bufs.clone(), run.position)
-            .await
-            .map_err(|e| fail("writing segment", e))?;
+        if !run.direct {
+            let file = if run.new_segment {
+                shard.create_file(group, run.base).map_err(|e| fail("creating segment", e))?
+            } else {
+                shard.file(group, run.base).map_err(|e| fail("opening segment", e))?
+            };
+            shard
+                .disk
+                .write_vectored_at(&file, run.bufs.clone(), run.position)
+                .await
+                .map_err(|e| fail("writing segment", e))?;
+            shard.note_space();
+            add(&shard.counters.segment_bytes, run.bytes);
+        }
         if let Err(error) = append_index(group, run.base, run.new_segment, &run.index) {
             // An index that lacks its end is rebuilt from the segment.
             tracing::warn!(group = group.id, %error, "index not written");
         }
-        shard.note_space();
-        add(&shard.counters.segment_bytes, run.bytes);
     }
     if group.deleted.get() {
         return Ok(());
@@ -232,13 +245,14 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
                 inner.segments.push_back(Segment::new(run.base, 0));
                 inner.dir_dirty = true;
             }
-            if !inner.dirty.contains(&run.base) {
-                inner.dirty.push(run.base);
+            inner.note_unsynced(run.base);
+            if run.direct {
+                inner.direct_since_state += run.bytes;
             }
             if let Some(segment) = inner.segments.back_mut() {
                 segment.bytes = run.position + run.bytes;
                 segment.max_timestamp = Some(run.builder.max_timestamp);
-                segment.first_timestamp = Some(run.first_timestamp);
+                segment.first_timestamp = run.first_timestamp;
                 if let Some(index) = &segment.index {
                     index.borrow_mut().extend_from_slice(&run.index);
                 }
@@ -265,6 +279,7 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         }
     }
     shard.evict();
+    shard.room.notify_waiters();
     Ok(())
 }
 
@@ -422,7 +437,7 @@ pub(crate) async fn run(shard: Rc<Shard>) {
         let mut worked = false;
         {
             let _alone = shard.flush_lock.lock().await;
-            if shard.closing.get() {
+            if shard.flusher_ends.get() {
                 return;
             }
             for lane in LANES {
@@ -439,8 +454,12 @@ pub(crate) async fn run(shard: Rc<Shard>) {
             if let Some(group) = next {
                 group.queued.set(false);
                 worked = true;
-                match flush_run(&shard, &group).await {
-                    Ok(_) => {
+                let flushed = match flush_run(&shard, &group).await {
+                    Ok(_) => record_direct(&shard, &group).await,
+                    Err(error) => Err(error),
+                };
+                match flushed {
+                    Ok(()) => {
                         pause_ms = NO_SPACE_PAUSE_MS.0;
                         let (bytes, committed) = {
                             let inner = group.inner.borrow();
@@ -515,12 +534,8 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
         if group.deleted.get() {
             continue;
         }
-        let state = group.state(shard.wal_id, 0);
-        let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
-        group.inner.borrow_mut().record_in(shard, lane);
-        match wal.append(&shard.next_lsn, &record, &state.encode(), Class::System) {
-            Ok((_, at)) => group.touch(wal, at),
-            Err(_) => return Ok(false),
+        if !record_state(shard, group, lane, Class::System) {
+            return Ok(false);
         }
         since_yield += 1;
         if since_yield % 256 == 0 {
@@ -531,13 +546,7 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             }
         }
     }
-    let end = RecordHeader {
-        kind: crate::wal_format::NOTHING,
-        group: crate::types::UNKNOWN_GROUP,
-        index: 0,
-        term: 0,
-        offset: 0,
-    };
+    let end = RecordHeader::of(crate::wal_format::NOTHING, crate::types::UNKNOWN_GROUP);
     let Ok((lsn, _)) = wal.append(&shard.next_lsn, &end, &[], Class::System) else { return Ok(false) };
     wal.announce_retired(file_seq);
     wal.wake_writer();
@@ -549,8 +558,37 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
         return Err(FlushError::Poisoned);
     }
     wal.retired(file_seq);
+    shard.room.notify_waiters();
     add(&shard.counters.files_retired, 1);
     Ok(true)
+}
+
+/// Puts what segments hold of a group, which is synced, into the WAL.
+fn record_state(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane, class: Class) -> bool {
+    let wal = shard.wal(lane);
+    let state = group.state(shard.wal_id, 0).encode();
+    let mut inner = group.inner.borrow_mut();
+    inner.record_in(shard, lane);
+    let record = RecordHeader::of(GROUP_STATE, group.id);
+    let Ok((_, file_seq)) = wal.append(&shard.next_lsn, &record, &state, class) else { return false };
+    inner.touch(group.id, wal, file_seq);
+    inner.direct_since_state = 0;
+    true
+}
+
+/// A restart after a crash checks every large batch that the last group state does not cover; this bounds how much.
+async fn record_direct(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(), FlushError> {
+    let (due, lane) = {
+        let inner = group.inner.borrow();
+        (inner.direct_since_state >= DIRECT_STATE_BYTES, inner.lane)
+    };
+    if due && !group.deleted.get() {
+        sync_segments(shard, std::slice::from_ref(group)).await?;
+        // A ring without room for it will be emptied soon, which records it too.
+        record_state(shard, group, lane, Class::Stage);
+        shard.wal(lane).wake_writer();
+    }
+    Ok(())
 }
 
 /// Entries that are not committed cannot leave the WAL; they move to the newest file of `lane`, or of the durable lane
@@ -561,38 +599,31 @@ fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane
     let lane = if durable { Lane::Durable } else { lane };
     let wal = shard.wal(lane);
     let (mut total, mut largest, mut count) = (0, 0, 0);
-    for entry in inner.tail.unflushed() {
-        total += entry.bytes.len();
-        largest = largest.max(entry.bytes.len());
+    // Those without a record yet will have one behind these.
+    let recorded: Vec<TailEntry> =
+        inner.tail.unflushed().filter(|entry| entry.is_recorded()).cloned().collect();
+    for entry in &recorded {
+        let bytes = if entry.direct { POINTER_BYTES } else { entry.bytes.len() };
+        total += bytes;
+        largest = largest.max(bytes);
         count += 1;
     }
     if !wal.fits_all(total, largest, count) {
         return None;
     }
     inner.record_in(shard, lane);
-    let (mut newest, mut lsn) = (None, 0);
-    let mut places = Vec::with_capacity(count);
-    for entry in inner.tail.unflushed() {
-        let record = RecordHeader {
-            kind: if entry.is_batch() { BATCH } else { CONTROL },
-            group: group.id,
-            index: entry.index,
-            term: entry.term,
-            offset: entry.base_offset,
-        };
-        let (at, file_seq) = wal
-            .append(&shard.next_lsn, &record, &entry.bytes, Class::Stage)
-            .expect("there was room for all of it");
-        places.push(file_seq);
-        lsn = at;
+    let before = inner.last_lsn;
+    let mut lsn = 0;
+    for entry in recorded {
+        let file_seq =
+            record_entry(shard, wal, group.id, &mut inner, &entry).expect("there was room for all of it");
+        inner.tail.note_recorded(entry.index, file_seq, lane);
+        lsn = inner.last_lsn;
     }
-    for file_seq in &places {
-        if newest.replace(*file_seq) != Some(*file_seq) {
-            inner.touch(group.id, wal, *file_seq);
-        }
+    if lane != inner.lane {
+        // What decides about a change of lanes is what was staged in the present one.
+        inner.last_lsn = before;
     }
-    let mut places = places.into_iter();
-    inner.tail.move_unflushed(|_| (places.next().unwrap_or(0), lane));
     wal.wake_writer();
     Some((lane, lsn))
 }
@@ -676,6 +707,11 @@ fn poisoned(shard: &Shard) -> ShutdownError {
 
 pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     shard.closing.set(true);
+    let groups: Vec<Rc<Group>> = shard.groups.borrow().values().cloned().collect();
+    for group in &groups {
+        wait_recorded(shard, group).await?;
+    }
+    shard.flusher_ends.set(true);
     shard.wake_flusher();
     let last = shard.next_lsn.get() - 1;
     for lane in LANES {
@@ -684,7 +720,6 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         }
     }
     let _alone = shard.flush_lock.lock().await;
-    let groups: Vec<Rc<Group>> = shard.groups.borrow().values().cloned().collect();
     let mut everything = true;
     for group in &groups {
         // A full disk is no reason to hang: the WAL has it all.
@@ -753,9 +788,4 @@ pub(crate) fn replace_many(root: &Path, files: Vec<(PathBuf, Vec<u8>)>) -> io::R
         std::fs::rename(path.with_extension("new"), path)?;
     }
     sync_filesystem(root)
-}
-
-/// Whether `bytes` is one whole batch; recovery trusts a block's checksum, not its writer.
-pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
-    record_batch::parse(bytes).ok().filter(|header| header.total_bytes() == bytes.len())
 }

@@ -1,7 +1,7 @@
-//! One partition's log on its shard: staging entries, the tail in memory, what is in segments, and its small state.
+//! One partition's log on its shard: the tail in memory, what is in segments, and its small state.
 //!
-//! Everything here is synchronous and runs on the shard thread; reading segments is in `read.rs`, moving runs to them in
-//! `flush.rs`.
+//! Everything here is synchronous and runs on the shard thread; staging entries is in `stage.rs`, reading segments in
+//! `read.rs`, moving runs to them in `flush.rs`.
 //!
 //! Invariants:
 //! - `flushed_end <= high_watermark` except right after recovery: only committed entries leave the WAL.
@@ -14,27 +14,20 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use flumen_protocol::record_batch;
 
 use crate::group_state::GroupState;
+use crate::layout::{Layout, Limits};
 use crate::leader_epochs::LeaderEpochs;
 use crate::producer_state::ProducerState;
-use crate::ring::Class;
 use crate::segment_index::IndexEntry;
-use crate::store::{Shard, add};
-use crate::tail::{Tail, TailEntry};
-use crate::types::{
-    AdvanceError, Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload,
-    RecoveredGroup, StageError,
-};
+use crate::stage::{Part, Ticket};
+use crate::store::Shard;
+use crate::tail::Tail;
+use crate::types::{Durability, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, RecoveredGroup};
 use crate::wal::Wal;
-use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
 
 /// A run of this size is worth a write of its own.
 pub(crate) const FLUSH_RUN_BYTES: u64 = 256 << 10;
-
-/// Index positions are 32 bits wide.
-const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
@@ -74,7 +67,19 @@ pub(crate) struct Inner {
     /// Segments that the cut left without a place in the log; removed when it is durable.
     pub cut_files: Vec<i64>,
     /// (index, log end before it) of entries recovered above the commit index.
-    recovered_tail: Vec<(u64, i64)>,
+    pub recovered_tail: Vec<(u64, i64)>,
+    /// Where the next batch goes.
+    pub layout: Layout,
+    /// What is staged and not in the WAL yet, behind a large batch that is being written.
+    pub unrecorded: VecDeque<Part>,
+    /// A task sees to `unrecorded`.
+    pub direct_busy: bool,
+    /// Numbers of `stage` that are not safe yet, in order.
+    pub tickets: VecDeque<Ticket>,
+    /// The commit that will tell this group when it is done.
+    pub listed_in: Lsn,
+    /// Of large batches, counted as part of segments since the last group state in the WAL.
+    pub direct_since_state: u64,
     /// Lane of its next entries, and the newest commit in it that has something of this group.
     pub lane: Lane,
     pub last_lsn: Lsn,
@@ -98,6 +103,9 @@ pub(crate) struct Group {
     pub frozen: Cell<bool>,
     pub deleted: Cell<bool>,
     pub queued: Cell<bool>,
+    /// The largest number of `stage` for which all is safe, and whether the broker is yet to hear of it.
+    pub persisted: Cell<u64>,
+    pub has_news: Cell<bool>,
     pub inner: RefCell<Inner>,
     pub producers: RefCell<ProducerState>,
 }
@@ -112,6 +120,8 @@ impl Group {
             frozen: Cell::new(false),
             deleted: Cell::new(false),
             queued: Cell::new(false),
+            persisted: Cell::new(0),
+            has_news: Cell::new(false),
             inner: RefCell::new(Inner {
                 lane: config.durability.lane(),
                 recorded_in: config.durability.lane(),
@@ -133,6 +143,12 @@ impl Group {
                 cut_lsn: None,
                 cut_files: Vec::new(),
                 recovered_tail: Vec::new(),
+                layout: Layout::empty(),
+                unrecorded: VecDeque::new(),
+                direct_busy: false,
+                tickets: VecDeque::new(),
+                listed_in: 0,
+                direct_since_state: 0,
                 last_lsn: 0,
                 touched: [None; 2],
                 meta_dirty: false,
@@ -182,6 +198,11 @@ impl Group {
             inner.recovered_tail = restored.above_commit;
             inner.segments =
                 restored.segments.iter().map(|(base, bytes)| Segment::new(*base, *bytes)).collect();
+            if let Some(active) = inner.segments.back_mut() {
+                active.first_timestamp = restored.first_timestamp;
+                active.max_timestamp = restored.max_timestamp;
+            }
+            inner.layout = inner.layout_at_end();
             for entry in restored.warm {
                 shard.cache_push(group.id, entry.bytes.len());
                 inner.tail.push_flushed(entry);
@@ -241,19 +262,28 @@ impl Group {
     pub fn state(&self, wal_id: u64, lsn: Lsn) -> GroupState {
         let inner = self.inner.borrow();
         let active = inner.segments.back();
+        // What waits for its place in the WAL comes behind this record, and nothing that depends on it may come before.
+        let waiting = inner.tail.unrecorded().next();
+        let hard_state = HardState {
+            commit: waiting.map_or(u64::MAX, |entry| entry.index - 1).min(inner.hard_state.commit),
+            ..inner.hard_state
+        };
+        let log_start = waiting.map_or(i64::MAX, |entry| entry.base_offset).min(inner.log_start);
         GroupState {
             group: self.id,
             dir_name: self.dir_name.clone(),
             os: inner.config.durability == Durability::Os,
             wal_id,
             lsn,
-            hard_state: inner.hard_state,
+            hard_state,
             flushed_index: inner.flushed_index,
             flushed_term: inner.flushed_term,
             flushed_end: inner.flushed_end,
             active_base: active.map_or(-1, |segment| segment.base),
             active_bytes: active.map_or(0, |segment| segment.bytes),
-            log_start: inner.log_start,
+            active_first_timestamp: active.and_then(|segment| segment.first_timestamp),
+            active_max_timestamp: active.and_then(|segment| segment.max_timestamp),
+            log_start,
             epochs: inner.epochs.clone(),
         }
     }
@@ -281,7 +311,7 @@ impl Inner {
     }
 
     /// Offset at which the entry at `index` begins, for replacing it.
-    fn offset_of(&self, index: u64) -> Option<i64> {
+    pub fn offset_of(&self, index: u64) -> Option<i64> {
         if let Some(entry) = self.tail.get(index) {
             return Some(entry.base_offset);
         }
@@ -301,8 +331,36 @@ impl Inner {
         self.flushing
     }
 
-    pub fn segment_limit(&self) -> u64 {
-        self.config.segment_bytes.min(MAX_SEGMENT_BYTES)
+    pub fn limits(&self) -> Limits {
+        Limits { segment_bytes: self.config.segment_bytes, segment_ms: self.config.segment_ms }
+    }
+
+    /// Where the log ends, behind everything staged.
+    pub fn layout_at_end(&self) -> Layout {
+        let mut unflushed = self.tail.unflushed().rev().filter(|entry| entry.is_batch());
+        let active = self.segments.back();
+        match (unflushed.next(), active) {
+            (Some(last), _) => {
+                let base = last.place.base;
+                let began =
+                    std::iter::once(last).chain(unflushed).find(|e| e.place.starts && e.place.base == base);
+                let first = began.map(|entry| entry.max_timestamp);
+                let first = first.or(active.and_then(|segment| segment.first_timestamp)).unwrap_or(-1);
+                let end = u64::from(last.place.position) + last.bytes.len() as u64;
+                Layout::resume(base, end, first)
+            }
+            (None, Some(active)) => {
+                Layout::resume(active.base, active.bytes, active.first_timestamp.unwrap_or(-1))
+            }
+            (None, None) => Layout::empty(),
+        }
+    }
+
+    /// Something was written to a segment that is not synced.
+    pub fn note_unsynced(&mut self, base: i64) {
+        if !self.dirty.contains(&base) {
+            self.dirty.push(base);
+        }
     }
 }
 
@@ -330,208 +388,6 @@ impl GroupLog {
 
     pub fn dir_name(&self) -> &str {
         &self.group.dir_name
-    }
-
-    /// Puts entries and hard state into the commit that is filling, and entries into the tail. They are safe once
-    /// `durable_lsn` of the returned lane reaches the returned LSN. All or nothing: an error has changed nothing.
-    pub fn stage(&self, hard_state: Option<HardState>, entries: &[Entry]) -> Result<(Lane, Lsn), StageError> {
-        let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() {
-            return Err(StageError::Poisoned);
-        }
-        if self.group.deleted.get() {
-            return Err(StageError::Deleted);
-        }
-        if self.group.is_damaged() {
-            return Err(StageError::Damaged);
-        }
-        let mut inner = self.group.inner.borrow_mut();
-        let inner = &mut *inner;
-        let wal = self.choose_lane(inner);
-        let cut = self.admit(inner, wal, hard_state.is_some(), entries)?;
-        if let Some((index, offset)) = cut {
-            self.truncate(inner, index, offset);
-        }
-        let mut lsn = inner.last_lsn;
-        inner.record_in(shard, wal.lane);
-        for entry in entries {
-            let (kind, bytes) = match &entry.payload {
-                Payload::Batch(bytes) => (BATCH, bytes),
-                Payload::Control(bytes) => (CONTROL, bytes),
-            };
-            let record = RecordHeader {
-                kind,
-                group: self.group.id,
-                index: entry.index,
-                term: entry.term,
-                offset: inner.log_end,
-            };
-            let placed = wal.append(&shard.next_lsn, &record, bytes, Class::Stage);
-            let (at, file_seq) = placed.expect("`admit` has found room for all of it");
-            lsn = at;
-            inner.touch(self.group.id, wal, file_seq);
-            let mut next_offset = inner.log_end;
-            let mut max_timestamp = i64::MIN;
-            if kind == BATCH {
-                let header = record_batch::parse_header(bytes).expect("`admit` has parsed it");
-                next_offset = header.next_offset();
-                max_timestamp = header.max_timestamp;
-                if header.has_producer_id() {
-                    self.group.producers.borrow_mut().apply(&header);
-                }
-                inner.epochs.assign(header.leader_epoch, header.base_offset);
-                add(&shard.counters.bytes_appended, bytes.len() as u64);
-                add(&shard.counters.batches_appended, 1);
-            }
-            shard.cache_push(self.group.id, bytes.len());
-            add(&shard.unflushed_bytes, bytes.len() as u64);
-            inner.tail.push(TailEntry {
-                index: entry.index,
-                term: entry.term,
-                base_offset: inner.log_end,
-                next_offset,
-                max_timestamp,
-                bytes: bytes.clone(),
-                file_seq,
-                lane: wal.lane,
-            });
-            inner.last_index = entry.index;
-            inner.last_term = entry.term;
-            inner.log_end = next_offset;
-        }
-        // Behind the entries: cut off in between, the entries are there and nothing that depends on them.
-        if let Some(hard_state) = hard_state {
-            let mut payload = [0; 16];
-            payload[..8].copy_from_slice(&hard_state.vote.to_le_bytes());
-            payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
-            let record = RecordHeader {
-                kind: HARD_STATE,
-                group: self.group.id,
-                index: 0,
-                term: hard_state.term,
-                offset: 0,
-            };
-            let placed = wal.append(&shard.next_lsn, &record, &payload, Class::Stage);
-            let (at, file_seq) = placed.expect("`admit` has found room for all of it");
-            lsn = at;
-            inner.touch(self.group.id, wal, file_seq);
-            inner.hard_state = hard_state;
-        }
-        inner.meta_dirty = true;
-        inner.last_lsn = lsn;
-        if inner.cut_lsn == Some(Lsn::MAX) {
-            inner.cut_lsn = Some(lsn);
-        }
-        wal.wake_writer();
-        Ok((wal.lane, lsn))
-    }
-
-    /// The lane of the partition's durability, once what it has in the other one is done: replay goes by LSN, and an
-    /// entry must not be safe before the one it follows.
-    fn choose_lane(&self, inner: &mut Inner) -> &Wal {
-        let want = inner.config.durability.lane();
-        if want != inner.lane && inner.last_lsn <= self.shard.durable_lsn(inner.lane) {
-            inner.lane = want;
-            // Its commits in the new lane are all to come.
-            inner.last_lsn = 0;
-            match want {
-                Lane::Os => self.shard.use_os_lane(),
-                Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable.set(true),
-            }
-        }
-        self.shard.wal(inner.lane)
-    }
-
-    /// Checks everything about entries before anything changes. Returns index and offset to cut at, if they replace some.
-    fn admit(
-        &self,
-        inner: &Inner,
-        wal: &Wal,
-        has_hard_state: bool,
-        entries: &[Entry],
-    ) -> Result<Option<(u64, i64)>, StageError> {
-        let (mut total, mut largest, mut count) = (0, 0, entries.len());
-        if has_hard_state {
-            (total, largest, count) = (16, 16, count + 1);
-        }
-        let mut cut = None;
-        let mut offset = inner.log_end;
-        let mut next_index = inner.last_index + 1;
-        for (at, entry) in entries.iter().enumerate() {
-            let gap = |reason| StageError::Gap { index: entry.index, reason };
-            if at == 0 && entry.index <= inner.last_index {
-                offset = inner.offset_of(entry.index).ok_or(gap("the entry it replaces is committed"))?;
-                cut = Some((entry.index, offset));
-                next_index = entry.index;
-            }
-            if entry.index != next_index {
-                return Err(gap("its index does not follow"));
-            }
-            next_index += 1;
-            let bytes = entry.payload.bytes();
-            if let Payload::Batch(bytes) = &entry.payload {
-                let header =
-                    record_batch::parse_header(bytes).map_err(|_| gap("it is not a record batch"))?;
-                if header.total_bytes() != bytes.len() {
-                    return Err(gap("it is not exactly one record batch"));
-                }
-                if header.base_offset != offset {
-                    return Err(gap("its base offset is not the log end offset"));
-                }
-                offset = header.next_offset();
-            }
-            total += bytes.len();
-            largest = largest.max(bytes.len());
-        }
-        if largest > wal.largest_record() {
-            return Err(StageError::TooLarge { bytes: largest, limit: wal.largest_record() });
-        }
-        if !wal.fits_all(total, largest, count) {
-            self.shard.wake_flusher();
-            return Err(StageError::NoSpace);
-        }
-        Ok(cut)
-    }
-
-    fn truncate(&self, inner: &mut Inner, index: u64, offset: i64) {
-        let shard = &self.shard;
-        let (removed, unflushed) = inner.tail.truncate(index);
-        shard.cache_bytes.set(shard.cache_bytes.get().saturating_sub(removed));
-        shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
-        inner.recovered_tail.retain(|(known, _)| *known < index);
-        inner.epochs.truncate_end(offset);
-        self.group.producers.borrow_mut().truncate(offset);
-        inner.last_index = index - 1;
-        inner.log_end = offset;
-        inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
-        if index <= inner.flushed_index {
-            crate::flush::cut_segments(shard, &self.group, inner, index, offset);
-        }
-        if inner.snapshot_offset > offset {
-            inner.snapshot_offset = -1;
-            inner.bytes_since_snapshot = u64::MAX / 2;
-            let _ = crate::flush::remove_snapshots_above(&self.group.dir, offset);
-        }
-    }
-
-    /// Whether a batch of `bytes` may be accepted: what `stage` is sure to take, with a margin for what is accepted at
-    /// the same time.
-    pub fn has_room(&self, bytes: usize) -> bool {
-        let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() || self.group.deleted.get() || self.group.is_damaged() {
-            return false;
-        }
-        let wal = shard.wal(self.inner().lane);
-        let room = bytes <= wal.largest_record() && wal.has_room(bytes);
-        if !room {
-            shard.wake_flusher();
-        }
-        room
-    }
-
-    /// The largest batch that this log ever takes.
-    pub fn entry_bytes_max(&self) -> usize {
-        self.shard.wal(self.inner().lane).largest_record()
     }
 
     pub fn health(&self) -> GroupHealth {
@@ -613,54 +469,6 @@ impl GroupLog {
     /// Leader epoch of the record at `offset`; -1 if unknown.
     pub fn epoch_at(&self, offset: i64) -> i32 {
         self.inner().epochs.epoch_at(offset)
-    }
-
-    /// Records below `offset` are gone for readers at once, and for good with the returned commit; whole segments below
-    /// it are deleted.
-    pub fn advance_log_start(&self, offset: i64) -> Result<(Lane, Lsn), AdvanceError> {
-        let mut inner = self.group.inner.borrow_mut();
-        let inner = &mut *inner;
-        let (start, end) = (inner.log_start, inner.log_end);
-        if offset < start || offset > end {
-            return Err(AdvanceError::OutOfRange { offset, start, end });
-        }
-        self.stage_log_start(inner, offset).map_err(AdvanceError::Stage)
-    }
-
-    /// As `advance_log_start`, and waits for the commit.
-    pub async fn delete_below(&self, offset: i64) -> Result<(), AdvanceError> {
-        let (lane, lsn) = self.advance_log_start(offset)?;
-        self.shard.wait_durable(lane, lsn).await?;
-        Ok(())
-    }
-
-    pub(crate) fn stage_log_start(&self, inner: &mut Inner, offset: i64) -> Result<(Lane, Lsn), StageError> {
-        let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() {
-            return Err(StageError::Poisoned);
-        }
-        if self.group.deleted.get() {
-            return Err(StageError::Deleted);
-        }
-        if self.group.is_damaged() {
-            return Err(StageError::Damaged);
-        }
-        if offset == inner.log_start {
-            return Ok((inner.lane, inner.last_lsn));
-        }
-        let wal = self.choose_lane(inner);
-        inner.record_in(shard, wal.lane);
-        let record = RecordHeader { kind: LOG_START, group: self.group.id, index: 0, term: 0, offset };
-        let (lsn, file_seq) =
-            wal.append(&shard.next_lsn, &record, &[], Class::Stage).map_err(|_| StageError::NoSpace)?;
-        inner.touch(self.group.id, wal, file_seq);
-        inner.last_lsn = lsn;
-        inner.log_start = offset;
-        inner.epochs.truncate_start(offset);
-        inner.meta_dirty = true;
-        wal.wake_writer();
-        crate::retention::drop_below_start(shard, &self.group, inner);
-        Ok((wal.lane, lsn))
     }
 
     pub fn set_config(&self, config: GroupConfig) {

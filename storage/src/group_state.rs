@@ -9,7 +9,8 @@ use crate::types::{GroupId, HardState};
 const MAGIC: [u8; 4] = *b"FLGS";
 const VERSION: u16 = 1;
 const FLAG_OS: u16 = 1;
-const FIXED_BYTES: usize = 108;
+const FIXED_BYTES: usize = 124;
+const UNKNOWN_TIMESTAMP: i64 = i64::MIN;
 
 /// Longest directory name a file system takes, with room for the suffix of a deletion.
 pub const MAX_DIR_NAME_BYTES: usize = 220;
@@ -29,6 +30,9 @@ pub struct GroupState {
     /// Base offset of the segment being written and how much of it is good; -1 before the first one.
     pub active_base: i64,
     pub active_bytes: u64,
+    /// Of its first batch, and the largest of all; unknown where they were not read.
+    pub active_first_timestamp: Option<i64>,
+    pub active_max_timestamp: Option<i64>,
     pub log_start: i64,
     pub epochs: LeaderEpochs,
 }
@@ -47,6 +51,8 @@ impl GroupState {
             flushed_end: 0,
             active_base: -1,
             active_bytes: 0,
+            active_first_timestamp: None,
+            active_max_timestamp: None,
             log_start: 0,
             epochs: LeaderEpochs::default(),
         }
@@ -73,6 +79,9 @@ impl GroupState {
         out.extend_from_slice(&self.flushed_end.to_le_bytes());
         out.extend_from_slice(&self.active_base.to_le_bytes());
         out.extend_from_slice(&self.active_bytes.to_le_bytes());
+        for timestamp in [self.active_first_timestamp, self.active_max_timestamp] {
+            out.extend_from_slice(&timestamp.unwrap_or(UNKNOWN_TIMESTAMP).to_le_bytes());
+        }
         out.extend_from_slice(&self.log_start.to_le_bytes());
         out.extend_from_slice(&(self.dir_name.len() as u16).to_le_bytes());
         out.extend_from_slice(&(self.epochs.entries().len() as u16).to_le_bytes());
@@ -105,6 +114,8 @@ impl GroupState {
         let flushed_end = cursor.i64()?;
         let active_base = cursor.i64()?;
         let active_bytes = cursor.u64()?;
+        let mut timestamp = || Some(Some(cursor.i64()?).filter(|known| *known != UNKNOWN_TIMESTAMP));
+        let (active_first_timestamp, active_max_timestamp) = (timestamp()?, timestamp()?);
         let log_start = cursor.i64()?;
         let name_len = usize::from(cursor.u16()?);
         let epoch_count = usize::from(cursor.u16()?);
@@ -129,6 +140,8 @@ impl GroupState {
             flushed_end,
             active_base,
             active_bytes,
+            active_first_timestamp,
+            active_max_timestamp,
             log_start,
             epochs,
         })
@@ -157,6 +170,7 @@ mod tests {
         state.hard_state = HardState { term: 5, vote: 1, commit: 1000 };
         (state.flushed_index, state.flushed_term, state.flushed_end) = (990, 5, 123_456);
         (state.active_base, state.active_bytes, state.log_start) = (100_000, 7_777, 50);
+        state.active_first_timestamp = Some(17);
         state.epochs.assign(3, 0);
         state.epochs.assign(5, 100);
         state

@@ -9,9 +9,11 @@
 
 mod codec;
 mod data_dir;
+mod direct;
 mod flush;
 mod group;
 mod group_state;
+mod layout;
 mod leader_epochs;
 mod producer_state;
 mod read;
@@ -21,6 +23,7 @@ mod restore;
 mod retention;
 mod ring;
 mod segment_index;
+mod stage;
 mod store;
 mod tail;
 mod types;

@@ -16,13 +16,13 @@ use crate::data_dir::{boot_id, open_error, replace_file};
 use crate::flush::replace_many;
 use crate::group_state::GroupState;
 use crate::producer_state::ProducerState;
-use crate::replay::{Action, Position, Replayed, replay};
+use crate::replay::{Action, Content, Position, Replayed, replay};
 pub(crate) use crate::restore::Restored;
 use crate::restore::{Afterwards, RestoreError, restore};
 use crate::types::{GroupHealth, GroupId, HardState, LANES, Lane, OpenError, RecoveredGroup, UNKNOWN_GROUP};
 use crate::wal_format::{
-    BATCH, CONTROL, Found, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, RecordHeader, Suspects, judge,
-    records, scan,
+    BATCH, CONTROL, Found, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, POINTER, RecordHeader, Suspects,
+    decode_pointer, judge, records, scan,
 };
 
 /// Up to this many files are synced one by one.
@@ -111,14 +111,18 @@ fn read_wal_id(path: &Path) -> Result<Option<u64>, OpenError> {
     }
 }
 
-fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
+fn action(header: &RecordHeader, payload: Bytes, may_be_lost: bool) -> Option<Action> {
     match header.kind {
-        BATCH | CONTROL => Some(Action::Entry {
+        BATCH | CONTROL | POINTER => Some(Action::Entry {
             index: header.index,
             term: header.term,
             offset: header.offset,
-            is_batch: header.kind == BATCH,
-            payload,
+            starts_segment: header.starts_segment,
+            content: match header.kind {
+                BATCH => Content::Batch(payload),
+                CONTROL => Content::Control(payload),
+                _ => Content::InSegment { pointer: decode_pointer(&payload)?, may_be_lost },
+            },
         }),
         HARD_STATE => {
             let mut cursor = Cursor::new(&payload);
@@ -154,7 +158,8 @@ fn read_ring(path: &Path, lane: Lane, shard: u32, wal_id: u64, out: &mut Records
     // The os lane promises nothing over a loss of power; then it ends where the kernel had not written yet.
     let newest = found.iter().filter(|block| block.payload_ok).max_by_key(|block| block.header.sequence);
     let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id());
-    let judged = judge(&found, lane == Lane::Os && !same_boot);
+    let may_be_lost = lane == Lane::Os && !same_boot;
+    let judged = judge(&found, may_be_lost);
     let mut ring = Ring { path: path.to_owned(), empty: found.is_empty(), damage: Vec::new() };
     for (sequence, suspects) in judged.damage {
         ring.damage.push((format!("commit {sequence} in {} is damaged", path.display()), suspects));
@@ -168,8 +173,10 @@ fn read_ring(path: &Path, lane: Lane, shard: u32, wal_id: u64, out: &mut Records
         let payload_end = block.payload_at + block.header.payload_len as usize;
         let payload = bytes.slice(block.payload_at..payload_end);
         for (number, record) in records(&payload).enumerate() {
-            let parsed = record
-                .map(|(header, range)| (header.group, header.kind, action(&header, payload.slice(range))));
+            let parsed = record.map(|(header, range)| {
+                let action = action(&header, payload.slice(range), may_be_lost);
+                (header.group, header.kind, action)
+            });
             match parsed {
                 Some((group, _, Some(action))) => {
                     let position = (block.header.lsn, u32::try_from(number).unwrap_or(u32::MAX));

@@ -5,9 +5,11 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use crate::flush::is_one_batch;
+use flumen_protocol::record_batch::{self, BatchHeader};
+
 use crate::group_state::GroupState;
 use crate::types::HardState;
+use crate::wal_format::Pointer;
 
 /// Where a record stands: commit, and number of the record in it.
 pub type Position = (u64, u32);
@@ -17,8 +19,38 @@ pub enum Action {
     State(Box<GroupState>),
     Hard(HardState),
     LogStart(i64),
-    Entry { index: u64, term: u64, offset: i64, is_batch: bool, payload: Bytes },
+    Entry { index: u64, term: u64, offset: i64, starts_segment: bool, content: Content },
     Delete,
+}
+
+/// What an entry consists of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    Control(Bytes),
+    Batch(Bytes),
+    /// A batch that is in its segment. `may_be_lost`: the os lane, after a loss of power, which takes what the kernel
+    /// had not written.
+    InSegment {
+        pointer: Pointer,
+        may_be_lost: bool,
+    },
+}
+
+impl Content {
+    /// The header of a batch; recovery trusts a block's checksum, not its writer.
+    pub fn header(&self) -> Option<BatchHeader> {
+        match self {
+            Self::Control(_) => None,
+            Self::Batch(bytes) => {
+                record_batch::parse(bytes).ok().filter(|header| header.total_bytes() == bytes.len())
+            }
+            Self::InSegment { pointer, .. } => record_batch::parse_header(&pointer.header).ok(),
+        }
+    }
+
+    pub fn is_batch(&self) -> bool {
+        !matches!(self, Self::Control(_))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,8 +59,8 @@ pub struct LogEntry {
     pub term: u64,
     pub offset: i64,
     pub next_offset: i64,
-    pub is_batch: bool,
-    pub payload: Bytes,
+    pub starts_segment: bool,
+    pub content: Content,
 }
 
 #[derive(Debug)]
@@ -78,7 +110,7 @@ pub fn replay(
                 }
             }
             Action::LogStart(offset) => state.log_start = state.log_start.max(*offset),
-            Action::Entry { index, term, offset, is_batch, payload } => {
+            Action::Entry { index, term, offset, starts_segment, content } => {
                 let (index, term, offset) = (*index, *term, *offset);
                 if index <= state.flushed_index {
                     if *position <= base_at {
@@ -120,21 +152,16 @@ pub fn replay(
                     return Err(format!("entry {index} has offset {offset}, the log ends at {end}"));
                 }
                 let mut next_offset = end;
-                if *is_batch {
-                    let header = is_one_batch(payload)
+                if content.is_batch() {
+                    let header = content
+                        .header()
                         .filter(|header| header.base_offset == end)
                         .ok_or_else(|| format!("entry {index} is not the record batch for offset {end}"))?;
                     next_offset = header.next_offset();
                 }
-                let payload = payload.clone();
-                entries.push_back(LogEntry {
-                    index,
-                    term,
-                    offset,
-                    next_offset,
-                    is_batch: *is_batch,
-                    payload,
-                });
+                let content = content.clone();
+                let starts_segment = *starts_segment;
+                entries.push_back(LogEntry { index, term, offset, next_offset, starts_segment, content });
             }
         }
     }
@@ -142,12 +169,10 @@ pub fn replay(
     if let Some(ahead) = ahead.filter(|ahead| *ahead > last_index) {
         return Err(format!("entries {} to {} are missing", last_index + 1, ahead - 1));
     }
-    for entry in entries.iter().filter(|entry| entry.is_batch) {
-        if let Some(header) = is_one_batch(&entry.payload) {
-            // Entries that were replaced may have left their epoch; offsets decide.
-            state.epochs.truncate_end(entry.offset.saturating_add(1));
-            state.epochs.assign(header.leader_epoch, header.base_offset);
-        }
+    for header in entries.iter().filter_map(|entry| entry.content.header()) {
+        // Entries that were replaced may have left their epoch; offsets decide.
+        state.epochs.truncate_end(header.base_offset.saturating_add(1));
+        state.epochs.assign(header.leader_epoch, header.base_offset);
     }
     Ok(Some(Replayed { state, entries: entries.into(), cut, deleted }))
 }
@@ -159,8 +184,8 @@ mod tests {
     use flumen_protocol::record_batch::set_base_offset;
 
     fn entry(index: u64, term: u64, offset: i64, records: i64) -> Action {
-        let payload = if records == 0 {
-            Bytes::new()
+        let content = if records == 0 {
+            Content::Control(Bytes::new())
         } else {
             let mut builder = BatchBuilder::new();
             builder.leader_epoch(term as i32);
@@ -169,9 +194,9 @@ mod tests {
             }
             let mut batch = builder.build(offset);
             set_base_offset(&mut batch, offset);
-            batch.freeze()
+            Content::Batch(batch.freeze())
         };
-        Action::Entry { index, term, offset, is_batch: records > 0, payload }
+        Action::Entry { index, term, offset, starts_segment: false, content }
     }
 
     fn at(actions: Vec<Action>) -> Vec<(Position, Action)> {

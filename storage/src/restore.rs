@@ -2,7 +2,8 @@
 //! producers rebuilt where they are missing.
 //!
 //! Offline, plain calls. Nothing is removed or shortened here before the new `group.meta` is durable, unless it is
-//! beyond what the old one counts; so recovery can be cut short anywhere and run again.
+//! beyond what the old one counts; so recovery can be cut short anywhere and run again. Large batches that the WAL only
+//! points to lie beyond it too: they are looked for before anything else happens.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,24 +11,29 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use flumen_io::{File, Mode};
+use flumen_protocol::record_batch::{self, BatchHeader, HEADER_BYTES};
 
 use crate::flush::{position_of, snapshots, write_snapshot};
 use crate::group_state::GroupState;
+use crate::layout::Place;
 use crate::leader_epochs::LeaderEpochs;
 use crate::producer_state::ProducerState;
-use crate::replay::{LogEntry, Replayed};
+use crate::replay::{Content, LogEntry, Replayed};
 use crate::segment_index::{self, IndexBuilder, IndexEntry, encode_entry, encode_header};
 use crate::tail::TailEntry;
+use crate::types::Lane;
+use crate::wal_format::Pointer;
 use crate::walk::{Step, Walk};
 
-/// Recovery does not know the topic's segment size; this is Kafka's default.
-const ROLL_BYTES: u64 = 1 << 30;
 const PIECE_BYTES: usize = 1 << 20;
 
 /// What `attach` needs beyond the public part of a recovered group.
 #[derive(Debug, Default)]
 pub(crate) struct Restored {
     pub segments: Vec<(i64, u64)>,
+    /// Of the last segment.
+    pub first_timestamp: Option<i64>,
+    pub max_timestamp: Option<i64>,
     pub epochs: LeaderEpochs,
     pub snapshot_offset: i64,
     pub above_commit: Vec<(u64, i64)>,
@@ -89,7 +95,7 @@ fn scan(
     path: &Path,
     bytes: u64,
     (mut position, mut offset): (u64, i64),
-    mut each: impl FnMut(&flumen_protocol::record_batch::BatchHeader, u64),
+    mut each: impl FnMut(&BatchHeader, u64),
 ) -> Result<i64, RestoreError> {
     let io = |error| RestoreError::Io(path.to_owned(), error);
     let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
@@ -222,12 +228,58 @@ fn restore_producers(
             }
         })?;
     }
-    for entry in entries.iter().filter(|entry| entry.is_batch && entry.offset >= from) {
-        if let Some(header) = crate::flush::is_one_batch(&entry.payload) {
+    for header in entries.iter().filter_map(|entry| entry.content.header()) {
+        if header.base_offset >= from {
             state.apply(&header);
         }
     }
     Ok((state, found))
+}
+
+/// Whether a batch is where the WAL says.
+fn is_there(file: &File, pointer: &Pointer, buf: &mut Vec<u8>) -> io::Result<bool> {
+    let Ok(header) = record_batch::parse_header(&pointer.header) else { return Ok(false) };
+    let total = header.total_bytes();
+    if u64::from(pointer.position) + total as u64 > file.len()? {
+        return Ok(false);
+    }
+    buf.resize(total, 0);
+    let got = file.read_full_at(buf, u64::from(pointer.position))?;
+    Ok(got == total && buf[..HEADER_BYTES] == pointer.header && record_batch::crc_ok(buf))
+}
+
+/// Looks for the batches that are only pointed to. The log ends at the first one that a loss of power may have taken.
+fn check_pointers(dir: &Path, entries: &mut Vec<LogEntry>) -> Result<(), RestoreError> {
+    let mut open: Option<(i64, File)> = None;
+    let mut buf = Vec::new();
+    for at in 0..entries.len() {
+        let Content::InSegment { pointer, may_be_lost } = &entries[at].content else { continue };
+        let path = log_path(dir, pointer.base);
+        let io = |error| RestoreError::Io(path.clone(), error);
+        if open.as_ref().is_none_or(|(base, _)| *base != pointer.base) {
+            open = match File::open(&path, Mode::default()) {
+                Ok(file) => Some((pointer.base, file)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                Err(error) => return Err(io(error)),
+            };
+        }
+        let there = match &open {
+            Some((_, file)) => is_there(file, pointer, &mut buf).map_err(io)?,
+            None => false,
+        };
+        if !there && *may_be_lost {
+            tracing::warn!(path = %path.display(), "a batch kept by the kernel was lost with the machine's power");
+            entries.truncate(at);
+            return Ok(());
+        }
+        if !there {
+            let offset = entries[at].offset;
+            let reason =
+                format!("{}: the batch at offset {offset} is not where it was written", path.display());
+            return Err(RestoreError::Damaged(reason));
+        }
+    }
+    Ok(())
 }
 
 /// Writes entries behind the last segment, in large writes.
@@ -235,11 +287,19 @@ struct Appender<'a> {
     dir: &'a Path,
     segments: &'a mut Vec<(i64, u64)>,
     index: Option<(i64, Index)>,
+    /// Of the last segment.
+    first_timestamp: Option<i64>,
     pending: Vec<u8>,
     written: &'a mut Vec<PathBuf>,
 }
 
 impl Appender<'_> {
+    fn note_written(&mut self, path: PathBuf) {
+        if self.written.last() != Some(&path) {
+            self.written.push(path);
+        }
+    }
+
     fn flush(&mut self) -> Result<(), RestoreError> {
         let Some((base, bytes)) = self.segments.last_mut() else { return Ok(()) };
         if self.pending.is_empty() {
@@ -253,47 +313,67 @@ impl Appender<'_> {
         write().map_err(|error| RestoreError::Io(path.clone(), error))?;
         *bytes += self.pending.len() as u64;
         self.pending.clear();
-        if self.written.last() != Some(&path) {
-            self.written.push(path);
-        }
+        self.note_written(path);
         Ok(())
     }
 
     fn finish_index(&mut self, end: i64, term: u32, next_index: u64) -> Result<(), RestoreError> {
         self.flush()?;
-        let (Some((base, mut index)), Some((_, bytes))) = (self.index.take(), self.segments.last()) else {
+        let (Some((base, index)), Some((_, bytes))) = (&mut self.index, self.segments.last()) else {
             return Ok(());
         };
         index.entries.extend(index.builder.end(end, *bytes, term, next_index));
         // Not synced: a bad index is built again.
-        write_index(self.dir, base, &index.entries)
+        write_index(self.dir, *base, &index.entries)
             .map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
     }
 
-    fn append(&mut self, entry: &LogEntry, last: &mut (u32, u64)) -> Result<(), RestoreError> {
-        let size = entry.payload.len() as u64;
-        let at = self.segments.last().map_or(u64::MAX, |(_, bytes)| bytes + self.pending.len() as u64);
-        let roll = self.segments.is_empty() || (at > 0 && at.saturating_add(size) > ROLL_BYTES);
-        if roll {
+    fn append(
+        &mut self,
+        entry: &LogEntry,
+        header: &BatchHeader,
+        last: &mut (u32, u64),
+    ) -> Result<(), RestoreError> {
+        if entry.starts_segment || self.segments.is_empty() {
             self.finish_index(entry.offset, last.0, last.1)?;
             self.segments.push((entry.offset, 0));
             let index = Index { entries: Vec::new(), builder: IndexBuilder::new(), rebuilt: true };
             self.index = Some((entry.offset, index));
-            let path = log_path(self.dir, entry.offset);
-            // What a cut short recovery left.
-            let fresh = File::open(&path, Mode { write: true, create: true, ..Mode::default() })
-                .and_then(|file| file.set_len(0));
-            fresh.map_err(|error| RestoreError::Io(path, error))?;
+            self.first_timestamp = None;
         }
-        let position = if roll { 0 } else { at };
+        let (base, bytes) = self.segments.last().copied().unwrap_or((entry.offset, 0));
+        let position = bytes + self.pending.len() as u64;
         let term = u32::try_from(entry.term).unwrap_or(u32::MAX);
+        self.first_timestamp.get_or_insert(header.max_timestamp);
         if let Some((_, index)) = &mut self.index {
-            let timestamp = crate::flush::is_one_batch(&entry.payload).map_or(i64::MIN, |h| h.max_timestamp);
+            let timestamp = header.max_timestamp;
             index.entries.extend(index.builder.batch(entry.offset, position, term, entry.index, timestamp));
         }
         *last = (term, entry.index + 1);
-        self.pending.extend_from_slice(&entry.payload);
-        if self.pending.len() >= PIECE_BYTES { self.flush() } else { Ok(()) }
+        match &entry.content {
+            Content::Batch(bytes) => {
+                self.pending.extend_from_slice(bytes);
+                if self.pending.len() >= PIECE_BYTES { self.flush() } else { Ok(()) }
+            }
+            Content::InSegment { pointer, .. } => {
+                self.flush()?;
+                if (pointer.base, u64::from(pointer.position)) != (base, position) {
+                    return Err(RestoreError::Damaged(format!(
+                        "{}: the batch at offset {} was written at {} of segment {}, where the log does not lead",
+                        log_path(self.dir, base).display(),
+                        entry.offset,
+                        pointer.position,
+                        pointer.base
+                    )));
+                }
+                if let Some((_, bytes)) = self.segments.last_mut() {
+                    *bytes += header.total_bytes() as u64;
+                }
+                self.note_written(log_path(self.dir, base));
+                Ok(())
+            }
+            Content::Control(_) => Ok(()),
+        }
     }
 }
 
@@ -306,30 +386,18 @@ pub(crate) fn restore(
 ) -> Result<Outcome, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
-    let Replayed { mut state, entries, cut, .. } = replayed;
+    let Replayed { mut state, mut entries, cut, .. } = replayed;
     let mut afterwards = Vec::new();
+    check_pointers(dir, &mut entries)?;
     let on_disk = list_segments(dir).map_err(io)?;
     let mut segments: Vec<(i64, u64)> = on_disk
         .iter()
         .filter(|(base, _)| **base < state.active_base)
         .map(|(base, bytes)| (*base, *bytes))
         .collect();
-    for (base, _) in on_disk.range(state.active_base.saturating_add(1).max(0)..) {
-        // Begun after the state was written; the WAL has what was in it.
-        std::fs::remove_file(log_path(dir, *base)).map_err(io)?;
-        let _ = std::fs::remove_file(index_path(dir, *base));
-    }
     if state.active_base >= 0 {
         match on_disk.get(&state.active_base) {
             Some(bytes) if *bytes >= state.active_bytes => {
-                if *bytes > state.active_bytes {
-                    let file = File::open(
-                        &log_path(dir, state.active_base),
-                        Mode { write: true, ..Mode::default() },
-                    );
-                    file.and_then(|file| file.set_len(state.active_bytes)).map_err(io)?;
-                    changed = true;
-                }
                 segments.push((state.active_base, state.active_bytes));
             }
             // Retention may take the last segment as well.
@@ -358,8 +426,6 @@ pub(crate) fn restore(
                 break;
             }
             segments.pop();
-            afterwards.push(Afterwards::Remove(log_path(dir, base)));
-            afterwards.push(Afterwards::Remove(index_path(dir, base)));
         }
         changed = true;
     }
@@ -385,22 +451,50 @@ pub(crate) fn restore(
         restore_producers(dir, &segments, state.flushed_end, &entries, usable_up_to)?;
     let mut written = Vec::new();
     let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
+    let counted = segments.last().map(|(base, _)| *base);
     let mut appender = Appender {
+        first_timestamp: state.active_first_timestamp.filter(|_| counted == Some(state.active_base)),
         dir,
         segments: &mut segments,
         index: last_index,
         pending: Vec::new(),
         written: &mut written,
     };
-    let batches = entries.iter().any(|entry| entry.is_batch);
-    for entry in entries.iter().filter(|entry| entry.is_batch) {
-        appender.append(entry, &mut last)?;
+    let mut batches = false;
+    for entry in &entries {
+        if let Some(header) = entry.content.header() {
+            appender.append(entry, &header, &mut last)?;
+            batches = true;
+        }
     }
     if batches {
         appender.finish_index(log_end, last.0, last.1)?;
     }
-    if let (Some(_), Some((base, bytes))) = (cut, segments.last()) {
-        afterwards.push(Afterwards::Shorten(log_path(dir, *base), *bytes));
+    let first_timestamp = appender.first_timestamp;
+    let max_timestamp = appender.index.as_ref().map(|(_, index)| index.builder.max_timestamp);
+    // What lies beyond the log's end was written and not counted, or cut. What the old state counts goes afterwards.
+    for (base, bytes) in segments.iter().filter(|(base, _)| *base >= counted.unwrap_or(-1)) {
+        let path = log_path(dir, *base);
+        let file = File::open(&path, Mode { write: true, ..Mode::default() }).map_err(io)?;
+        if file.len().map_err(io)? > *bytes {
+            changed = true;
+            match cut {
+                Some(_) => afterwards.push(Afterwards::Shorten(path, *bytes)),
+                None => file.set_len(*bytes).map_err(io)?,
+            }
+        }
+    }
+    let gone = |base: &i64| segments.iter().all(|(kept, _)| kept != base);
+    for base in on_disk.keys().copied().filter(gone) {
+        for path in [log_path(dir, base), index_path(dir, base)] {
+            match cut {
+                Some(_) => afterwards.push(Afterwards::Remove(path)),
+                None => match std::fs::remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(error)),
+                    _ => {}
+                },
+            }
+        }
     }
     if snapshot_from != log_end {
         write_snapshot(dir, log_end, &producers.encode(log_end)).map_err(io)?;
@@ -436,31 +530,44 @@ pub(crate) fn restore(
     state.flushed_term = last_term;
     state.flushed_end = log_end;
     (state.active_base, state.active_bytes) = active.unwrap_or((-1, 0));
+    (state.active_first_timestamp, state.active_max_timestamp) = (first_timestamp, max_timestamp);
     state.epochs.truncate_end(log_end);
     state.epochs.truncate_start(state.log_start);
-    let restored =
-        Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
+    let restored = Restored {
+        segments,
+        first_timestamp,
+        max_timestamp,
+        epochs: state.epochs.clone(),
+        snapshot_offset: log_end,
+        above_commit,
+        warm,
+    };
     Ok(Outcome { state, producers, restored, last_index, last_term, log_end, written, afterwards, changed })
 }
 
-/// The newest entries, copied out of the WAL's pages, as far as the budget goes.
+/// The newest entries, copied out of the WAL's pages, as far as the budget goes and they are in it.
 fn warm(entries: &[LogEntry], budget: &mut usize) -> Vec<TailEntry> {
-    let mut from = entries.len();
-    while from > 0 && entries[from - 1].payload.len() <= *budget {
-        from -= 1;
-        *budget -= entries[from].payload.len();
-    }
-    entries[from..]
-        .iter()
-        .map(|entry| TailEntry {
+    let mut warm = Vec::new();
+    for entry in entries.iter().rev() {
+        let (Content::Batch(bytes) | Content::Control(bytes)) = &entry.content else { break };
+        if bytes.len() > *budget {
+            break;
+        }
+        *budget -= bytes.len();
+        warm.push(TailEntry {
             index: entry.index,
             term: entry.term,
             base_offset: entry.offset,
             next_offset: entry.next_offset,
-            max_timestamp: crate::flush::is_one_batch(&entry.payload).map_or(i64::MIN, |h| h.max_timestamp),
-            bytes: Bytes::copy_from_slice(&entry.payload),
+            max_timestamp: entry.content.header().map_or(i64::MIN, |header| header.max_timestamp),
+            bytes: Bytes::copy_from_slice(bytes),
+            place: Place::NONE,
+            direct: false,
+            written: true,
             file_seq: 0,
-            lane: crate::types::Lane::Durable,
-        })
-        .collect()
+            lane: Lane::Durable,
+        });
+    }
+    warm.reverse();
+    warm
 }

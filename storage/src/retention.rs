@@ -89,6 +89,9 @@ fn drop_front(shard: &Shard, group: &Group, inner: &mut Inner, count: usize) -> 
         shard.throw_away(group.index_path(segment.base), reason);
         shard.throw_away(group.log_path(segment.base), reason);
     }
+    if inner.segments.is_empty() {
+        inner.layout = inner.layout_at_end();
+    }
     inner.meta_dirty |= count > 0;
     bytes
 }

@@ -96,6 +96,13 @@ pub(crate) struct Shard {
     pub next_lsn: Cell<Lsn>,
     durable: [Cell<Lsn>; 2],
     durable_changed: [Notify; 2],
+    /// Groups with a larger `persisted` than the broker has heard of.
+    news: RefCell<Vec<Rc<Group>>>,
+    persisted_changed: Notify,
+    /// Told when some room may have come about.
+    pub room: Notify,
+    /// Told when a group has nothing waiting for its place in the WAL any more.
+    pub recorded: Notify,
     poisoned: RefCell<Option<String>>,
     pub closing: Cell<bool>,
     closed: Cell<bool>,
@@ -105,6 +112,8 @@ pub(crate) struct Shard {
     pub unflushed_bytes: Cell<u64>,
     pub flush_queue: RefCell<VecDeque<Rc<Group>>>,
     pub flush_wake: Notify,
+    /// Everything is recorded and nothing more comes: the flusher may end.
+    pub flusher_ends: Cell<bool>,
     /// Held over each piece of flushing; shutdown takes it to be alone.
     pub flush_lock: tokio::sync::Mutex<()>,
     files: RefCell<FileCache>,
@@ -146,11 +155,19 @@ impl Shard {
         for changed in &self.durable_changed {
             changed.notify_waiters();
         }
+        self.persisted_changed.notify_waiters();
+        self.recorded.notify_waiters();
+        self.room.notify_waiters();
+    }
+
+    pub fn has_no_space(&self) -> bool {
+        self.no_space.get()
     }
 
     pub fn note_no_space(&self, doing: &str, error: &io::Error) {
         if !self.no_space.replace(true) {
             tracing::error!(shard = self.config.shard, doing, %error, "no space on the disk; waiting for some");
+            self.room.notify_waiters();
         }
     }
 
@@ -165,7 +182,7 @@ impl Shard {
     }
 
     /// A block of a lane is done; those before it were written before it.
-    pub fn note_commit(&self, lane: Lane, lsn: Lsn, bytes: u64, took: Duration) {
+    pub fn note_commit(&self, lane: Lane, lsn: Lsn, bytes: u64, took: Duration, listed: &[Rc<Group>]) {
         let counters = &self.counters;
         add(&counters.wal_bytes, bytes);
         add(&counters.wal_commits, 1);
@@ -179,6 +196,37 @@ impl Shard {
         }
         self.durable[lane as usize].set(lsn);
         self.durable_changed[lane as usize].notify_waiters();
+        for group in listed {
+            group.committed(self, lane, lsn);
+        }
+        self.room.notify_waiters();
+    }
+
+    /// All that came with a number of `stage` up to this one is safe.
+    pub fn report(&self, group: &Rc<Group>, number: u64) {
+        group.persisted.set(number);
+        if !group.has_news.replace(true) {
+            self.news.borrow_mut().push(Rc::clone(group));
+        }
+        self.persisted_changed.notify_waiters();
+    }
+
+    pub fn check_live(&self) -> Result<(), LogPoisoned> {
+        if let Some(reason) = &*self.poisoned.borrow() {
+            return Err(LogPoisoned { reason: reason.clone() });
+        }
+        if self.closed.get() {
+            return Err(LogPoisoned { reason: "the store is shut down".to_owned() });
+        }
+        Ok(())
+    }
+
+    /// Waits until something more is persisted.
+    pub async fn any_persisted(&self) -> Result<(), LogPoisoned> {
+        let changed = self.persisted_changed.notified();
+        self.check_live()?;
+        changed.await;
+        Ok(())
     }
 
     pub fn durable_lsn(&self, lane: Lane) -> Lsn {
@@ -193,12 +241,7 @@ impl Shard {
             if durable > seen {
                 return Ok(durable);
             }
-            if let Some(reason) = &*self.poisoned.borrow() {
-                return Err(LogPoisoned { reason: reason.clone() });
-            }
-            if self.closed.get() {
-                return Err(LogPoisoned { reason: "the store is shut down".to_owned() });
-            }
+            self.check_live()?;
             changed.await;
         }
     }
@@ -272,6 +315,14 @@ impl Shard {
         let file = File::open(&group.log_path(base), mode)?;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
+    }
+
+    /// For a segment that may not be there yet.
+    pub fn file_or_create(&self, group: &Group, base: i64) -> io::Result<File> {
+        match self.file(group, base) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.create_file(group, base),
+            found => found,
+        }
     }
 
     pub fn create_file(&self, group: &Group, base: i64) -> io::Result<File> {
@@ -411,6 +462,10 @@ impl ShardStore {
             next_lsn: Cell::new(1),
             durable: Default::default(),
             durable_changed: Default::default(),
+            news: RefCell::default(),
+            persisted_changed: Notify::new(),
+            room: Notify::new(),
+            recorded: Notify::new(),
             poisoned: RefCell::new(None),
             closing: Cell::new(false),
             closed: Cell::new(false),
@@ -419,6 +474,7 @@ impl ShardStore {
             unflushed_bytes: Cell::new(0),
             flush_queue: RefCell::default(),
             flush_wake: Notify::new(),
+            flusher_ends: Cell::new(false),
             flush_lock: tokio::sync::Mutex::new(()),
             files: RefCell::default(),
             read_ahead: RefCell::default(),
@@ -484,7 +540,7 @@ impl ShardStore {
         if state.os {
             shard.use_os_lane();
         }
-        let record = RecordHeader { kind: GROUP_STATE, group: group_id, index: 0, term: 0, offset: 0 };
+        let record = RecordHeader::of(GROUP_STATE, group_id);
         let wal = shard.wal(config.durability.lane());
         let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
             let _ = std::fs::remove_dir(&path);
@@ -506,6 +562,7 @@ impl ShardStore {
         let shard = &self.shard;
         let group = shard.groups.borrow_mut().remove(&group_id).ok_or(DeleteError::Unknown(group_id))?;
         group.mark_deleted(shard);
+        shard.recorded.notify_waiters();
         // Not while a run of it is on its way to a segment.
         let alone = shard.flush_lock.lock().await;
         let root = shard.segments_root();
@@ -524,7 +581,7 @@ impl ShardStore {
             shard.forget_file(group_id, base);
         }
         result.map_err(|source| DeleteError::Io { path: to.display().to_string(), source })?;
-        let record = RecordHeader { kind: GROUP_DELETE, group: group_id, index: 0, term: 0, offset: 0 };
+        let record = RecordHeader::of(GROUP_DELETE, group_id);
         let wal = shard.wal(Lane::Durable);
         let (lsn, _) =
             wal.append(&shard.next_lsn, &record, &[], Class::System).map_err(|_| StageError::NoSpace)?;
@@ -534,12 +591,48 @@ impl ShardStore {
         Ok(())
     }
 
-    /// Everything staged in this lane under this LSN or a lower one is as safe as its topic asked for.
+    /// Waits for news, and adds each group that has some to `news`, with the largest number of `stage` up to which
+    /// everything is safe. For one caller.
+    pub async fn next_persisted(&self, news: &mut Vec<(GroupId, u64)>) -> Result<(), LogPoisoned> {
+        let before = news.len();
+        loop {
+            let changed = self.shard.persisted_changed.notified();
+            for group in self.shard.news.borrow_mut().drain(..) {
+                group.has_news.set(false);
+                news.push((group.id, group.persisted.get()));
+            }
+            // What was safe before a failure still is; it is reported first.
+            if news.len() > before {
+                return Ok(());
+            }
+            self.shard.check_live()?;
+            changed.await;
+        }
+    }
+
+    /// Waits while so much is on its way to the disk that batches would have to be refused. Does not wait for a full
+    /// disk: producers shall hear of that.
+    pub async fn relief(&self) {
+        let shard = &self.shard;
+        loop {
+            let changed = shard.room.notified();
+            let used = |lane: &Lane| *lane == Lane::Durable || shard.os_started.get();
+            let pressed = LANES.iter().filter(|lane| used(lane)).any(|lane| shard.wal(*lane).is_pressed())
+                || crate::direct::is_pressed(shard);
+            if !pressed || shard.has_no_space() || !shard.is_live() || shard.closing.get() {
+                return;
+            }
+            shard.wake_flusher();
+            changed.await;
+        }
+    }
+
+    /// The newest commit of a lane that is done.
     pub fn durable_lsn(&self, lane: Lane) -> Lsn {
         self.shard.durable_lsn(lane)
     }
 
-    /// Waits until the lane's durable LSN is above `seen`.
+    /// Waits until `durable_lsn` of the lane is above `seen`.
     pub async fn next_durable(&self, lane: Lane, seen: Lsn) -> Result<Lsn, LogPoisoned> {
         self.shard.next_durable(lane, seen).await
     }

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
+use crate::layout::Place;
 use crate::types::Lane;
 
 #[derive(Debug, Clone)]
@@ -19,12 +20,23 @@ pub struct TailEntry {
     pub next_offset: i64,
     pub max_timestamp: i64,
     pub bytes: Bytes,
-    /// File of the WAL that has it, and its lane.
+    /// Where it is or will be in a segment.
+    pub place: Place,
+    /// It goes straight to its segment, and whether it is there (and synced, if it must be).
+    pub direct: bool,
+    pub written: bool,
+    /// File of the WAL that has its record, and the lane.
     pub file_seq: u64,
     pub lane: Lane,
 }
 
 impl TailEntry {
+    pub const NOT_RECORDED: u64 = u64::MAX;
+
+    pub fn is_recorded(&self) -> bool {
+        self.file_seq != Self::NOT_RECORDED
+    }
+
     pub fn is_batch(&self) -> bool {
         self.next_offset > self.base_offset
     }
@@ -42,8 +54,31 @@ impl Tail {
         self.unflushed_bytes
     }
 
-    pub fn unflushed(&self) -> impl Iterator<Item = &TailEntry> + '_ {
-        self.entries.iter().skip(self.flushed)
+    pub fn unflushed(&self) -> impl DoubleEndedIterator<Item = &TailEntry> + '_ {
+        self.entries.range(self.flushed..)
+    }
+
+    /// Those at the end that have no record in the WAL.
+    pub fn unrecorded(&self) -> impl Iterator<Item = &TailEntry> + '_ {
+        self.entries.range(self.entries.partition_point(TailEntry::is_recorded)..)
+    }
+
+    fn get_mut(&mut self, index: u64) -> Option<&mut TailEntry> {
+        let first = self.entries.front()?.index;
+        self.entries.get_mut(usize::try_from(index.checked_sub(first)?).ok()?)
+    }
+
+    pub fn note_recorded(&mut self, index: u64, file_seq: u64, lane: Lane) {
+        if let Some(entry) = self.get_mut(index) {
+            (entry.file_seq, entry.lane) = (file_seq, lane);
+        }
+    }
+
+    /// It is in its segment, unless it was replaced while it was written.
+    pub fn note_written(&mut self, index: u64, term: u64) {
+        if let Some(entry) = self.get_mut(index).filter(|entry| entry.term == term) {
+            entry.written = true;
+        }
     }
 
     pub fn first_unflushed(&self) -> Option<&TailEntry> {
@@ -73,13 +108,6 @@ impl Tail {
             self.unflushed_bytes -= entry.bytes.len() as u64;
         }
         self.flushed = (self.flushed + count).min(self.entries.len());
-    }
-
-    /// Entries written again to a newer file of the WAL.
-    pub fn move_unflushed(&mut self, mut place: impl FnMut(&TailEntry) -> (u64, Lane)) {
-        for entry in self.entries.iter_mut().skip(self.flushed) {
-            (entry.file_seq, entry.lane) = place(entry);
-        }
     }
 
     /// Drops the oldest entry if it is in a segment; returns its size.
@@ -154,6 +182,9 @@ mod tests {
             next_offset: base + records,
             max_timestamp: base,
             bytes: Bytes::from(vec![index as u8; size]),
+            place: Place::NONE,
+            direct: false,
+            written: false,
             file_seq: 0,
             lane: Lane::Durable,
         }

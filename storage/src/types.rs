@@ -109,23 +109,15 @@ pub enum IoKind {
 pub struct StoreConfig {
     pub shard: usize,
     pub wal_file_bytes: u64,
+    /// Some three are in use in normal operation; more only while segments lag behind.
     pub wal_files_max: usize,
     pub cache_bytes: usize,
     pub io: IoKind,
-    /// Least time between the starts of two commits; 0 commits as soon as the previous one is done.
-    pub min_commit_interval_us: u64,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self {
-            shard: 0,
-            wal_file_bytes: 32 << 20,
-            wal_files_max: 4,
-            cache_bytes: 64 << 20,
-            io: IoKind::Auto,
-            min_commit_interval_us: 0,
-        }
+        Self { shard: 0, wal_file_bytes: 32 << 20, wal_files_max: 8, cache_bytes: 64 << 20, io: IoKind::Auto }
     }
 }
 

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use flumen_io::{AlignedBuf, File, Mode, sync_dir};
 use tokio::sync::Notify;
 
+use crate::group::Group;
 use crate::ring::{Class, Plan};
 use crate::store::Shard;
 use crate::types::{GroupId, Lane, Lsn};
@@ -49,10 +50,17 @@ const COMMIT_INTERVAL: Duration = Duration::from_micros(400);
 /// longer a restart after a crash reads.
 const FILES_KEPT: u64 = 3;
 
+/// Blocks that wait for the disk, beyond which no batch is accepted: a second or so of a slow disk, and what they may
+/// cost in memory.
+const QUEUED_BLOCKS_MAX: usize = 32;
+
+/// Room that there should always be for what comes at one time.
+const RELIEF_BYTES: u64 = 2 << 20;
+
 /// Pause between tries to get space for a WAL file.
 const NO_SPACE_PAUSE: Duration = Duration::from_millis(200);
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Full;
 
 struct Block {
@@ -66,6 +74,8 @@ struct Block {
     position: u64,
     oldest_live: u64,
     groups: Bloom,
+    /// Who is told when it is done.
+    listed: Vec<Rc<Group>>,
     /// Whom the last record belongs to: a run of one group enters the filter once.
     last_group: GroupId,
 }
@@ -96,6 +106,7 @@ struct State {
     files: VecDeque<(u64, u64)>,
     touched: BTreeMap<u64, Vec<GroupId>>,
     spare: Vec<AlignedBuf>,
+    spare_lists: Vec<Vec<Rc<Group>>>,
     previous_groups: Bloom,
     previous_payload_crc: u32,
     slots: Vec<Option<SlotFile>>,
@@ -154,6 +165,7 @@ impl Wal {
                 files: VecDeque::new(),
                 touched: BTreeMap::new(),
                 spare: Vec::new(),
+                spare_lists: Vec::new(),
                 previous_groups: Bloom::default(),
                 previous_payload_crc: 0,
                 slots: (0..files_max).map(|_| None).collect(),
@@ -227,6 +239,7 @@ impl Wal {
             position,
             oldest_live: state.files.front().map_or(state.next_sequence, |(_, first)| *first),
             groups: Bloom::default(),
+            listed: state.spare_lists.pop().unwrap_or_default(),
             last_group: record.group,
         };
         state.next_sequence += 1;
@@ -237,6 +250,13 @@ impl Wal {
         state.queue.push_back(block);
         state.open = true;
         Ok((lsn, file_seq))
+    }
+
+    /// Puts a group on the list of those that hear of the commit with the last record. Once per group and commit.
+    pub fn list(&self, group: Rc<Group>) {
+        if let Some(block) = self.state.borrow_mut().queue.back_mut() {
+            block.listed.push(group);
+        }
     }
 
     /// The next record goes to a commit with a number above every other there is: for a group whose last record is in
@@ -258,6 +278,9 @@ impl Wal {
     /// Whether a batch of `len` bytes may be accepted now.
     pub fn has_room(&self, len: usize) -> bool {
         let mut state = self.state.borrow_mut();
+        if state.queue.len() > QUEUED_BLOCKS_MAX {
+            return false;
+        }
         let bytes = (block_bytes(RECORD_HEADER_BYTES + len) + 4096) as u64;
         let plan = &state.plan;
         let open_bytes = match (state.open, state.queue.back()) {
@@ -306,6 +329,11 @@ impl Wal {
                 _ => return false,
             }
         }
+    }
+
+    /// Batches come faster than they can be written or moved to segments.
+    pub fn is_pressed(&self) -> bool {
+        !self.has_room(RELIEF_BYTES.min(self.file_bytes / 16) as usize)
     }
 
     pub fn largest_record(&self) -> usize {
@@ -446,12 +474,14 @@ impl Wal {
         bytes
     }
 
-    fn done(&self, block: Block) {
+    /// Returns who is to be told.
+    fn done(&self, block: Block) -> Vec<Rc<Group>> {
         let mut state = self.state.borrow_mut();
         state.in_flight = None;
         if block.buf.len() == COMMIT_BYTES && state.spare.len() < SPARE_BUFFERS {
             state.spare.push(block.buf);
         }
+        block.listed
     }
 
     fn zeroing_overlaps(&self, block: &Block, bytes: u64) -> bool {
@@ -613,8 +643,10 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
             }
         }
         let (lsn, entered_file) = (block.lsn, block.position == 0);
-        wal.done(block);
-        shard.note_commit(lane, lsn, bytes as u64, start.elapsed());
+        let mut listed = wal.done(block);
+        shard.note_commit(lane, lsn, bytes as u64, start.elapsed(), &listed);
+        listed.clear();
+        wal.state.borrow_mut().spare_lists.push(listed);
         if entered_file {
             shard.wake_flusher();
         }

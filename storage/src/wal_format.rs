@@ -2,6 +2,8 @@
 //!
 //! Pure: no file is opened here. See FORMAT.md for the layout and the reasons.
 
+use flumen_protocol::record_batch::HEADER_BYTES;
+
 use crate::codec::Cursor;
 use crate::types::GroupId;
 
@@ -19,6 +21,8 @@ pub const HARD_STATE: u8 = 3;
 pub const LOG_START: u8 = 4;
 pub const GROUP_STATE: u8 = 5;
 pub const GROUP_DELETE: u8 = 6;
+/// A batch that is in its segment already; see `Pointer`.
+pub const POINTER: u8 = 7;
 /// Only there so that a block says which file is the oldest in use.
 pub const NOTHING: u8 = 8;
 
@@ -139,17 +143,52 @@ impl BlockHeader {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecordHeader {
     pub kind: u8,
+    /// Of a batch: a new segment begins with it.
+    pub starts_segment: bool,
     pub group: GroupId,
     pub index: u64,
     pub term: u64,
     pub offset: i64,
 }
 
+impl RecordHeader {
+    /// Of a record that is no entry.
+    pub fn of(kind: u8, group: GroupId) -> Self {
+        Self { kind, starts_segment: false, group, index: 0, term: 0, offset: 0 }
+    }
+}
+
+/// Where a batch is, and its header. Base offset, length and leader epoch lie outside of the batch's own checksum, so
+/// the header is kept here; it has the checksum of the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pointer {
+    pub base: i64,
+    pub position: u32,
+    pub header: [u8; HEADER_BYTES],
+}
+
+pub const POINTER_BYTES: usize = 12 + HEADER_BYTES;
+
+/// `batch` is a whole one.
+pub fn encode_pointer(base: i64, position: u32, batch: &[u8]) -> [u8; POINTER_BYTES] {
+    let mut out = [0; POINTER_BYTES];
+    out[..8].copy_from_slice(&base.to_le_bytes());
+    out[8..12].copy_from_slice(&position.to_le_bytes());
+    out[12..].copy_from_slice(&batch[..HEADER_BYTES]);
+    out
+}
+
+pub fn decode_pointer(payload: &[u8]) -> Option<Pointer> {
+    let mut cursor = Cursor::new(payload);
+    let pointer = Pointer { base: cursor.i64()?, position: cursor.u32()?, header: cursor.array()? };
+    cursor.is_empty().then_some(pointer)
+}
+
 /// Writes a record at the front of `out`, which must have room for it.
 pub fn write_record(out: &mut [u8], header: &RecordHeader, payload: &[u8]) {
     let (head, rest) = out.split_at_mut(RECORD_HEADER_BYTES);
     head[..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-    head[4..8].copy_from_slice(&[header.kind, 0, 0, 0]);
+    head[4..8].copy_from_slice(&[header.kind, u8::from(header.starts_segment), 0, 0]);
     head[8..16].copy_from_slice(&header.group.to_le_bytes());
     head[16..24].copy_from_slice(&header.index.to_le_bytes());
     head[24..32].copy_from_slice(&header.term.to_le_bytes());
@@ -168,9 +207,10 @@ pub fn records(payload: &[u8]) -> impl Iterator<Item = Option<(RecordHeader, std
         let one = (|| {
             let mut cursor = Cursor::new(&payload[at..]);
             let len = usize::try_from(cursor.u32()?).ok()?;
-            let [kind, ..] = cursor.array::<4>()?;
+            let [kind, flags, ..] = cursor.array::<4>()?;
             let header = RecordHeader {
                 kind,
+                starts_segment: flags & 1 != 0,
                 group: cursor.u64()?,
                 index: cursor.u64()?,
                 term: cursor.u64()?,
@@ -405,13 +445,23 @@ mod tests {
     #[test]
     fn records_round_trip() {
         let mut buf = vec![0; 300];
-        let a = RecordHeader { kind: BATCH, group: 9, index: 4, term: 2, offset: -5 };
-        let b = RecordHeader { kind: CONTROL, group: 1, index: 5, term: 3, offset: 8 };
+        let a = RecordHeader { kind: BATCH, starts_segment: true, group: 9, index: 4, term: 2, offset: -5 };
+        let b = RecordHeader { kind: CONTROL, starts_segment: false, group: 1, index: 5, term: 3, offset: 8 };
         write_record(&mut buf, &a, &[7; 10]);
         write_record(&mut buf[50..], &b, &[]);
         let back: Vec<_> = records(&buf[..90]).collect();
         assert_eq!(back, [Some((a, 40..50)), Some((b, 90..90))]);
         assert_eq!(records(&buf[..89]).last(), Some(None));
+    }
+
+    #[test]
+    fn pointers_round_trip() {
+        let batch = [7; 200];
+        let pointer = encode_pointer(42, 4096, &batch);
+        let back = decode_pointer(&pointer).unwrap();
+        assert_eq!((back.base, back.position, back.header), (42, 4096, [7; HEADER_BYTES]));
+        assert_eq!(decode_pointer(&pointer[1..]), None);
+        assert_eq!(decode_pointer(&[pointer.as_slice(), &[0]].concat()), None);
     }
 
     proptest! {

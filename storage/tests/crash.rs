@@ -34,7 +34,7 @@ fn verify(copy: &Path, acknowledged: &BTreeMap<u64, i64>) {
 }
 
 /// Several writers while another task copies the directory at arbitrary moments, as a crash would leave it.
-fn crash_run(io: IoKind, seed: u64, os: bool) {
+fn crash_run(io: IoKind, seed: u64, os: bool, large: bool) {
     let dir = tempfile::tempdir().unwrap();
     let copies = tempfile::tempdir().unwrap();
     let (data, _) = recover(dir.path());
@@ -55,7 +55,11 @@ fn crash_run(io: IoKind, seed: u64, os: bool) {
                     random = random
                         .wrapping_mul(6_364_136_223_846_793_005)
                         .wrapping_add(1_442_695_040_888_963_407);
-                    let size = (random >> 33) % 9000 + 10;
+                    let mut size = (random >> 33) % 9000 + 10;
+                    if large && random >> 62 == 0 {
+                        // Straight to its segment, among small ones that are not.
+                        size = 98_304 + (random >> 33) % 150_000;
+                    }
                     let end = writer.append((random >> 60) as i64 % 3 + 1, size as usize).await;
                     acknowledged.borrow_mut().insert(writer.log.group_id(), end);
                     if random >> 58 == 0 {
@@ -65,7 +69,7 @@ fn crash_run(io: IoKind, seed: u64, os: bool) {
                 }
             });
         }
-        for k in 0..12u64 {
+        for k in 0..if large { 6 } else { 12u64 } {
             for _ in 0..40 + seed.wrapping_mul(31 * k + 17) % 200 {
                 store.next_durable(Lane::Durable, store.durable_lsn(Lane::Durable)).await.unwrap();
             }
@@ -87,14 +91,21 @@ fn crash_run(io: IoKind, seed: u64, os: bool) {
 #[test]
 fn nothing_acknowledged_is_lost_in_a_crash() {
     for (io, seed) in [(IoKind::Uring, 1), (IoKind::Uring, 2), (IoKind::Sync, 3)] {
-        crash_run(io, seed, false);
+        crash_run(io, seed, false, false);
     }
 }
 
 #[test]
 fn nor_with_both_lanes() {
-    crash_run(IoKind::Uring, 11, true);
-    crash_run(IoKind::Sync, 12, true);
+    crash_run(IoKind::Uring, 11, true, false);
+    crash_run(IoKind::Sync, 12, true, false);
+}
+
+#[test]
+fn nor_with_large_batches_among_small_ones() {
+    for (io, seed) in [(IoKind::Uring, 21), (IoKind::Uring, 22), (IoKind::Sync, 23)] {
+        crash_run(io, seed, true, true);
+    }
 }
 
 /// A stopped (not cleanly) directory with three groups of `n` batches each, everything in the WAL or half of it moved.
@@ -164,7 +175,7 @@ fn a_flip_inside_the_committed_range_is_reported_and_nothing_is_cut() {
                 assert!(log.read_cached(0, 1, 1).is_none());
                 assert!(matches!(log.read(0, 1, 1).await, Err(ReadError::Damaged { .. })));
                 let entry = Entry { index: 1, term: 1, payload: Payload::Control(bytes::Bytes::new()) };
-                assert_eq!(log.stage(None, &[entry]), Err(StageError::Damaged));
+                assert_eq!(put(&log, None, &[entry]), Err(StageError::Damaged));
             } else {
                 check_log(&log, 0, ends[&id], 1000).await;
                 Writer::new(&store, log).append(1, 10).await;
@@ -362,21 +373,19 @@ fn a_failed_commit_poisons_and_is_never_acknowledged() {
                 acknowledged = writer.append(1, 100).await;
             }
             fail.set(true);
-            let seen = store.durable_lsn(Lane::Durable);
-            let ((lane, lsn), _) = writer.stage(1, 100).unwrap();
-            assert!(
-                store
-                    .next_durable(Lane::Durable, seen)
-                    .await
-                    .unwrap_err()
-                    .reason
-                    .contains("Input/output error")
-            );
+            let (number, _) = writer.stage(1, 100).unwrap();
+            let error = writer.log.wait_persisted(number).await.unwrap_err();
+            assert!(error.reason.contains("Input/output error"), "{error}");
             fail.set(false);
             // Not tried again, and nothing more is taken.
             assert_eq!(writer.stage(1, 100), Err(StageError::Poisoned));
-            assert!(store.next_durable(Lane::Durable, seen).await.is_err());
-            assert!(lane == Lane::Durable && store.durable_lsn(lane) < lsn && store.stats().poisoned);
+            assert!(writer.log.wait_persisted(number).await.is_err());
+            assert!(writer.log.persisted() < number && store.stats().poisoned);
+            // What was safe before is still reported, then the failure.
+            let mut news = Vec::new();
+            store.next_persisted(&mut news).await.unwrap();
+            assert_eq!(news, [(1, writer.log.persisted())]);
+            assert!(store.next_persisted(&mut news).await.is_err());
             assert!(matches!(store.create(2, "t-1", GroupConfig::default()), Err(CreateError::Poisoned(_))));
             assert!(store.shutdown().await.is_err());
         });
@@ -398,13 +407,9 @@ fn a_failed_segment_sync_poisons() {
         }));
         let store = ShardStore::open_on(&data, small(), disk).await.unwrap();
         let writer = Writer::new(&store, store.create(1, "t-0", GroupConfig::default()).unwrap());
-        while let Ok(((lane, lsn), base)) = writer.stage(1, 50_000) {
-            let mut seen = store.durable_lsn(lane);
-            while seen < lsn {
-                match store.next_durable(lane, seen).await {
-                    Ok(now) => seen = now,
-                    Err(_) => return,
-                }
+        while let Ok((number, base)) = writer.stage(1, 50_000) {
+            if writer.log.wait_persisted(number).await.is_err() {
+                return;
             }
             end.set(base);
             writer.log.set_high_watermark(base);
@@ -443,8 +448,7 @@ fn a_full_disk_turns_producers_away_and_comes_back() {
                 end += 1;
             }
             assert_eq!(writer.stage(1, 20_000), Err(StageError::NoSpace));
-            let lsn = writer.log.stage(Some(HardState { term: 9, vote: 1, commit: 5 }), &[]).unwrap();
-            writer.durable(lsn).await;
+            put_safely(&writer.log, Some(HardState { term: 9, vote: 1, commit: 5 }), &[]).await;
             assert!(store.stats().no_space);
             // Reads go on.
             check_log(&writer.log, 0, end, 100_000).await;

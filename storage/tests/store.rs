@@ -99,14 +99,13 @@ fn one_large_batch_and_limits() {
         let writer = Writer::new(&store, store.create(1, "t-0", GroupConfig::default()).unwrap());
         writer.append(1, 3 << 20).await;
         writer.append(1, 10).await;
-        let end = writer.append(1, 3 << 20).await;
+        // Larger than a file of the WAL.
+        let end = writer.append(1, 9 << 20).await;
         check_log(&writer.log, 0, end, 1).await;
-        assert!(matches!(writer.stage(1, 8 << 20), Err(StageError::TooLarge { .. })));
-        assert!(!writer.log.has_room(8 << 20));
         let gap = Entry { index: 9, term: 1, payload: Payload::Control(bytes::Bytes::new()) };
-        assert!(matches!(writer.log.stage(None, &[gap]), Err(StageError::Gap { .. })));
+        assert!(matches!(put(&writer.log, None, &[gap]), Err(StageError::Gap { .. })));
         let wrong = Entry { index: 4, term: 1, payload: Payload::Batch(batch(1, 77, 1, 1, 5)) };
-        assert!(matches!(writer.log.stage(None, &[wrong]), Err(StageError::Gap { .. })));
+        assert!(matches!(put(&writer.log, None, &[wrong]), Err(StageError::Gap { .. })));
         assert!(matches!(
             writer.log.read(99, 100, 10).await,
             Err(ReadError::OutOfRange { start: 0, end: 3 })
@@ -132,9 +131,7 @@ fn control_entries_take_an_index_and_no_offset() {
             |index| Entry { index, term: 3, payload: Payload::Control(bytes::Bytes::from_static(b"c")) };
         let data = |index, base| Entry { index, term: 3, payload: Payload::Batch(batch(1, base, 3, 2, 9)) };
         let hard = HardState { term: 3, vote: 7, commit: 4 };
-        let lsn =
-            log.stage(Some(hard), &[control(1), data(2, 0), control(3), data(4, 2), control(5)]).unwrap();
-        Writer::new(&store, log.clone()).durable(lsn).await;
+        put_safely(&log, Some(hard), &[control(1), data(2, 0), control(3), data(4, 2), control(5)]).await;
         assert_eq!((log.last_index(), log.log_end_offset()), (5, 4));
     });
     drop(data);
@@ -164,14 +161,11 @@ fn a_suffix_is_replaced_in_memory_and_on_disk() {
                 let store = ShardStore::open(&data, StoreConfig { io, ..small() }).await.unwrap();
                 let log = store.create(1, "t-0", GroupConfig::default()).unwrap();
                 let entries: Vec<Entry> = (1..=9).map(|k| entry(k, 1, 2 * (k as i64 - 1))).collect();
-                let lsn = log.stage(Some(HardState { term: 1, vote: 1, commit: 3 }), &entries).unwrap();
-                Writer::new(&store, log.clone()).durable(lsn).await;
+                put_safely(&log, Some(HardState { term: 1, vote: 1, commit: 3 }), &entries).await;
                 log.set_high_watermark(6);
                 if !restart_first {
-                    let lsn = log
-                        .stage(Some(HardState { term: 2, vote: 2, commit: 3 }), &[entry(5, 2, 8)])
-                        .unwrap();
-                    Writer::new(&store, log.clone()).durable(lsn).await;
+                    let hard = HardState { term: 2, vote: 2, commit: 3 };
+                    put_safely(&log, Some(hard), &[entry(5, 2, 8)]).await;
                     assert_eq!((log.last_index(), log.last_term(), log.log_end_offset()), (5, 2, 10));
                     check_log(&log, 0, 10, 1 << 20).await;
                 }
@@ -190,10 +184,8 @@ fn a_suffix_is_replaced_in_memory_and_on_disk() {
                     let log = store.attach(group, GroupConfig::default());
                     if !replaced {
                         // All nine are in a segment now; the last five go.
-                        let lsn = log
-                            .stage(Some(HardState { term: 2, vote: 2, commit: 3 }), &[entry(5, 2, 8)])
-                            .unwrap();
-                        Writer::new(&store, log.clone()).durable(lsn).await;
+                        let hard = HardState { term: 2, vote: 2, commit: 3 };
+                        put_safely(&log, Some(hard), &[entry(5, 2, 8)]).await;
                         assert_eq!(log.log_end_offset(), 10);
                     }
                     let read = log.read(8, 10, 1 << 20).await.unwrap();
@@ -221,9 +213,9 @@ fn uncommitted_entries_move_on_with_the_ring() {
     on_shard(async {
         let store = ShardStore::open(&data, small()).await.unwrap();
         let stuck = Writer::new(&store, store.create(1, "stuck-0", GroupConfig::default()).unwrap());
-        let (lsn, _) = stuck.stage(3, 100).unwrap();
-        let (_, end) = stuck.stage(3, 100).unwrap();
-        stuck.durable(lsn).await;
+        stuck.stage(3, 100).unwrap();
+        let (number, end) = stuck.stage(3, 100).unwrap();
+        stuck.log.wait_persisted(number).await.unwrap();
         let busy = Writer::new(&store, store.create(2, "busy-0", GroupConfig::default()).unwrap());
         for _ in 0..800 {
             busy.append(1, 10_000).await;
@@ -281,12 +273,11 @@ fn an_os_topic_does_not_wait_for_a_durable_commit() {
         let slow = Writer::new(&store, store.create(1, "d-0", GroupConfig::default()).unwrap());
         let fast = Writer::new(&store, store.create(2, "os-0", os).unwrap());
         // Several commits of a megabyte each, one after the other.
-        let (far, _) = (0..6).map(|_| slow.stage(1, 1 << 20).unwrap()).last().unwrap();
+        let (far, _) = (0..80).map(|_| slow.stage(1, 80_000).unwrap()).last().unwrap();
         let (near, _) = fast.stage(1, 100).unwrap();
-        assert_eq!((far.0, near.0), (Lane::Durable, Lane::Os));
-        fast.durable(near).await;
-        assert!(store.durable_lsn(Lane::Durable) < far.1, "the os lane was reported first");
-        slow.durable(far).await;
+        fast.log.wait_persisted(near).await.unwrap();
+        assert!(slow.log.persisted() < far, "the os lane was reported first");
+        slow.log.wait_persisted(far).await.unwrap();
     });
 }
 
@@ -303,18 +294,13 @@ fn records_keep_their_order_from_one_lane_to_the_other() {
         let other = Writer::new(&store, store.create(1, "d-0", GroupConfig::default()).unwrap());
         let moved = store.create(2, "os-0", os).unwrap();
         let vote = |term| Some(HardState { term, vote: 1, commit: 0 });
-        other.durable(moved.stage(vote(4), &[]).unwrap()).await;
-        // A commit of a megabyte on its way, and one filling behind it.
-        let _ = (0..3).map(|_| other.stage(1, 1 << 20).unwrap()).last();
-        let (filling, _) = other.stage(1, 10).unwrap();
-        let first = moved.stage(vote(5), &[]).unwrap();
-        assert_eq!((filling.0, first.0), (Lane::Durable, Lane::Os));
-        other.durable(first).await;
+        put_safely(&moved, vote(4), &[]).await;
+        // Commits of a megabyte on their way, and one filling behind them.
+        let (filling, _) = (0..50).map(|_| other.stage(1, 80_000).unwrap()).last().unwrap();
+        put_safely(&moved, vote(5), &[]).await;
+        assert!(other.log.persisted() < filling);
         moved.set_config(GroupConfig::default());
-        let second = moved.stage(vote(6), &[]).unwrap();
-        assert_eq!(second.0, Lane::Durable);
-        assert!(second.1 > first.1 && first.1 > filling.1);
-        other.durable(second).await;
+        put_safely(&moved, vote(6), &[]).await;
     });
     drop(data);
     let (_, found) = recover(dir.path());
@@ -341,8 +327,7 @@ fn producers_are_part_of_the_log() {
                 let header = flumen_protocol::record_batch::parse(&bytes).unwrap();
                 assert_eq!(log.producers().check(&header), Ok(Verdict::Append));
                 let entry = Entry { index: log.last_index() + 1, term: 1, payload: Payload::Batch(bytes) };
-                let lsn = log.stage(None, &[entry]).unwrap();
-                Writer::new(&store, log.clone()).durable(lsn).await;
+                put_safely(&log, None, &[entry]).await;
                 log.set_high_watermark(log.log_end_offset());
                 assert!(matches!(log.producers().check(&header), Ok(Verdict::Duplicate { .. })));
             }
@@ -400,8 +385,7 @@ fn retention_start_and_times() {
             assert!(matches!(log.read(start - 1, 1000, 10).await, Err(ReadError::OutOfRange { .. })));
             check_log(log, start, 1000, 100_000).await;
             assert_eq!(log.find_timestamp(0, 1000).await.unwrap(), Some((1000 + start, start)));
-            let lsn = log.advance_log_start(start + 3).unwrap();
-            writer.durable(lsn).await;
+            log.delete_below(start + 3).await.unwrap();
             assert!(matches!(log.advance_log_start(1001), Err(AdvanceError::OutOfRange { .. })));
             assert_eq!(log.find_timestamp(0, 1000).await.unwrap(), Some((1003 + start, start + 3)));
             check_log(log, start + 3, 1000, 100_000).await;
@@ -410,7 +394,7 @@ fn retention_start_and_times() {
             let out = log.enforce_retention(2800, i64::MAX);
             assert!(out.log_start_offset > 700 && out.log_start_offset <= 800, "{out:?}");
             // The commit that carries it.
-            writer.durable(log.advance_log_start(out.log_start_offset).unwrap()).await;
+            put_safely(log, Some(log.hard_state()), &[]).await;
         });
         drop(data);
         let (data, mut found) = recover(dir.path());
@@ -544,6 +528,6 @@ fn a_stopped_store_says_so() {
         writer.append(1, 10).await;
         store.shutdown().await.unwrap();
         assert_eq!(writer.stage(1, 1), Err(StageError::Poisoned));
-        assert!(store.next_durable(Lane::Durable, store.durable_lsn(Lane::Durable)).await.is_err());
+        assert!(writer.log.wait_persisted(u64::MAX).await.is_err());
     });
 }

@@ -106,6 +106,7 @@ pub async fn handle(
         }
         let (done, receiver) = oneshot::channel();
         if home == shard.id {
+            shard.relief().await;
             append_all(shard, items, done);
         } else {
             shard.metrics.hopped();

@@ -38,7 +38,7 @@ pub struct Appended {
 pub enum AppendError {
     #[error("{0}")]
     Batch(#[from] BatchError),
-    #[error("the batch of {size} bytes is larger than the {max} that max.message.bytes or the log allows")]
+    #[error("the batch of {size} bytes is larger than max.message.bytes={max}")]
     TooLarge { size: usize, max: usize },
     #[error("the record timestamp {timestamp} is outside the limits of the topic")]
     Timestamp { timestamp: i64 },
@@ -142,7 +142,6 @@ impl Partition {
         if origin == Origin::Client {
             let config = self.config.borrow();
             let max = usize::try_from(config.max_message_bytes).unwrap_or(usize::MAX);
-            let max = max.min(self.log.entry_bytes_max());
             if records.len() > max {
                 return Err(AppendError::TooLarge { size: records.len(), max });
             }

@@ -50,9 +50,6 @@ pub struct Partition {
     log: GroupLog,
     config: RefCell<TopicConfig>,
     state: RefCell<State>,
-    /// The highest raft output number known to be durable, collected before raft is told once.
-    persisted_number: Cell<u64>,
-    persisted_dirty: Cell<bool>,
     /// Retention never passes this offset: what an enabled export has not settled yet.
     hold_offset: Cell<i64>,
 }
@@ -116,8 +113,6 @@ impl Partition {
                 pending: VecDeque::new(),
                 waiters: Vec::new(),
             }),
-            persisted_number: Cell::new(0),
-            persisted_dirty: Cell::new(false),
             hold_offset: Cell::new(hold),
         });
         if partition.damage().is_none() {
@@ -185,17 +180,9 @@ impl Partition {
         self.log.producers().expire(now_ms, expiration_ms);
     }
 
-    /// Called by the shard when the log has made outputs up to `number` durable; true when this
-    /// partition was not already on the list of those to advance.
-    pub fn note_persisted(&self, number: u64) -> bool {
-        self.persisted_number.set(number);
-        !self.persisted_dirty.replace(true)
-    }
-
-    /// Tells raft what is durable and acts on what it answers.
-    pub fn apply_persisted(&self) {
-        self.persisted_dirty.set(false);
-        self.state.borrow_mut().raft.on_persisted(self.persisted_number.get());
+    /// The log has made raft's outputs up to `number` safe: tells raft and acts on what it answers.
+    pub fn on_persisted(&self, number: u64) {
+        self.state.borrow_mut().raft.on_persisted(number);
         self.advance();
     }
 
@@ -223,12 +210,8 @@ impl Partition {
                         },
                     })
                     .collect();
-                match self.log.stage(hard_state, &entries) {
-                    Ok((lane, lsn)) => {
-                        if let Some(shard) = self.shard.upgrade() {
-                            shard.note_staged(lane, lsn, self.group_id, outputs.number);
-                        }
-                    }
+                match self.log.stage(hard_state, &entries, outputs.number) {
+                    Ok(()) => {}
                     // Raft already counts these entries in its log; the shard is about to stop, and
                     // whoever waits for them hears nothing, which is the truth: the outcome is unknown.
                     Err(error) => {

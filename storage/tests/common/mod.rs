@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use flumen_protocol::record::BatchBuilder;
@@ -59,6 +60,18 @@ pub fn recover(path: &Path) -> (DataDir, BTreeMap<u64, RecoveredGroup>) {
     (dir, groups)
 }
 
+/// Stages under a fresh number and returns it.
+pub fn put(log: &GroupLog, hard: Option<HardState>, entries: &[Entry]) -> Result<u64, StageError> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    log.stage(hard, entries, number).map(|()| number)
+}
+
+/// Stages, and waits until it is safe.
+pub async fn put_safely(log: &GroupLog, hard: Option<HardState>, entries: &[Entry]) {
+    log.wait_persisted(put(log, hard, entries).unwrap()).await.unwrap();
+}
+
 pub struct Writer {
     pub log: GroupLog,
     pub store: ShardStore,
@@ -71,13 +84,14 @@ impl Writer {
         Writer { log, store: store.clone(), term }
     }
 
-    pub fn stage(&self, records: i64, size: usize) -> Result<((Lane, Lsn), i64), StageError> {
+    /// Returns the number to wait for, and the log's end.
+    pub fn stage(&self, records: i64, size: usize) -> Result<(u64, i64), StageError> {
         let base = self.log.log_end_offset();
         let index = self.log.last_index() + 1;
         let payload = Payload::Batch(batch(self.log.group_id(), base, self.term, records, size));
         let hard = HardState { term: self.term, vote: 1, commit: index - 1 };
-        let lsn = self.log.stage(Some(hard), &[Entry { index, term: self.term, payload }])?;
-        Ok((lsn, base + records))
+        let number = put(&self.log, Some(hard), &[Entry { index, term: self.term, payload }])?;
+        Ok((number, base + records))
     }
 
     pub async fn append(&self, records: i64, size: usize) -> i64 {
@@ -85,16 +99,10 @@ impl Writer {
         while !self.log.has_room(size * records as usize + 200) {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
-        let (lsn, end) = self.stage(records, size).unwrap();
-        self.durable(lsn).await;
+        let (number, end) = self.stage(records, size).unwrap();
+        self.log.wait_persisted(number).await.unwrap();
         self.log.set_high_watermark(end);
         end
-    }
-
-    pub async fn durable(&self, (lane, lsn): (Lane, Lsn)) {
-        while self.store.durable_lsn(lane) < lsn {
-            self.store.next_durable(lane, self.store.durable_lsn(lane)).await.unwrap();
-        }
     }
 }
 
