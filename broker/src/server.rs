@@ -96,6 +96,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
                 .await?;
         }
         drop_orphans(&node, &recovered, &data_dir);
+        let next_look = node.disk.look(&data_dir);
+        tokio::spawn(watch_disk(node.clone(), data_dir.clone(), next_look));
         export::start(node.clone(), export_commands)?;
 
         tokio::spawn(listener::accept(node.clone(), kafka));
@@ -133,9 +135,24 @@ fn default_shards(cores: usize) -> usize {
     cores.saturating_sub(1).max(1)
 }
 
+async fn watch_disk(node: Arc<Node>, data_dir: Arc<DataDir>, mut next_look: Duration) {
+    loop {
+        tokio::time::sleep(next_look).await;
+        next_look = node.disk.look(&data_dir);
+    }
+}
+
 async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address} for {what}: is another process using the port? choose one with --{what} HOST:PORT")
+    TcpListener::bind(address).await.map_err(|error| {
+        let why = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "another process uses the port".to_string(),
+            std::io::ErrorKind::AddrNotAvailable => "this machine does not have the address".to_string(),
+            std::io::ErrorKind::PermissionDenied => "this user may not use the port".to_string(),
+            _ => error.to_string(),
+        };
+        anyhow::anyhow!(
+            "cannot listen on {address} for {what}: {why}; choose another with --{what} HOST:PORT"
+        )
     })
 }
 

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use flumen_io::{File, Mode, lock_file, sync_dir};
+use flumen_io::{File, FileSystem, Mode};
 
 use crate::store::is_no_space;
 use crate::types::{OpenError, RecoveredGroup};
@@ -20,6 +20,7 @@ pub(crate) struct Lock(#[allow(dead_code, reason = "holding it is the point")] F
 #[derive(Debug)]
 pub struct DataDir {
     path: PathBuf,
+    files: FileSystem,
     lock: Arc<Lock>,
     wal_id: OnceLock<u64>,
 }
@@ -37,52 +38,70 @@ pub(crate) fn open_error(path: &Path, action: &'static str, source: io::Error) -
 }
 
 /// Replaces a small file so that a crash leaves the old or the new one, and makes that durable.
-pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn replace_file(files: &FileSystem, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
-    let file = File::open(&temporary, Mode { write: true, create: true, ..Mode::default() })?;
+    let file = files.open(&temporary, Mode { write: true, create: true, ..Mode::default() })?;
     file.set_len(0)?;
     file.write_all_at(bytes, 0)?;
     file.sync_all()?;
-    std::fs::rename(&temporary, path)?;
+    files.rename(&temporary, path)?;
     match path.parent() {
-        Some(parent) => sync_dir(parent),
+        Some(parent) => files.sync_dir(parent),
         None => Ok(()),
     }
 }
 
-/// Changes with every start of the machine. Where the system does not say, every start of the process counts as one.
-pub(crate) fn boot_id() -> u64 {
-    static BOOT_ID: OnceLock<u64> = OnceLock::new();
-    *BOOT_ID.get_or_init(|| match std::fs::read("/proc/sys/kernel/random/boot_id") {
-        Ok(id) => u64::from(crc32c::crc32c(&id)) << 32 | u64::from(crc32c::crc32c_append(1, &id)),
-        Err(_) => uuid::Uuid::new_v4().as_u64_pair().0,
-    })
+/// Makes the names of a directory and of `count - 1` above it sure: without that, all that will ever be synced inside can
+/// be lost with the directory's own name. Also for one that exists: a start that was cut short may have left it unsynced.
+fn sync_names(files: &FileSystem, path: &Path, count: usize) -> io::Result<()> {
+    for above in path.ancestors().skip(1).take(count) {
+        match files.sync_dir(above) {
+            // Who may not read the directory above has not put a name there.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+/// Of the machine's start, shortened to what a block has room for.
+pub(crate) fn boot_id(files: &FileSystem) -> u64 {
+    let id = files.boot_id();
+    u64::from(crc32c::crc32c(&id)) << 32 | u64::from(crc32c::crc32c_append(1, &id))
 }
 
 impl DataDir {
     /// Creates the directory if needed, locks it and checks its version.
     pub fn open(path: impl AsRef<Path>) -> Result<DataDir, OpenError> {
+        Self::open_on(FileSystem::machine(), path)
+    }
+
+    /// As `open`, on a file system of the caller's choice (a simulated one, in tests).
+    pub fn open_on(files: FileSystem, path: impl AsRef<Path>) -> Result<DataDir, OpenError> {
         let path = path.as_ref();
-        if path.exists() && !path.is_dir() {
+        if files.exists(path) && !files.is_dir(path) {
             return Err(OpenError::NotADirectory { path: path.display().to_string() });
         }
-        std::fs::create_dir_all(path).map_err(|e| open_error(path, "creating the directory", e))?;
+        let missing = path.ancestors().skip(1).take_while(|above| !files.exists(above)).count();
+        files.create_dir_all(path).map_err(|e| open_error(path, "creating the directory", e))?;
         // One path for it, whatever the process does with its working directory.
-        let path = &path.canonicalize().map_err(|e| open_error(path, "resolving", e))?;
+        let path = &files.canonicalize(path).map_err(|e| open_error(path, "resolving", e))?;
+        sync_names(&files, path, missing + 1).map_err(|e| open_error(path, "syncing its name", e))?;
         let format_path = path.join("FORMAT");
-        if !format_path.exists() {
+        if !files.exists(&format_path) {
             // A lock and an unfinished FORMAT are what a first start that died leaves; lost+found is a mount point's.
-            let entries = std::fs::read_dir(path).map_err(|e| open_error(path, "listing", e))?;
+            let entries = files.list(path).map_err(|e| open_error(path, "listing", e))?;
             let ours = |name: &str| matches!(name, "LOCK" | "FORMAT.new" | "lost+found");
-            if entries.flatten().any(|entry| !entry.file_name().to_str().is_some_and(ours)) {
+            if entries.iter().any(|entry| !ours(&entry.name)) {
                 return Err(OpenError::NotOurs { path: path.display().to_string() });
             }
         }
         let lock_path = path.join("LOCK");
-        let lock = lock_file(&lock_path)
+        let lock = files
+            .lock(&lock_path)
             .map_err(|e| open_error(path, "locking the directory", e))?
             .ok_or_else(|| OpenError::InUse { path: path.display().to_string() })?;
-        match std::fs::read(&format_path) {
+        match files.read(&format_path) {
             Ok(found) if found.trim_ascii() == FORMAT.as_bytes() => {}
             Ok(found) => {
                 let found = String::from_utf8_lossy(found.trim_ascii()).chars().take(60).collect();
@@ -90,21 +109,21 @@ impl DataDir {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let line = format!("{FORMAT}\n");
-                replace_file(&format_path, line.as_bytes())
+                replace_file(&files, &format_path, line.as_bytes())
                     .map_err(|e| open_error(path, "writing FORMAT", e))?;
             }
             Err(error) => return Err(open_error(path, "reading FORMAT", error)),
         }
         for name in ["wal", "log"] {
             let sub = path.join(name);
-            std::fs::create_dir_all(&sub).map_err(|e| open_error(&sub, "creating the directory", e))?;
+            files.create_dir_all(&sub).map_err(|e| open_error(&sub, "creating the directory", e))?;
         }
-        sync_dir(path).map_err(|e| open_error(path, "syncing the directory", e))?;
+        files.sync_dir(path).map_err(|e| open_error(path, "syncing the directory", e))?;
         // The lock and the directories may be from a time when it was writable.
         let probe = path.join("wal").join("probe");
-        std::fs::write(&probe, b"").map_err(|e| open_error(path, "writing", e))?;
-        std::fs::remove_file(&probe).map_err(|e| open_error(path, "writing", e))?;
-        Ok(DataDir { path: path.to_owned(), lock: Arc::new(Lock(lock)), wal_id: OnceLock::new() })
+        files.write(&probe, b"").map_err(|e| open_error(path, "writing", e))?;
+        files.remove_file(&probe).map_err(|e| open_error(path, "writing", e))?;
+        Ok(DataDir { path: path.to_owned(), files, lock: Arc::new(Lock(lock)), wal_id: OnceLock::new() })
     }
 
     pub fn path(&self) -> &Path {
@@ -113,7 +132,7 @@ impl DataDir {
 
     /// Bytes that may still be written on its disk.
     pub fn free_bytes(&self) -> io::Result<u64> {
-        flumen_io::free_bytes(&self.path)
+        self.files.free_bytes(&self.path)
     }
 
     /// Brings everything that a former run left in its WALs into the partitions' segments. Before the shards start, once;
@@ -122,7 +141,7 @@ impl DataDir {
         if self.wal_id.get().is_some() {
             return Err(OpenError::Config("the data directory is recovered once per start".to_owned()));
         }
-        let (groups, wal_id) = crate::recovery::recover(&self.path, cache_hint)?;
+        let (groups, wal_id) = crate::recovery::recover(&self.files, &self.path, cache_hint)?;
         let _ = self.wal_id.set(wal_id);
         Ok(groups)
     }
@@ -136,9 +155,13 @@ impl DataDir {
         let from = root.join(dir_name);
         // The group is not in this run's WAL, so its number is of no use to a recovery.
         let to = root.join(format!("{dir_name}.{}.deleted", crate::types::UNKNOWN_GROUP));
-        std::fs::rename(&from, &to)?;
-        sync_dir(&root)?;
-        std::fs::remove_dir_all(&to)
+        self.files.rename(&from, &to)?;
+        self.files.sync_dir(&root)?;
+        self.files.remove_dir_all(&to)
+    }
+
+    pub(crate) fn files(&self) -> &FileSystem {
+        &self.files
     }
 
     pub(crate) fn wal_id(&self) -> Option<u64> {

@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use flumen_io::{sync_dir, sync_filesystem};
+use flumen_io::{FileSystem, Mode};
 
 use crate::data_dir::replace_file;
 use crate::direct::wait_recorded;
@@ -20,8 +19,9 @@ use crate::ring::Class;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
 };
+use crate::segment_writer::{seal, write_up_to};
 use crate::stage::record_entry;
-use crate::store::{Shard, add, is_no_space};
+use crate::store::{Shard, add};
 use crate::tail::TailEntry;
 use crate::types::{LANES, Lane, LogPoisoned, Lsn, ShutdownError};
 use crate::wal::sync_os_lane;
@@ -37,9 +37,6 @@ const SNAPSHOT_INTERVAL_BYTES: u64 = 64 << 20;
 /// The newest, and one more in case it is damaged.
 const SNAPSHOTS_KEPT: usize = 2;
 
-/// See `record_direct`: a tenth of a second of reading.
-const DIRECT_STATE_BYTES: u64 = 64 << 20;
-
 /// Syncs of one retirement in flight together; the disk's queue is deeper, but readers want some of it.
 const SYNCS_IN_FLIGHT: usize = 16;
 
@@ -52,6 +49,9 @@ const NO_SPACE_PAUSE_MS: (u64, u64) = (100, 2_000);
 /// A retirement that waits for the high watermark looks again after this.
 const RETIRE_PAUSE: Duration = Duration::from_millis(20);
 
+/// See `record_direct`: a tenth of a second of reading.
+const DIRECT_STATE_BYTES: u64 = 64 << 20;
+
 #[derive(Debug)]
 pub(crate) enum FlushError {
     NoSpace,
@@ -60,13 +60,10 @@ pub(crate) enum FlushError {
 
 struct Run {
     base: i64,
-    new_segment: bool,
-    sealed: Option<(i64, u64)>,
+    starts: bool,
     position: u64,
-    /// Its batches are in the segment already.
-    direct: bool,
-    bufs: Vec<Bytes>,
     bytes: u64,
+    direct_bytes: u64,
     count: usize,
     index: Vec<IndexEntry>,
     builder: IndexBuilder,
@@ -76,23 +73,18 @@ struct Run {
     first_timestamp: Option<i64>,
 }
 
-/// The next run of committed entries of a group, and the segment it goes to.
+/// The next run of committed entries of a group, all in one segment.
 fn plan_run(inner: &Inner) -> Option<Run> {
-    let mut committed = inner
-        .tail
-        .unflushed()
-        .take_while(|entry| entry.next_offset <= inner.high_watermark && entry.is_recorded())
-        .peekable();
+    let committed = |entry: &&TailEntry| inner.is_committed(entry) && entry.is_recorded();
+    let mut committed = inner.tail.unflushed().take_while(committed).peekable();
     committed.peek()?;
     let active = inner.segments.back();
     let mut run = Run {
         base: active.map_or(inner.flushed_end, |segment| segment.base),
-        new_segment: false,
-        sealed: None,
+        starts: false,
         position: active.map_or(0, |segment| segment.bytes),
-        direct: false,
-        bufs: Vec::new(),
         bytes: 0,
+        direct_bytes: 0,
         count: 0,
         index: Vec::new(),
         builder: IndexBuilder::resume(
@@ -107,21 +99,15 @@ fn plan_run(inner: &Inner) -> Option<Run> {
     for entry in committed {
         if entry.is_batch() {
             let bytes = entry.bytes.len() as u64;
-            if run.bytes > 0
-                && (entry.place.starts || entry.direct != run.direct || run.bytes + bytes > FLUSH_MAX_BYTES)
-            {
+            if run.bytes > 0 && (entry.place.starts || run.bytes + bytes > FLUSH_MAX_BYTES) {
                 break;
             }
-            if run.bytes == 0 {
-                run.direct = entry.direct;
-                if entry.place.starts {
-                    run.sealed = active.map(|segment| (segment.base, segment.bytes));
-                    run.base = entry.place.base;
-                    run.new_segment = true;
-                    run.position = 0;
-                    run.first_timestamp = None;
-                    run.builder = IndexBuilder::new();
-                }
+            if entry.place.starts {
+                run.base = entry.place.base;
+                run.starts = true;
+                run.position = 0;
+                run.first_timestamp = None;
+                run.builder = IndexBuilder::new();
             }
             run.first_timestamp.get_or_insert(entry.max_timestamp);
             let term = u32::try_from(entry.term).unwrap_or(u32::MAX);
@@ -131,17 +117,10 @@ fn plan_run(inner: &Inner) -> Option<Run> {
                 (run.base, position),
                 "batches go where they were laid out"
             );
-            run.index.extend(run.builder.batch(
-                entry.base_offset,
-                position,
-                term,
-                entry.index,
-                entry.max_timestamp,
-            ));
-            if !entry.direct {
-                run.bufs.push(entry.bytes.clone());
-            }
+            let timestamp = entry.max_timestamp;
+            run.index.extend(run.builder.batch(entry.base_offset, position, term, entry.index, timestamp));
             run.bytes += bytes;
+            run.direct_bytes += if entry.direct { bytes } else { 0 };
         }
         run.count += 1;
         run.last_index = entry.index;
@@ -160,28 +139,9 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     if group.deleted.get() {
         return Ok(false);
     }
-    let (cut, lane) = {
-        let inner = group.inner.borrow();
-        (inner.cut_lsn, inner.lane)
-    };
-    if let Some(lsn) = cut {
-        shard.wait_durable(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
-        let left = {
-            let mut inner = group.inner.borrow_mut();
-            inner.cut_lsn = None;
-            std::mem::take(&mut inner.cut_files)
-        };
-        for base in left {
-            for path in [group.log_path(base), group.index_path(base)] {
-                match std::fs::remove_file(&path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        shard.poison(&format!("removing {}: {error}", path.display()));
-                        return Err(FlushError::Poisoned);
-                    }
-                    _ => {}
-                }
-            }
-        }
+    {
+        let _alone = group.writing.lock().await;
+        settle_cut(shard, group).await?;
     }
     // After a start nobody knows yet how new the segment's records are; its index must say so truly from here on.
     let unknown = {
@@ -198,56 +158,51 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     result.map(|()| true)
 }
 
+/// Entries were replaced that were in segments: their files are written over only once what replaced them is safe. To be
+/// called alone, before anything is written.
+pub(crate) async fn settle_cut(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(), FlushError> {
+    let cut = group.inner.borrow().cut_by;
+    let Some((lane, lsn)) = cut else { return Ok(()) };
+    shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+    let left = {
+        let mut inner = group.inner.borrow_mut();
+        inner.cut_by = None;
+        std::mem::take(&mut inner.cut_files)
+    };
+    for base in left {
+        for path in [group.log_path(base), group.index_path(base)] {
+            match shard.files.remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    shard.poison(&format!("removing {}: {error}", path.display()));
+                    return Err(FlushError::Poisoned);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Has a run written and counts it.
 async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(), FlushError> {
     if run.bytes > 0 {
-        let fail = |doing: &str, error: io::Error| {
-            // A directory that is gone with its deleted group is no failure.
-            if group.deleted.get() {
-                return FlushError::NoSpace;
-            }
-            if is_no_space(&error) {
-                shard.note_no_space(doing, &error);
-                return FlushError::NoSpace;
-            }
-            shard.poison(&format!("{doing} {}: {error}", group.log_path(run.base).display()));
-            FlushError::Poisoned
-        };
-        if let Some((base, bytes)) = run.sealed {
-            seal(shard, group, base, bytes).map_err(|e| fail("closing segment before", e))?;
-        }
-        if !run.direct {
-            let file = if run.new_segment {
-                shard.create_file(group, run.base).map_err(|e| fail("creating segment", e))?
-            } else {
-                shard.file(group, run.base).map_err(|e| fail("opening segment", e))?
-            };
-            shard
-                .disk
-                .write_vectored_at(&file, run.bufs.clone(), run.position)
-                .await
-                .map_err(|e| fail("writing segment", e))?;
-            shard.note_space();
-            add(&shard.counters.segment_bytes, run.bytes);
-        }
-        if let Err(error) = append_index(group, run.base, run.new_segment, &run.index) {
-            // An index that lacks its end is rebuilt from the segment.
-            tracing::warn!(group = group.id, %error, "index not written");
-        }
+        write_up_to(shard, group, run.last_index).await?;
     }
     if group.deleted.get() {
         return Ok(());
+    }
+    if run.bytes > 0
+        && let Err(error) = append_index(&shard.files, group, run.base, run.starts, &run.index)
+    {
+        // An index that lacks its end is rebuilt from the segment.
+        tracing::warn!(group = group.id, %error, "index not written");
     }
     let snapshot_due = {
         let mut inner = group.inner.borrow_mut();
         let inner = &mut *inner;
         if run.bytes > 0 {
-            if run.new_segment {
+            if run.starts {
                 inner.segments.push_back(Segment::new(run.base, 0));
-                inner.dir_dirty = true;
-            }
-            inner.note_unsynced(run.base);
-            if run.direct {
-                inner.direct_since_state += run.bytes;
             }
             if let Some(segment) = inner.segments.back_mut() {
                 segment.bytes = run.position + run.bytes;
@@ -265,34 +220,36 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         inner.flushed_index = run.last_index;
         inner.flushed_term = run.last_term;
         inner.flushed_end = run.end;
+        inner.direct_since_state += run.direct_bytes;
         inner.bytes_since_snapshot = inner.bytes_since_snapshot.saturating_add(run.bytes);
         inner.meta_dirty = true;
-        inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES || (run.new_segment && inner.segments.len() > 1)
+        let due =
+            inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES || (run.starts && inner.segments.len() > 1);
+        due && inner.producers_whole
     };
     if snapshot_due {
         let group = Rc::clone(group);
         let (offset, bytes) = snapshot_of(&group);
         let dir = group.dir.clone();
-        let written = tokio::task::spawn_blocking(move || write_snapshot(&dir, offset, &bytes)).await;
+        let files = shard.files.clone();
+        let written = shard.disk.off_thread(move || write_snapshot(&files, &dir, offset, &bytes)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(group = group.id, %error, "producer snapshot not written");
         }
     }
     shard.evict();
-    shard.room.notify_waiters();
     Ok(())
 }
 
-/// What a cut left behind its end must not become part of a finished segment.
-fn seal(shard: &Rc<Shard>, group: &Group, base: i64, bytes: u64) -> io::Result<()> {
-    let file = shard.file(group, base)?;
-    if file.len()? > bytes { file.set_len(bytes) } else { Ok(()) }
-}
-
-fn append_index(group: &Group, base: i64, fresh: bool, entries: &[IndexEntry]) -> io::Result<()> {
-    use flumen_io::{File, Mode};
+fn append_index(
+    files: &FileSystem,
+    group: &Group,
+    base: i64,
+    fresh: bool,
+    entries: &[IndexEntry],
+) -> io::Result<()> {
     let path = group.index_path(base);
-    let file = File::open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+    let file = files.open(&path, Mode { write: true, create: true, ..Mode::default() })?;
     let mut out = Vec::with_capacity(INDEX_HEADER_BYTES + entries.len() * INDEX_ENTRY_BYTES);
     let length = if fresh { 0 } else { file.len()? as usize };
     let mut at = 0;
@@ -314,38 +271,24 @@ fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
     let offset = inner.log_end;
     inner.snapshot_offset = offset;
     inner.bytes_since_snapshot = 0;
-    (offset, group.producers.borrow().encode(offset))
+    (offset, group.producers.borrow().encode(offset, inner.epochs.epoch_at(offset - 1)))
 }
 
-pub(crate) fn snapshots(dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "snapshot")
-            && let Some(offset) = path.file_stem().and_then(|stem| stem.to_str()?.parse::<i64>().ok())
-        {
-            found.push((offset, path));
-        }
-    }
+pub(crate) fn snapshots(files: &FileSystem, dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
+    let names = files.list(dir)?.into_iter().map(|entry| entry.name);
+    let mut found: Vec<(i64, PathBuf)> = names
+        .filter_map(|name| Some((name.strip_suffix(".snapshot")?.parse().ok()?, dir.join(&name))))
+        .collect();
     found.sort();
     Ok(found)
 }
 
-pub(crate) fn remove_snapshots_above(dir: &Path, offset: i64) -> io::Result<()> {
-    for (at, path) in snapshots(dir)? {
-        if at > offset {
-            std::fs::remove_file(path)?;
-        }
-    }
-    Ok(())
-}
-
 /// Not synced: a torn one fails its checksum and is ignored.
-pub(crate) fn write_snapshot(dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
-    std::fs::write(dir.join(format!("{offset:020}.snapshot")), bytes)?;
-    let found = snapshots(dir)?;
+pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
+    files.write(&dir.join(format!("{offset:020}.snapshot")), bytes)?;
+    let found = snapshots(files, dir)?;
     for (_, path) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
-        std::fs::remove_file(path)?;
+        files.remove_file(path)?;
     }
     Ok(())
 }
@@ -364,14 +307,15 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
     }
     if let Some(segment) = inner.segments.back_mut() {
         let position = shard
-            .file(group, segment.base)
+            .files
+            .open(&group.log_path(segment.base), Mode::default())
             .and_then(|file| position_of(&file, segment.base, segment.bytes, offset));
         match position {
             Ok(position) => {
                 segment.bytes = position;
                 segment.index = None;
                 segment.max_timestamp = None;
-                let _ = std::fs::remove_file(group.index_path(segment.base));
+                let _ = shard.files.remove_file(&group.index_path(segment.base));
             }
             Err(error) => {
                 group.note_damage(format!(
@@ -385,7 +329,7 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
     inner.flushed_index = index - 1;
     inner.flushed_term = inner.last_term;
     // Set to the commit of the replacing entries once they have one.
-    inner.cut_lsn = Some(Lsn::MAX);
+    inner.cut_by = Some((inner.lane, Lsn::MAX));
     shard.read_ahead.borrow_mut().retain(|ahead| ahead.group != group.id);
 }
 
@@ -463,10 +407,10 @@ pub(crate) async fn run(shard: Rc<Shard>) {
                         pause_ms = NO_SPACE_PAUSE_MS.0;
                         let (bytes, committed) = {
                             let inner = group.inner.borrow();
-                            let first = inner.tail.first_unflushed().map(|entry| entry.next_offset);
+                            let first = inner.tail.first_unflushed();
                             (
                                 inner.tail.unflushed_bytes(),
-                                first.is_some_and(|next| next <= inner.high_watermark),
+                                first.is_some_and(|entry| inner.is_committed(entry)),
                             )
                         };
                         let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
@@ -504,11 +448,10 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     let in_file = |group: &Group| {
         let inner = group.inner.borrow();
         let mut unflushed = inner.tail.unflushed();
-        let high_watermark = inner.high_watermark;
         // (something of this file is left, and it may be flushed)
         unflushed
             .find(|entry| entry.lane == lane && entry.file_seq <= file_seq)
-            .map(|entry| entry.next_offset <= high_watermark)
+            .map(|entry| inner.is_committed(entry))
     };
     for group in &groups {
         while in_file(group) == Some(true) {
@@ -546,6 +489,13 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             }
         }
     }
+    if lane == Lane::Durable {
+        let mut tombstones = shard.tombstones.borrow_mut();
+        tombstones.retain(|group| shard.wal(Lane::Os).has_records_of(*group));
+        if !tombstones.iter().all(|group| shard.record_deletion(*group).is_some()) {
+            return Ok(false);
+        }
+    }
     let end = RecordHeader::of(crate::wal_format::NOTHING, crate::types::UNKNOWN_GROUP);
     let Ok((lsn, _)) = wal.append(&shard.next_lsn, &end, &[], Class::System) else { return Ok(false) };
     wal.announce_retired(file_seq);
@@ -558,7 +508,6 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
         return Err(FlushError::Poisoned);
     }
     wal.retired(file_seq);
-    shard.room.notify_waiters();
     add(&shard.counters.files_retired, 1);
     Ok(true)
 }
@@ -595,20 +544,19 @@ async fn record_direct(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(), Flush
 /// if some of them are there, as they must not become less safe than they were. Returns where they are.
 fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane, Lsn)> {
     let mut inner = group.inner.borrow_mut();
-    let durable = inner.tail.unflushed().any(|entry| entry.lane == Lane::Durable);
-    let lane = if durable { Lane::Durable } else { lane };
-    let wal = shard.wal(lane);
-    let (mut total, mut largest, mut count) = (0, 0, 0);
     // Those without a record yet will have one behind these.
     let recorded: Vec<TailEntry> =
         inner.tail.unflushed().filter(|entry| entry.is_recorded()).cloned().collect();
+    let durable = recorded.iter().any(|entry| entry.lane == Lane::Durable);
+    let lane = if durable { Lane::Durable } else { lane };
+    let wal = shard.wal(lane);
+    let (mut total, mut largest) = (0, 0);
     for entry in &recorded {
         let bytes = if entry.direct { POINTER_BYTES } else { entry.bytes.len() };
         total += bytes;
         largest = largest.max(bytes);
-        count += 1;
     }
-    if !wal.fits_all(total, largest, count) {
+    if !wal.fits_all(total, largest, recorded.len()) {
         return None;
     }
     inner.record_in(shard, lane);
@@ -650,10 +598,8 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
     add(&shard.counters.segment_syncs, files.len() as u64);
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
-        tokio::task::spawn_blocking(move || sync_filesystem(&root))
-            .await
-            .map_err(io::Error::other)
-            .and_then(|result| result)
+        let files = shard.files.clone();
+        shard.disk.off_thread(move || files.sync_all(&root)).await.and_then(|result| result)
     } else {
         sync_each(shard, files, dirs).await
     };
@@ -682,17 +628,17 @@ async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<Pa
     if dirs.is_empty() {
         return Ok(());
     }
-    tokio::task::spawn_blocking(move || {
+    let names = shard.files.clone();
+    let synced = shard.disk.off_thread(move || {
         for dir in dirs {
-            match sync_dir(&dir) {
+            match names.sync_dir(&dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         }
         Ok(())
-    })
-    .await
-    .map_err(io::Error::other)?
+    });
+    synced.await?
 }
 
 fn poisoned(shard: &Shard) -> ShutdownError {
@@ -726,6 +672,26 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         while flush_run(shard, group).await.map_err(|_| poisoned(shard))? {}
         everything &= group.inner.borrow().tail.first_unflushed().is_none();
     }
+    // A segment of a stopped store is as long as what it holds, for whoever reads it next.
+    for group in &groups {
+        let end = {
+            let inner = group.inner.borrow();
+            // What the WAL still points to may lie beyond.
+            let whole = inner.tail.first_unflushed().is_none();
+            let active = inner.segments.back().filter(|_| whole && !group.frozen.get());
+            active.map(|segment| (segment.base, segment.bytes))
+        };
+        if let Some((base, bytes)) = end.filter(|_| !group.deleted.get()) {
+            let longer = group.inner.borrow().written;
+            if longer.base == base && longer.reserved > bytes {
+                seal(shard, group, base, bytes).map_err(|source| ShutdownError::Io {
+                    path: group.log_path(base).display().to_string(),
+                    source,
+                })?;
+                group.inner.borrow_mut().note_unsynced(base);
+            }
+        }
+    }
     sync_segments(shard, &groups).await.map_err(|_| poisoned(shard))?;
     sync_os_lane(shard)
         .await
@@ -737,7 +703,8 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
             if group.frozen.get() {
                 continue;
             }
-            (std::mem::take(&mut inner.meta_dirty), inner.snapshot_offset != inner.log_end)
+            let due = inner.producers_whole && inner.snapshot_offset != inner.log_end;
+            (std::mem::take(&mut inner.meta_dirty), due)
         };
         let snapshot = snapshot.then(|| snapshot_of(group));
         let meta = dirty.then(|| group.state(shard.wal_id, last).encode());
@@ -750,42 +717,41 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         let dir = shard.root.join("wal").join(format!("{}", shard.config.shard));
         (dir.join("CLEAN"), shard.wal_id.to_string())
     });
-    let written = tokio::task::spawn_blocking(move || {
+    let files = shard.files.clone();
+    let written = shard.disk.off_thread(move || {
         let mut replaced = Vec::new();
         for (dir, meta, snapshot) in metas {
             if let Some((offset, bytes)) = snapshot {
-                write_snapshot(&dir, offset, &bytes)?;
+                write_snapshot(&files, &dir, offset, &bytes)?;
             }
             if let Some(meta) = meta {
                 replaced.push((dir.join("group.meta"), meta));
             }
         }
-        replace_many(&root, replaced)?;
+        replace_many(&files, &root, replaced)?;
         if let Some((path, id)) = clean {
-            replace_file(&path, id.as_bytes())?;
+            replace_file(&files, &path, id.as_bytes())?;
         }
         Ok(())
-    })
-    .await
-    .map_err(io::Error::other)
-    .and_then(|result| result);
+    });
+    let written = written.await.and_then(|result: io::Result<()>| result);
     written.map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })
 }
 
 /// Replaces files as `replace_file` does; many of them with two syncs of the file system instead of two each.
-pub(crate) fn replace_many(root: &Path, files: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
-    if files.len() <= SYNC_EACH_MAX / 4 {
-        for (path, bytes) in files {
-            replace_file(&path, &bytes)?;
+pub(crate) fn replace_many(files: &FileSystem, root: &Path, new: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
+    if new.len() <= SYNC_EACH_MAX / 4 {
+        for (path, bytes) in new {
+            replace_file(files, &path, &bytes)?;
         }
         return Ok(());
     }
-    for (path, bytes) in &files {
-        std::fs::write(path.with_extension("new"), bytes)?;
+    for (path, bytes) in &new {
+        files.write(&path.with_extension("new"), bytes)?;
     }
-    sync_filesystem(root)?;
-    for (path, _) in &files {
-        std::fs::rename(path.with_extension("new"), path)?;
+    files.sync_all(root)?;
+    for (path, _) in &new {
+        files.rename(&path.with_extension("new"), path)?;
     }
-    sync_filesystem(root)
+    files.sync_all(root)
 }

@@ -1,7 +1,7 @@
 //! One partition's log on its shard: the tail in memory, what is in segments, and its small state.
 //!
 //! Everything here is synchronous and runs on the shard thread; staging entries is in `stage.rs`, reading segments in
-//! `read.rs`, moving runs to them in `flush.rs`.
+//! `read.rs`, writing them in `segment_writer.rs`, counting what is written as part of them in `flush.rs`.
 //!
 //! Invariants:
 //! - `flushed_end <= high_watermark` except right after recovery: only committed entries leave the WAL.
@@ -20,10 +20,11 @@ use crate::layout::{Layout, Limits};
 use crate::leader_epochs::LeaderEpochs;
 use crate::producer_state::ProducerState;
 use crate::segment_index::IndexEntry;
+use crate::segment_writer::Written;
 use crate::stage::{Part, Ticket};
 use crate::store::Shard;
-use crate::tail::Tail;
-use crate::types::{Durability, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, RecoveredGroup};
+use crate::tail::{Tail, TailEntry};
+use crate::types::{GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, RecoveredGroup};
 use crate::wal::Wal;
 
 /// A run of this size is worth a write of its own.
@@ -62,14 +63,18 @@ pub(crate) struct Inner {
     /// Segments written and not synced.
     pub dirty: Vec<i64>,
     pub dir_dirty: bool,
-    /// Segments were cut; nothing is written to them before this commit is durable.
-    pub cut_lsn: Option<Lsn>,
+    /// Segments were cut; nothing is written to them before this commit is done. `Lsn::MAX`: it is being staged.
+    pub cut_by: Option<(Lane, Lsn)>,
     /// Segments that the cut left without a place in the log; removed when it is durable.
     pub cut_files: Vec<i64>,
     /// (index, log end before it) of entries recovered above the commit index.
     pub recovered_tail: Vec<(u64, i64)>,
     /// Where the next batch goes.
     pub layout: Layout,
+    /// How far segments are written, which may be beyond what counts of them.
+    pub written: Written,
+    /// How often entries were replaced.
+    pub cuts: u64,
     /// What is staged and not in the WAL yet, behind a large batch that is being written.
     pub unrecorded: VecDeque<Part>,
     /// A task sees to `unrecorded`.
@@ -83,12 +88,16 @@ pub(crate) struct Inner {
     /// Lane of its next entries, and the newest commit in it that has something of this group.
     pub lane: Lane,
     pub last_lsn: Lsn,
+    /// The commit that moved the log start last; what lies below it may go once that is safe.
+    pub log_start_by: (Lane, Lsn),
     /// Lane of its last record of any kind.
     recorded_in: Lane,
     touched: [Option<u64>; 2],
     /// State differs from `group.meta`.
     pub meta_dirty: bool,
     pub snapshot_offset: i64,
+    /// The log was not cut since the start, so nothing is missing from the producers; only then they are written down.
+    pub producers_whole: bool,
     pub bytes_since_snapshot: u64,
     flushing: bool,
 }
@@ -101,11 +110,16 @@ pub(crate) struct Group {
     pub damage: OnceCell<String>,
     /// Damaged since the start: nothing of it is written, so that it stays as it was found.
     pub frozen: Cell<bool>,
+    /// Its deletion was asked for: it takes nothing more.
+    pub deleting: Cell<bool>,
+    /// It is deleted: its directory has another name.
     pub deleted: Cell<bool>,
     pub queued: Cell<bool>,
     /// The largest number of `stage` for which all is safe, and whether the broker is yet to hear of it.
     pub persisted: Cell<u64>,
     pub has_news: Cell<bool>,
+    /// Held while its segments are written: one write at a time.
+    pub writing: tokio::sync::Mutex<()>,
     pub inner: RefCell<Inner>,
     pub producers: RefCell<ProducerState>,
 }
@@ -118,13 +132,15 @@ impl Group {
             dir: shard.segments_root().join(dir_name),
             damage: OnceCell::new(),
             frozen: Cell::new(false),
+            deleting: Cell::new(false),
             deleted: Cell::new(false),
             queued: Cell::new(false),
             persisted: Cell::new(0),
             has_news: Cell::new(false),
+            writing: tokio::sync::Mutex::new(()),
             inner: RefCell::new(Inner {
-                lane: config.durability.lane(),
-                recorded_in: config.durability.lane(),
+                lane: Lane::Durable,
+                recorded_in: Lane::Durable,
                 config,
                 hard_state: HardState::default(),
                 last_index: 0,
@@ -140,19 +156,23 @@ impl Group {
                 flushed_end: 0,
                 dirty: Vec::new(),
                 dir_dirty: false,
-                cut_lsn: None,
+                cut_by: None,
                 cut_files: Vec::new(),
                 recovered_tail: Vec::new(),
                 layout: Layout::empty(),
+                written: Written::default(),
+                cuts: 0,
                 unrecorded: VecDeque::new(),
                 direct_busy: false,
                 tickets: VecDeque::new(),
                 listed_in: 0,
                 direct_since_state: 0,
                 last_lsn: 0,
+                log_start_by: (Lane::Durable, 0),
                 touched: [None; 2],
                 meta_dirty: false,
                 snapshot_offset: -1,
+                producers_whole: true,
                 bytes_since_snapshot: 0,
                 flushing: false,
             }),
@@ -178,9 +198,6 @@ impl Group {
             group.frozen.set(true);
             group.note_damage(reason);
         }
-        if group.inner.borrow().lane == Lane::Os {
-            shard.use_os_lane();
-        }
         {
             let mut inner = group.inner.borrow_mut();
             let restored = recovered.restored;
@@ -203,6 +220,7 @@ impl Group {
                 active.max_timestamp = restored.max_timestamp;
             }
             inner.layout = inner.layout_at_end();
+            inner.written = Written::up_to(inner.last_index, inner.layout);
             for entry in restored.warm {
                 shard.cache_push(group.id, entry.bytes.len());
                 inner.tail.push_flushed(entry);
@@ -272,7 +290,7 @@ impl Group {
         GroupState {
             group: self.id,
             dir_name: self.dir_name.clone(),
-            os: inner.config.durability == Durability::Os,
+            os: inner.lane == Lane::Os,
             wal_id,
             lsn,
             hard_state,
@@ -318,6 +336,16 @@ impl Inner {
         self.recovered_tail.iter().find(|(known, _)| *known == index).map(|(_, offset)| *offset)
     }
 
+    /// May leave the WAL. The high watermark counts records: whether an entry without any that stands right at it is
+    /// committed, only the hard state says.
+    pub fn is_committed(&self, entry: &TailEntry) -> bool {
+        if entry.is_batch() {
+            entry.next_offset <= self.high_watermark
+        } else {
+            entry.base_offset < self.high_watermark || entry.index <= self.hard_state.commit
+        }
+    }
+
     pub fn size_bytes(&self) -> u64 {
         self.segments.iter().map(|segment| segment.bytes).sum::<u64>() + self.tail.unflushed_bytes()
     }
@@ -346,13 +374,19 @@ impl Inner {
                     std::iter::once(last).chain(unflushed).find(|e| e.place.starts && e.place.base == base);
                 let first = began.map(|entry| entry.max_timestamp);
                 let first = first.or(active.and_then(|segment| segment.first_timestamp)).unwrap_or(-1);
-                let end = u64::from(last.place.position) + last.bytes.len() as u64;
-                Layout::resume(base, end, first)
+                Layout::resume(base, last.place.end(last.bytes.len()), first)
             }
             (None, Some(active)) => {
                 Layout::resume(active.base, active.bytes, active.first_timestamp.unwrap_or(-1))
             }
             (None, None) => Layout::empty(),
+        }
+    }
+
+    /// The commit is known that carries what replaced entries in segments.
+    pub fn note_cut_by(&mut self, lane: Lane) {
+        if self.cut_by.is_some_and(|(_, by)| by == Lsn::MAX) {
+            self.cut_by = Some((lane, self.last_lsn));
         }
     }
 

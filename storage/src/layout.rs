@@ -27,6 +27,11 @@ pub struct Place {
 impl Place {
     /// Of an entry that has none.
     pub const NONE: Place = Place { base: -1, position: 0, starts: false };
+
+    /// Where in the segment a batch of this size ends.
+    pub fn end(&self, bytes: usize) -> u64 {
+        u64::from(self.position) + bytes as u64
+    }
 }
 
 /// The end of the log as it will be once everything staged is in segments.
@@ -46,6 +51,11 @@ impl Layout {
 
     pub fn resume(base: i64, bytes: u64, first_timestamp: i64) -> Self {
         Self { base, bytes, first_timestamp }
+    }
+
+    /// Base of the last segment (-1: none) and what it will hold.
+    pub fn end(&self) -> (i64, u64) {
+        (self.base, self.bytes)
     }
 
     /// Gives the batch at `offset` its place.

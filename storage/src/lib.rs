@@ -23,12 +23,15 @@ mod restore;
 mod retention;
 mod ring;
 mod segment_index;
+mod segment_writer;
 mod stage;
 mod store;
 mod tail;
 mod types;
 mod wal;
-mod wal_format;
+/// Public for bench/micro alone, which counts the instructions of encoding a block.
+#[doc(hidden)]
+pub mod wal_format;
 mod walk;
 
 pub use data_dir::DataDir;
@@ -40,5 +43,6 @@ pub use producer_state::{
 pub use store::ShardStore;
 pub use types::*;
 
-/// The disk that a store can be opened on instead of the one it chooses; see `ShardStore::open_on`.
-pub use flumen_io::{Disk, DiskKind, Op, OpKind};
+/// The disk and the file system that a store can be opened on instead of the machine's; see `ShardStore::open_on` and
+/// `DataDir::open_on`.
+pub use flumen_io::{Disk, DiskKind, FileSystem, Op, OpKind};

@@ -19,8 +19,8 @@ pub const MAX_PRODUCERS_PER_GROUP: usize = 20_000;
 pub const DEFAULT_EXPIRATION_MS: i64 = 86_400_000;
 
 const SNAPSHOT_MAGIC: [u8; 4] = *b"FLPS";
-const SNAPSHOT_VERSION: u16 = 1;
-const SNAPSHOT_HEADER_BYTES: usize = 20;
+const SNAPSHOT_VERSION: u16 = 2;
+const SNAPSHOT_HEADER_BYTES: usize = 24;
 const PRODUCER_BYTES: usize = 19;
 const BATCH_BYTES: usize = 28;
 
@@ -191,12 +191,16 @@ impl ProducerState {
     }
 
     /// Forgets batches at or above `offset`, after the log was cut there. A producer with none left becomes unknown.
-    pub fn truncate(&mut self, offset: i64) {
+    /// Returns whether there were any: then older ones, which only the log still has, are missing here.
+    pub fn truncate(&mut self, offset: i64) -> bool {
+        let mut forgot = false;
         self.producers.retain(|_, producer| {
-            let had = !producer.batches.is_empty();
+            let had = producer.batches.len();
             producer.batches.retain(|batch| batch.base_offset < offset);
-            !(had && producer.batches.is_empty())
+            forgot |= producer.batches.len() < had;
+            had == 0 || !producer.batches.is_empty()
         });
+        forgot
     }
 
     /// Forgets producers that wrote nothing for `expiration_ms`. Returns how many.
@@ -206,8 +210,8 @@ impl ProducerState {
         before - self.producers.len()
     }
 
-    /// The state before `offset`.
-    pub fn encode(&self, offset: i64) -> Vec<u8> {
+    /// The state before `offset`, where a batch of `epoch` ends (-1: nothing does).
+    pub fn encode(&self, offset: i64, epoch: i32) -> Vec<u8> {
         let mut out = Vec::with_capacity(
             SNAPSHOT_HEADER_BYTES + self.producers.len() * (PRODUCER_BYTES + BATCHES_KEPT * BATCH_BYTES) + 4,
         );
@@ -215,6 +219,7 @@ impl ProducerState {
         out.extend_from_slice(&SNAPSHOT_VERSION.to_le_bytes());
         out.extend_from_slice(&[0; 2]);
         out.extend_from_slice(&offset.to_le_bytes());
+        out.extend_from_slice(&epoch.to_le_bytes());
         out.extend_from_slice(&(self.producers.len() as u32).to_le_bytes());
         for (id, producer) in &self.producers {
             out.extend_from_slice(&id.to_le_bytes());
@@ -234,8 +239,9 @@ impl ProducerState {
         out
     }
 
-    /// Reads a snapshot; returns the offset before which it is the state.
-    pub fn decode(bytes: &[u8]) -> Result<(Self, i64), SnapshotError> {
+    /// Reads a snapshot; returns the offset before which it is the state, and the leader epoch of the batch that ends
+    /// there. A log that has another epoch there is not the one that this was taken of.
+    pub fn decode(bytes: &[u8]) -> Result<(Self, i64, i32), SnapshotError> {
         let Some((body, crc)) = bytes.split_last_chunk::<4>() else { return Err(SnapshotError::Header) };
         if body.len() < SNAPSHOT_HEADER_BYTES
             || body[..4] != SNAPSHOT_MAGIC
@@ -249,6 +255,7 @@ impl ProducerState {
         let mut cursor = crate::codec::Cursor::new(&body[8..]);
         let state = (|| {
             let offset = cursor.i64()?;
+            let epoch = cursor.i32()?;
             let count = cursor.u32()?;
             let mut producers = BTreeMap::new();
             for _ in 0..count {
@@ -271,7 +278,7 @@ impl ProducerState {
                 }
                 producers.insert(id, Producer { epoch, last_timestamp, batches });
             }
-            cursor.is_empty().then_some((Self { producers }, offset))
+            cursor.is_empty().then_some((Self { producers }, offset, epoch))
         })();
         state.ok_or(SnapshotError::Malformed)
     }
@@ -379,15 +386,15 @@ mod tests {
             for (at, (id, epoch, sequence, count)) in batches.into_iter().enumerate() {
                 state.apply(&header(id, epoch, sequence & i32::MAX, count, at as i64));
             }
-            let bytes = state.encode(77);
-            prop_assert_eq!(ProducerState::decode(&bytes), Ok((state, 77)));
+            let bytes = state.encode(77, 3);
+            prop_assert_eq!(ProducerState::decode(&bytes), Ok((state, 77, 3)));
         }
 
         #[test]
         fn damaged_snapshot_is_refused(at in 0usize..1000, bit in 0u8..8) {
             let mut state = ProducerState::new();
             for id in 0..5 { state.apply(&header(id, 0, 0, 1, id)); }
-            let mut bytes = state.encode(5);
+            let mut bytes = state.encode(5, 1);
             let at = at % bytes.len();
             bytes[at] ^= 1 << bit;
             prop_assert!(ProducerState::decode(&bytes).is_err());

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use flumen_io::{File, Mode, sync_dir, sync_filesystem};
+use flumen_io::{FileSystem, Mode};
 
 use crate::codec::Cursor;
 use crate::data_dir::{boot_id, open_error, replace_file};
@@ -41,6 +41,7 @@ struct Directory {
 }
 
 struct Work {
+    files: FileSystem,
     root: PathBuf,
     wal_id: u64,
     groups: BTreeMap<GroupId, Directory>,
@@ -53,16 +54,13 @@ struct Work {
     warm_bytes: usize,
 }
 
-fn names(path: &Path) -> Result<Vec<String>, OpenError> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(|e| open_error(path, "listing", e))? {
-        let entry = entry.map_err(|e| open_error(path, "listing", e))?;
-        if let Ok(name) = entry.file_name().into_string() {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
+fn names(files: &FileSystem, path: &Path) -> Result<Vec<String>, OpenError> {
+    let entries = files.list(path).map_err(|e| open_error(path, "listing", e))?;
+    Ok(entries.into_iter().map(|entry| entry.name).collect())
+}
+
+fn read_text(files: &FileSystem, path: &Path) -> io::Result<String> {
+    String::from_utf8(files.read(path)?).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// `<dir>.<group>.deleted`
@@ -87,8 +85,8 @@ fn parse_marker(text: &str) -> (Option<GroupId>, String) {
     }
 }
 
-fn read_wal_id(path: &Path) -> Result<Option<u64>, OpenError> {
-    match std::fs::read_to_string(path) {
+fn read_wal_id(files: &FileSystem, path: &Path) -> Result<Option<u64>, OpenError> {
+    match read_text(files, path) {
         Ok(text) => {
             let mut words = text.split_ascii_whitespace();
             let id = words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
@@ -146,18 +144,28 @@ struct Ring {
 }
 
 /// Reads one lane of one shard into `out`.
-fn read_ring(path: &Path, lane: Lane, shard: u32, wal_id: u64, out: &mut Records) -> Result<Ring, OpenError> {
+fn read_ring(
+    disk: &FileSystem,
+    path: &Path,
+    lane: Lane,
+    shard: u32,
+    wal_id: u64,
+    out: &mut Records,
+) -> Result<Ring, OpenError> {
     let mut files = Vec::new();
     let mut found: Vec<Found> = Vec::new();
-    for name in names(path)?.into_iter().filter(|name| name.ends_with(".wal")) {
+    for name in names(disk, path)?.into_iter().filter(|name| name.ends_with(".wal")) {
         let file_path = path.join(name);
-        let bytes = std::fs::read(&file_path).map_err(|e| open_error(&file_path, "reading", e))?;
+        // A killed process leaves in memory what the disk may not have; what is done because of it must not outlive it.
+        let synced = disk.open(&file_path, Mode::default()).and_then(|file| file.sync_data());
+        synced.map_err(|e| open_error(&file_path, "syncing", e))?;
+        let bytes = disk.read(&file_path).map_err(|e| open_error(&file_path, "reading", e))?;
         scan(&bytes, files.len(), wal_id, lane as u16, shard, &mut found);
         files.push((file_path, Bytes::from(bytes)));
     }
     // The os lane promises nothing over a loss of power; then it ends where the kernel had not written yet.
     let newest = found.iter().filter(|block| block.payload_ok).max_by_key(|block| block.header.sequence);
-    let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id());
+    let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id(disk));
     let may_be_lost = lane == Lane::Os && !same_boot;
     let judged = judge(&found, may_be_lost);
     let mut ring = Ring { path: path.to_owned(), empty: found.is_empty(), damage: Vec::new() };
@@ -209,9 +217,9 @@ impl Work {
     fn list_groups(&mut self) -> Result<(Vec<PathBuf>, Vec<String>), OpenError> {
         let (mut deletions, mut nameless, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
         let log = self.root.join("log");
-        for name in names(&log)? {
+        for name in names(&self.files, &log)? {
             let path = log.join(&name);
-            if !path.is_dir() {
+            if !self.files.is_dir(&path) {
                 continue;
             }
             if name.ends_with(".deleted") {
@@ -219,12 +227,12 @@ impl Work {
                 deletions.push(path);
                 continue;
             }
-            let state = match std::fs::read(path.join("group.meta")) {
+            let state = match self.files.read(&path.join("group.meta")) {
                 Ok(bytes) => GroupState::decode(&bytes).filter(|state| state.dir_name == name),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => None,
                 Err(error) => return Err(open_error(&path, "reading group.meta", error)),
             };
-            let marker = std::fs::read(path.join(MARKER)).ok();
+            let marker = self.files.read(&path.join(MARKER)).ok();
             let marker = marker.map(|text| parse_marker(&String::from_utf8_lossy(&text)));
             let marked_group = marker.as_ref().and_then(|(group, _)| *group);
             let marked = marker.map(|(_, reason)| reason);
@@ -255,11 +263,12 @@ impl Work {
     fn damaged(&mut self, group_id: GroupId, dir_name: &str, reason: String) {
         tracing::error!(group_id, directory = dir_name, reason, "damaged partition; it refuses to serve");
         let dir = self.dir(dir_name);
-        if dir.is_dir() && !dir_name.is_empty() {
+        if self.files.is_dir(&dir) && !dir_name.is_empty() {
             // The next start must refuse as well, when the WAL that shows the damage is out of the way.
             let marker = dir.join(MARKER);
-            if !marker.exists()
-                && let Err(error) = replace_file(&marker, format!("group {group_id}: {reason}\n").as_bytes())
+            if !self.files.exists(&marker)
+                && let Err(error) =
+                    replace_file(&self.files, &marker, format!("group {group_id}: {reason}\n").as_bytes())
             {
                 tracing::warn!(path = %marker.display(), %error, "could not be written");
             }
@@ -285,6 +294,9 @@ impl Work {
 
     /// Brings one partition up to date. `Ok(false)`: it is damaged.
     fn group(&mut self, group_id: GroupId, log: &[(Position, Action)]) -> Result<bool, OpenError> {
+        if self.deleted.contains(&group_id) {
+            return Ok(true);
+        }
         let base = self.groups.get(&group_id).and_then(|directory| directory.state.clone()).map(|state| {
             let contained = if state.wal_id == self.wal_id { state.lsn } else { 0 };
             (state, (contained, u32::MAX))
@@ -305,7 +317,7 @@ impl Work {
             }
         };
         let dir_name = replayed.state.dir_name.clone();
-        if replayed.deleted || self.deleted.contains(&group_id) {
+        if replayed.deleted {
             // Its directory was renamed before the deletion was recorded; what has its name now is another group's.
             self.deleted.insert(group_id);
             return Ok(true);
@@ -321,11 +333,11 @@ impl Work {
         changed: bool,
     ) -> Result<bool, OpenError> {
         let dir = self.dir(dir_name);
-        if !dir.is_dir() {
-            std::fs::create_dir(&dir).map_err(|e| open_error(&dir, "creating the directory", e))?;
+        if !self.files.is_dir(&dir) {
+            self.files.create_dir(&dir).map_err(|e| open_error(&dir, "creating the directory", e))?;
             self.dirs.insert(self.root.join("log"));
         }
-        let outcome = match restore(&dir, replayed, changed, &mut self.warm_bytes) {
+        let outcome = match restore(&self.files, &dir, replayed, changed, &mut self.warm_bytes) {
             Ok(outcome) => outcome,
             Err(RestoreError::Damaged(reason)) => {
                 self.damaged(group_id, dir_name, reason);
@@ -360,27 +372,32 @@ impl Work {
     }
 
     fn sync(&mut self) -> Result<(), OpenError> {
-        let root = self.root.clone();
+        let (root, disk) = (self.root.clone(), &self.files);
         let result = if self.written.len() + self.dirs.len() > SYNC_EACH_MAX {
-            sync_filesystem(&root)
+            disk.sync_all(&root)
         } else {
             let files =
-                self.written.iter().try_for_each(|path| File::open(path, Mode::default())?.sync_data());
-            files.and_then(|()| self.dirs.iter().try_for_each(|dir| sync_dir(dir)))
+                self.written.iter().try_for_each(|path| disk.open(path, Mode::default())?.sync_data());
+            files.and_then(|()| self.dirs.iter().try_for_each(|dir| disk.sync_dir(dir)))
         };
         result.map_err(|e| open_error(&root, "syncing", e))
     }
 }
 
-fn is_clean(ring: &Path, wal_id: u64) -> bool {
-    std::fs::read_to_string(ring.join("CLEAN")).is_ok_and(|text| text.trim() == wal_id.to_string())
+fn is_clean(files: &FileSystem, ring: &Path, wal_id: u64) -> bool {
+    read_text(files, &ring.join("CLEAN")).is_ok_and(|text| text.trim() == wal_id.to_string())
 }
 
-pub(crate) fn recover(root: &Path, cache_hint: usize) -> Result<(Vec<RecoveredGroup>, u64), OpenError> {
+pub(crate) fn recover(
+    files: &FileSystem,
+    root: &Path,
+    cache_hint: usize,
+) -> Result<(Vec<RecoveredGroup>, u64), OpenError> {
     let wal = root.join("wal");
     let current = wal.join("current");
-    let former = read_wal_id(&current)?;
+    let former = read_wal_id(files, &current)?;
     let mut work = Work {
+        files: files.clone(),
         root: root.to_owned(),
         wal_id: former.unwrap_or(0),
         groups: BTreeMap::new(),
@@ -406,27 +423,27 @@ pub(crate) fn recover(root: &Path, cache_hint: usize) -> Result<(Vec<RecoveredGr
     }
     let mut kept_rings = Vec::new();
     let mut shards: BTreeMap<u32, [Option<PathBuf>; 2]> = BTreeMap::new();
-    for name in names(&wal)? {
+    for name in names(files, &wal)? {
         let (number, lane) = match name.strip_suffix("-os") {
             Some(number) => (number, Lane::Os),
             None => (name.as_str(), Lane::Durable),
         };
         if let Ok(number) = number.parse::<u32>()
-            && wal.join(&name).is_dir()
+            && files.is_dir(&wal.join(&name))
         {
             shards.entry(number).or_default()[lane as usize] = Some(wal.join(&name));
         }
     }
     for (shard, lanes) in shards {
         let Some(wal_id) = former else { continue };
-        if lanes[Lane::Durable as usize].as_ref().is_some_and(|ring| is_clean(ring, wal_id)) {
+        if lanes[Lane::Durable as usize].as_ref().is_some_and(|ring| is_clean(files, ring, wal_id)) {
             continue;
         }
         let mut log = Records::new();
         let mut rings = Vec::new();
         for (lane, path) in LANES.into_iter().zip(&lanes) {
             if let Some(path) = path {
-                rings.push(read_ring(path, lane, shard, wal_id, &mut log)?);
+                rings.push(read_ring(files, path, lane, shard, wal_id, &mut log)?);
             }
         }
         let damage: Vec<&(String, Suspects)> = rings.iter().flat_map(|ring| &ring.damage).collect();
@@ -479,37 +496,39 @@ pub(crate) fn recover(root: &Path, cache_hint: usize) -> Result<(Vec<RecoveredGr
     without_state.extend(unknown.into_iter().map(|name| (UNKNOWN_GROUP, name)));
     for (group, name) in without_state {
         let path = root.join("log").join(&name);
-        let empty = names(&path)?.iter().all(|file| file == "group.new");
+        let empty = names(files, &path)?.iter().all(|file| file == "group.new");
         // With a damaged ring it may be one whose records cannot be read.
         if empty && kept_rings.is_empty() {
             // Created, and nothing of it ever committed.
-            std::fs::remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
+            files.remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
         } else {
             let reason = "its group.meta is missing or damaged, and the WAL does not know it".to_owned();
             work.damaged(group, &name, reason);
         }
     }
+    // A killed process may have left names of partitions that were never synced; from here on we rely on them.
+    work.dirs.insert(root.join("log"));
     work.sync()?;
     let metas = std::mem::take(&mut work.metas);
-    replace_many(root, metas).map_err(|e| open_error(root, "writing group.meta", e))?;
+    replace_many(files, root, metas).map_err(|e| open_error(root, "writing group.meta", e))?;
     for ring in kept_rings {
         let name = ring.file_name().and_then(|name| name.to_str()).unwrap_or("ring").to_owned();
         let kept = wal.join(format!("{name}.damaged-{:016x}", work.wal_id));
-        std::fs::rename(&ring, &kept).map_err(|e| open_error(&ring, "putting aside", e))?;
+        files.rename(&ring, &kept).map_err(|e| open_error(&ring, "putting aside", e))?;
         tracing::error!(ring = %kept.display(), "kept for repair");
     }
     // From here on the old blocks do not count.
-    let (wal_id, _) = uuid::Uuid::new_v4().as_u64_pair();
+    let wal_id = files.random_id();
     let line = format!("{wal_id:016x} {:08x}\n", crc32c::crc32c(&wal_id.to_le_bytes()));
-    replace_file(&current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
+    replace_file(files, &current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
     for step in work.afterwards {
         let (path, result) = match &step {
             Afterwards::Shorten(path, bytes) => {
-                let file = File::open(path, Mode { write: true, ..Mode::default() });
+                let file = files.open(path, Mode { write: true, ..Mode::default() });
                 (path, file.and_then(|file| file.set_len(*bytes)))
             }
-            Afterwards::Remove(path) if path.is_dir() => (path, std::fs::remove_dir_all(path)),
-            Afterwards::Remove(path) => (path, std::fs::remove_file(path)),
+            Afterwards::Remove(path) if files.is_dir(path) => (path, files.remove_dir_all(path)),
+            Afterwards::Remove(path) => (path, files.remove_file(path)),
         };
         match result {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -519,7 +538,7 @@ pub(crate) fn recover(root: &Path, cache_hint: usize) -> Result<(Vec<RecoveredGr
         }
     }
     for path in deletions {
-        std::fs::remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
+        files.remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
     }
     work.recovered.sort_by_key(|group| group.group_id);
     Ok((work.recovered, wal_id))

@@ -96,11 +96,15 @@ pub fn replay(
             "the WAL has records of it, but neither group.meta nor the WAL says what it is".to_owned()
         );
     };
+    if deleted {
+        // From its deletion on nobody keeps its records together.
+        return Ok(Some(Replayed { state, entries: Vec::new(), cut: None, deleted }));
+    }
     let mut entries: VecDeque<LogEntry> = VecDeque::new();
     let mut cut = None;
-    // The last entry that came before the ones it follows. Those were in a file that is gone, and all that was not in
-    // segments by then is written again further on.
-    let mut ahead = None;
+    // The last entry that came before the ones it follows, and its term. Those were in a file that is gone, and all that
+    // was not in segments by then is written again further on, unless it was replaced before.
+    let mut ahead: Option<(u64, u64)> = None;
     for (position, action) in records {
         match action {
             Action::State(_) | Action::Delete => {}
@@ -112,10 +116,13 @@ pub fn replay(
             Action::LogStart(offset) => state.log_start = state.log_start.max(*offset),
             Action::Entry { index, term, offset, starts_segment, content } => {
                 let (index, term, offset) = (*index, *term, *offset);
+                ahead = ahead.filter(|(at, of)| index > *at || term <= *of);
+                // Replaced before the state was written: terms never fall along a log, so an entry of an older term than
+                // the last one in segments cannot stand behind it.
+                if *position <= base_at && (index <= state.flushed_index || term < state.flushed_term) {
+                    continue;
+                }
                 if index <= state.flushed_index {
-                    if *position <= base_at {
-                        continue;
-                    }
                     // An entry in a segment was replaced after the state was written.
                     if index == 0 || offset > state.flushed_end {
                         return Err(format!(
@@ -145,7 +152,8 @@ pub fn replay(
                     .back()
                     .map_or((state.flushed_index, state.flushed_end), |e| (e.index, e.next_offset));
                 if index != last_index + 1 {
-                    ahead = Some(index);
+                    let known = ahead.filter(|(_, of)| *of == term).map_or(0, |(at, _)| at);
+                    ahead = Some((index.max(known), term));
                     continue;
                 }
                 if offset != end {
@@ -166,7 +174,7 @@ pub fn replay(
         }
     }
     let last_index = entries.back().map_or(state.flushed_index, |entry| entry.index);
-    if let Some(ahead) = ahead.filter(|ahead| *ahead > last_index) {
+    if let Some((ahead, _)) = ahead.filter(|(at, _)| *at > last_index) {
         return Err(format!("entries {} to {} are missing", last_index + 1, ahead - 1));
     }
     for header in entries.iter().filter_map(|entry| entry.content.header()) {
@@ -286,6 +294,11 @@ mod tests {
         replaced.push(records[5].clone());
         let out = replay(None, &replaced).unwrap().unwrap();
         assert_eq!(indexes(&out), [(4, 1), (5, 2)]);
+        // Replaced before it was written again: 4 in term 2, and neither 5 nor 6.
+        let mut shorter = records[..2].to_vec();
+        shorter.push(((3, 0), entry(4, 2, 3, 1)));
+        shorter.push(records[5].clone());
+        assert_eq!(indexes(&replay(None, &shorter).unwrap().unwrap()), [(4, 2)]);
     }
 
     #[test]

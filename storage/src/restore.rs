@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use flumen_io::{File, Mode};
+use flumen_io::{File, FileSystem, Mode};
 use flumen_protocol::record_batch::{self, BatchHeader, HEADER_BYTES};
 
 use crate::flush::{position_of, snapshots, write_snapshot};
@@ -74,24 +74,17 @@ fn index_path(dir: &Path, base: i64) -> PathBuf {
     dir.join(format!("{base:020}.idx"))
 }
 
-fn list_segments(dir: &Path) -> io::Result<BTreeMap<i64, u64>> {
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let base = name
-            .to_str()
-            .and_then(|name| name.strip_suffix(".log"))
-            .and_then(|stem| stem.parse::<i64>().ok());
-        if let Some(base) = base.filter(|base| *base >= 0) {
-            found.insert(base, entry.metadata()?.len());
-        }
-    }
-    Ok(found)
+fn list_segments(files: &FileSystem, dir: &Path) -> io::Result<BTreeMap<i64, u64>> {
+    let segments = files.list(dir)?.into_iter().filter_map(|entry| {
+        let base = entry.name.strip_suffix(".log")?.parse::<i64>().ok()?;
+        (base >= 0).then_some((base, entry.len))
+    });
+    Ok(segments.collect())
 }
 
 /// Walks a segment from a batch on to `bytes`; returns the offset reached.
 fn scan(
+    files: &FileSystem,
     path: &Path,
     bytes: u64,
     (mut position, mut offset): (u64, i64),
@@ -99,7 +92,7 @@ fn scan(
 ) -> Result<i64, RestoreError> {
     let io = |error| RestoreError::Io(path.to_owned(), error);
     let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
-    let file = File::open(path, Mode::default()).map_err(io)?;
+    let file = files.open(path, Mode::default()).map_err(io)?;
     let mut piece = vec![0; PIECE_BYTES];
     while position < bytes {
         let want = usize::try_from(bytes - position).unwrap_or(usize::MAX).min(piece.len());
@@ -137,8 +130,14 @@ struct Index {
 }
 
 /// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good.
-fn load_index(dir: &Path, base: i64, bytes: u64, end: i64) -> Result<Index, RestoreError> {
-    let raw = std::fs::read(index_path(dir, base)).unwrap_or_default();
+fn load_index(
+    files: &FileSystem,
+    dir: &Path,
+    base: i64,
+    bytes: u64,
+    end: i64,
+) -> Result<Index, RestoreError> {
+    let raw = files.read(&index_path(dir, base)).unwrap_or_default();
     let mut entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
     // An entry that disagrees with where the segment ends was written for other content.
     entries
@@ -154,7 +153,7 @@ fn load_index(dir: &Path, base: i64, bytes: u64, end: i64) -> Result<Index, Rest
     let mut term = 0;
     let walk =
         |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
-            scan(&path, bytes, from, |header, position| {
+            scan(files, &path, bytes, from, |header, position| {
                 *term = u32::try_from(header.leader_epoch).unwrap_or(0);
                 entries.extend(builder.batch(header.base_offset, position, *term, 0, header.max_timestamp));
             })
@@ -175,32 +174,36 @@ fn load_index(dir: &Path, base: i64, bytes: u64, end: i64) -> Result<Index, Rest
     Ok(Index { entries, builder, rebuilt: true })
 }
 
-fn write_index(dir: &Path, base: i64, entries: &[IndexEntry]) -> io::Result<()> {
+fn write_index(files: &FileSystem, dir: &Path, base: i64, entries: &[IndexEntry]) -> io::Result<()> {
     let mut out = encode_header(base).to_vec();
     for entry in entries {
         out.extend_from_slice(&encode_entry(entry));
     }
-    std::fs::write(index_path(dir, base), out)
+    files.write(&index_path(dir, base), &out)
 }
 
 /// Producers as of `end`: the newest usable snapshot, and the headers after it.
 fn restore_producers(
+    files: &FileSystem,
     dir: &Path,
     segments: &[(i64, u64)],
     flushed_end: i64,
     entries: &[LogEntry],
-    usable_up_to: i64,
+    (log_end, epochs): (i64, &LeaderEpochs),
 ) -> Result<(ProducerState, i64), RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let mut state = ProducerState::new();
     let mut from = i64::MIN;
-    for (offset, path) in snapshots(dir).map_err(io)?.into_iter().rev() {
-        if offset > usable_up_to {
+    let first = segments.first().map_or(flushed_end, |segment| segment.0);
+    for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
+        // Between an older one and the first segment that is left, producers may have gone on.
+        if offset > log_end || offset < first {
             continue;
         }
-        let decoded = std::fs::read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
+        let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
         match decoded {
-            Some((found, at)) if at == offset => {
+            // One that was taken before the log was cut, and should be gone, knows of another leader.
+            Some((found, at, epoch)) if at == offset && epoch == epochs.epoch_at(offset - 1) => {
                 (state, from) = (found, offset);
                 break;
             }
@@ -218,11 +221,11 @@ fn restore_producers(
         let start = if from <= *base {
             (0, *base)
         } else {
-            let raw = std::fs::read(index_path(dir, *base)).unwrap_or_default();
+            let raw = files.read(&index_path(dir, *base)).unwrap_or_default();
             let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
             segment_index::seek_offset(&entries, *base, from)
         };
-        scan(&log_path(dir, *base), *bytes, start, |header, _| {
+        scan(files, &log_path(dir, *base), *bytes, start, |header, _| {
             if header.base_offset >= from {
                 state.apply(header);
             }
@@ -249,7 +252,7 @@ fn is_there(file: &File, pointer: &Pointer, buf: &mut Vec<u8>) -> io::Result<boo
 }
 
 /// Looks for the batches that are only pointed to. The log ends at the first one that a loss of power may have taken.
-fn check_pointers(dir: &Path, entries: &mut Vec<LogEntry>) -> Result<(), RestoreError> {
+fn check_pointers(files: &FileSystem, dir: &Path, entries: &mut Vec<LogEntry>) -> Result<(), RestoreError> {
     let mut open: Option<(i64, File)> = None;
     let mut buf = Vec::new();
     for at in 0..entries.len() {
@@ -257,7 +260,7 @@ fn check_pointers(dir: &Path, entries: &mut Vec<LogEntry>) -> Result<(), Restore
         let path = log_path(dir, pointer.base);
         let io = |error| RestoreError::Io(path.clone(), error);
         if open.as_ref().is_none_or(|(base, _)| *base != pointer.base) {
-            open = match File::open(&path, Mode::default()) {
+            open = match files.open(&path, Mode::default()) {
                 Ok(file) => Some((pointer.base, file)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => None,
                 Err(error) => return Err(io(error)),
@@ -284,6 +287,7 @@ fn check_pointers(dir: &Path, entries: &mut Vec<LogEntry>) -> Result<(), Restore
 
 /// Writes entries behind the last segment, in large writes.
 struct Appender<'a> {
+    files: &'a FileSystem,
     dir: &'a Path,
     segments: &'a mut Vec<(i64, u64)>,
     index: Option<(i64, Index)>,
@@ -307,7 +311,7 @@ impl Appender<'_> {
         }
         let path = log_path(self.dir, *base);
         let write = || {
-            let file = File::open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+            let file = self.files.open(&path, Mode { write: true, create: true, ..Mode::default() })?;
             file.write_all_at(&self.pending, *bytes)
         };
         write().map_err(|error| RestoreError::Io(path.clone(), error))?;
@@ -324,7 +328,7 @@ impl Appender<'_> {
         };
         index.entries.extend(index.builder.end(end, *bytes, term, next_index));
         // Not synced: a bad index is built again.
-        write_index(self.dir, *base, &index.entries)
+        write_index(self.files, self.dir, *base, &index.entries)
             .map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
     }
 
@@ -379,6 +383,7 @@ impl Appender<'_> {
 
 /// `changed`: there were WAL records, so the state must be written again even if nothing else happens.
 pub(crate) fn restore(
+    files: &FileSystem,
     dir: &Path,
     replayed: Replayed,
     mut changed: bool,
@@ -388,73 +393,71 @@ pub(crate) fn restore(
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
     let Replayed { mut state, mut entries, cut, .. } = replayed;
     let mut afterwards = Vec::new();
-    check_pointers(dir, &mut entries)?;
-    let on_disk = list_segments(dir).map_err(io)?;
+    check_pointers(files, dir, &mut entries)?;
+    let on_disk = list_segments(files, dir).map_err(io)?;
     let mut segments: Vec<(i64, u64)> = on_disk
-        .iter()
-        .filter(|(base, _)| **base < state.active_base)
+        .range(..cut.unwrap_or(i64::MAX))
+        .filter(|(base, _)| **base <= state.active_base)
         .map(|(base, bytes)| (*base, *bytes))
         .collect();
-    if state.active_base >= 0 {
-        match on_disk.get(&state.active_base) {
-            Some(bytes) if *bytes >= state.active_bytes => {
-                segments.push((state.active_base, state.active_bytes));
+    let shown = log_path(dir, state.active_base);
+    let is_active = |segment: &(i64, u64)| segment.0 == state.active_base;
+    match cut {
+        // What was cut off may have gone already, and been written again.
+        Some(offset) => {
+            if let Some((base, bytes)) = segments.last_mut() {
+                let path = log_path(dir, *base);
+                *bytes = files
+                    .open(&path, Mode::default())
+                    .and_then(|file| position_of(&file, *base, *bytes, offset))
+                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
+            }
+            changed = true;
+        }
+        None if state.active_base < 0 => {}
+        None => match segments.last_mut().filter(|segment| is_active(segment)) {
+            Some((_, bytes)) if *bytes >= state.active_bytes => {
+                *bytes = state.active_bytes;
+            }
+            Some((_, bytes)) => {
+                let reason = format!("{} has {bytes} bytes of {}", shown.display(), state.active_bytes);
+                return damaged(reason);
             }
             // Retention may take the last segment as well.
-            None if cut.is_none() && state.log_start >= state.flushed_end => {}
-            Some(bytes) => {
-                return damaged(format!(
-                    "{} has {bytes} bytes of {}",
-                    log_path(dir, state.active_base).display(),
-                    state.active_bytes
-                ));
-            }
-            None => return damaged(format!("{} is missing", log_path(dir, state.active_base).display())),
-        }
+            None if state.log_start >= state.flushed_end => segments.clear(),
+            None => return damaged(format!("{} is missing", shown.display())),
+        },
     }
-    if let Some(offset) = cut {
-        // Segments beyond the cut stay until the new state no longer counts them.
-        while let Some((base, bytes)) = segments.last().copied() {
-            if base < offset {
-                let path = log_path(dir, base);
-                let position = File::open(&path, Mode::default())
-                    .and_then(|file| position_of(&file, base, bytes, offset))
-                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
-                if let Some(last) = segments.last_mut() {
-                    last.1 = position;
-                }
-                break;
-            }
-            segments.pop();
-        }
-        changed = true;
+    // What lies below the log start is on its way out; which of these files are gone already is up to the file system.
+    while segments.get(1).is_some_and(|next| next.0 <= state.log_start) {
+        segments.remove(0);
     }
     // What is counted must be there, batch after batch; whole indexes say so without reading the segments.
     let mut last_index = None;
     for at in 0..segments.len() {
         let (base, bytes) = segments[at];
         let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
-        let index = load_index(dir, base, bytes, end)?;
+        let index = load_index(files, dir, base, bytes, end)?;
         if index.rebuilt && at + 1 < segments.len() {
-            write_index(dir, base, &index.entries).map_err(io)?;
+            write_index(files, dir, base, &index.entries).map_err(io)?;
         }
         if at + 1 == segments.len() {
             if index.rebuilt {
-                write_index(dir, base, &index.entries).map_err(io)?;
+                write_index(files, dir, base, &index.entries).map_err(io)?;
             }
             last_index = Some((base, index));
         }
     }
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
-    let usable_up_to = cut.unwrap_or(log_end);
     let (producers, snapshot_from) =
-        restore_producers(dir, &segments, state.flushed_end, &entries, usable_up_to)?;
+        restore_producers(files, dir, &segments, state.flushed_end, &entries, (log_end, &state.epochs))?;
     let mut written = Vec::new();
     let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
     let counted = segments.last().map(|(base, _)| *base);
     let mut appender = Appender {
-        first_timestamp: state.active_first_timestamp.filter(|_| counted == Some(state.active_base)),
+        files,
         dir,
+        first_timestamp: state.active_first_timestamp.filter(|_| counted == Some(state.active_base)),
         segments: &mut segments,
         index: last_index,
         pending: Vec::new(),
@@ -475,29 +478,26 @@ pub(crate) fn restore(
     // What lies beyond the log's end was written and not counted, or cut. What the old state counts goes afterwards.
     for (base, bytes) in segments.iter().filter(|(base, _)| *base >= counted.unwrap_or(-1)) {
         let path = log_path(dir, *base);
-        let file = File::open(&path, Mode { write: true, ..Mode::default() }).map_err(io)?;
+        let file = files.open(&path, Mode { write: true, ..Mode::default() }).map_err(io)?;
         if file.len().map_err(io)? > *bytes {
             changed = true;
             match cut {
                 Some(_) => afterwards.push(Afterwards::Shorten(path, *bytes)),
-                None => file.set_len(*bytes).map_err(io)?,
+                None => {
+                    file.set_len(*bytes).map_err(io)?;
+                    written.push(path);
+                }
             }
         }
     }
-    let gone = |base: &i64| segments.iter().all(|(kept, _)| kept != base);
-    for base in on_disk.keys().copied().filter(gone) {
-        for path in [log_path(dir, base), index_path(dir, base)] {
-            match cut {
-                Some(_) => afterwards.push(Afterwards::Remove(path)),
-                None => match std::fs::remove_file(&path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(error)),
-                    _ => {}
-                },
-            }
-        }
+    // Below the log start, beyond the cut, or begun after the state was written; the WAL had what still counts of it.
+    for base in on_disk.keys().filter(|base| segments.iter().all(|(kept, _)| kept != *base)) {
+        afterwards.push(Afterwards::Remove(log_path(dir, *base)));
+        afterwards.push(Afterwards::Remove(index_path(dir, *base)));
     }
     if snapshot_from != log_end {
-        write_snapshot(dir, log_end, &producers.encode(log_end)).map_err(io)?;
+        write_snapshot(files, dir, log_end, &producers.encode(log_end, state.epochs.epoch_at(log_end - 1)))
+            .map_err(io)?;
     }
     let (last_index, last_term) =
         entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));
@@ -512,12 +512,14 @@ pub(crate) fn restore(
         state.hard_state.commit = state.hard_state.commit.min(last_index);
         state.log_start = state.log_start.min(log_end);
     }
-    // An entry of a term is proof of that term.
-    state.hard_state.term = state.hard_state.term.max(last_term);
+    // An entry of a term is proof of that term, in which nothing is known of a vote.
+    if last_term > state.hard_state.term {
+        state.hard_state.term = last_term;
+        state.hard_state.vote = 0;
+    }
     let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
     if first > state.log_start {
-        state.log_start = first;
-        changed = true;
+        return damaged(format!("the segment with offset {} is missing", state.log_start));
     }
     let above_commit = entries
         .iter()

@@ -57,12 +57,12 @@ fn choose(segments: &[Candidate], rules: Rules) -> usize {
 }
 
 /// Largest timestamp of a segment: remembered, or from the end of its index, or the file's own time.
-fn newest_ms(group: &Group, base: i64, known: Option<i64>) -> i64 {
+fn newest_ms(shard: &Shard, group: &Group, base: i64, known: Option<i64>) -> i64 {
     if let Some(known) = known.filter(|timestamp| *timestamp >= 0) {
         return known;
     }
     let from_index = || {
-        let bytes = std::fs::read(group.index_path(base)).ok()?;
+        let bytes = shard.files.read(&group.index_path(base)).ok()?;
         let entries = (bytes.len().checked_sub(INDEX_HEADER_BYTES)?) / INDEX_ENTRY_BYTES;
         let at = INDEX_HEADER_BYTES + entries.checked_sub(1)? * INDEX_ENTRY_BYTES;
         decode_entry(bytes.get(at..)?)
@@ -70,24 +70,24 @@ fn newest_ms(group: &Group, base: i64, known: Option<i64>) -> i64 {
             .filter(|timestamp| *timestamp >= 0)
     };
     let from_file = || {
-        let modified = std::fs::metadata(group.log_path(base)).ok()?.modified().ok()?;
-        i64::try_from(modified.duration_since(std::time::UNIX_EPOCH).ok()?.as_millis()).ok()
+        let modified = shard.files.metadata(&group.log_path(base)).ok()?.modified_ms;
+        Some(modified).filter(|modified| *modified > 0)
     };
     // A segment of which nothing can be said is as young as can be.
     from_index().or_else(from_file).unwrap_or(i64::MAX)
 }
 
 /// Takes `count` segments from the front out of the log and hands their files to the remover.
-fn drop_front(shard: &Shard, group: &Group, inner: &mut Inner, count: usize) -> u64 {
+fn drop_front(shard: &Shard, group: &Rc<Group>, inner: &mut Inner, count: usize) -> u64 {
     let mut bytes = 0;
     for _ in 0..count {
         let Some(segment) = inner.segments.pop_front() else { break };
         bytes += segment.bytes;
         inner.dirty.retain(|base| *base != segment.base);
         shard.forget_file(group.id, segment.base);
-        let reason = (inner.lane, inner.last_lsn);
-        shard.throw_away(group.index_path(segment.base), reason);
-        shard.throw_away(group.log_path(segment.base), reason);
+        for path in [group.index_path(segment.base), group.log_path(segment.base)] {
+            shard.throw_away(path, inner.log_start_by, Some(Rc::clone(group)));
+        }
     }
     if inner.segments.is_empty() {
         inner.layout = inner.layout_at_end();
@@ -111,7 +111,7 @@ impl GroupLog {
         let inner = &mut *inner;
         let unchanged = RetentionOutcome { log_start_offset: inner.log_start, ..RetentionOutcome::default() };
         if self.group.is_damaged()
-            || self.group.deleted.get()
+            || self.group.deleting.get()
             || inner.is_flushing()
             || inner.segments.is_empty()
         {
@@ -129,7 +129,7 @@ impl GroupLog {
             }
             let segment = &inner.segments[at];
             let newest = if retention_ms >= 0 {
-                newest_ms(&self.group, segment.base, segment.max_timestamp)
+                newest_ms(&self.shard, &self.group, segment.base, segment.max_timestamp)
             } else {
                 i64::MAX
             };
@@ -139,7 +139,6 @@ impl GroupLog {
                 newest_ms: newest,
                 active: is_active,
             });
-            inner.segments[at].max_timestamp.get_or_insert(newest);
             // No need to look at what cannot go before this one does.
             if newest != i64::MAX && now_ms.saturating_sub(newest) <= retention_ms && retention_bytes < 0 {
                 break;
@@ -163,7 +162,7 @@ impl GroupLog {
         }
         // `stage_log_start` has dropped what lies below already, except the one being written.
         let before: usize = chosen;
-        let left = inner.segments.iter().filter(|segment| segment.base < new_start).count();
+        let left = inner.segments.iter().filter(|segment| segment.base < last.end).count();
         let deleted_bytes: u64 = candidates[..before].iter().map(|candidate| candidate.bytes).sum();
         drop_front(&self.shard, &self.group, inner, left);
         RetentionOutcome { deleted_segments: before, deleted_bytes, log_start_offset: inner.log_start }

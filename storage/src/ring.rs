@@ -11,8 +11,6 @@ pub enum Class {
     System,
     /// An entry that Raft has accepted already.
     Stage,
-    /// Asking whether a new batch may be accepted: leaves a margin for what is accepted at the same time.
-    Admit,
 }
 
 /// Kept for entries accepted just before the ring got full, and for the no-ops and hard states of elections.
@@ -48,11 +46,9 @@ impl Plan {
         if file_seq + 1 < self.oldest + self.files_max {
             return self.file_bytes;
         }
-        let margin = STAGE_MARGIN_BYTES.min(self.file_bytes / 8);
         let kept = match class {
             Class::System => 0,
             Class::Stage => self.system_reserve,
-            Class::Admit => self.system_reserve + margin,
         };
         self.file_bytes.saturating_sub(kept)
     }
@@ -75,9 +71,14 @@ impl Plan {
         self.file_seq + 1 - self.oldest
     }
 
+    /// What must be left beside a new batch for it to be accepted.
+    pub fn margin(&self) -> u64 {
+        STAGE_MARGIN_BYTES.min(self.file_bytes / 8)
+    }
+
     /// Largest block that fits a fresh ring for an entry.
     pub fn largest(&self) -> u64 {
-        self.file_bytes - self.system_reserve - STAGE_MARGIN_BYTES.min(self.file_bytes / 8)
+        self.file_bytes - self.system_reserve - self.margin()
     }
 }
 
@@ -90,21 +91,19 @@ mod tests {
         let file = 4 << 20;
         let mut plan = Plan::new(file, 3);
         let mut placed = 0;
-        while let Some((file_seq, position)) = plan.place(1 << 20, Class::Admit) {
+        while let Some((file_seq, position)) = plan.place(1 << 20, Class::Stage) {
             (plan.file_seq, plan.position) = (file_seq, position + (1 << 20));
             placed += 1;
         }
         assert_eq!((placed, plan.file_seq), (11, 2));
-        // One megabyte is left, less the reserve; smaller things still go in by class.
-        assert!(plan.place(256 << 10, Class::Admit).is_some());
+        // One megabyte is left, less the reserve.
         plan.position += 500 << 10;
-        assert!(plan.place(256 << 10, Class::Admit).is_none());
         assert!(plan.place(256 << 10, Class::Stage).is_some());
         plan.position += 400 << 10;
         assert!(plan.place(100 << 10, Class::Stage).is_none());
         assert!(plan.place(100 << 10, Class::System).is_some());
         plan.oldest = 1;
-        assert_eq!(plan.place(256 << 10, Class::Admit), Some((3, 0)));
+        assert_eq!(plan.place(256 << 10, Class::Stage), Some((3, 0)));
         assert_eq!(plan.files_in_use(), 2);
     }
 }

@@ -15,6 +15,7 @@ use crate::direct::DIRECT_BYTES;
 use crate::group::{Group, GroupLog, Inner};
 use crate::layout::Place;
 use crate::ring::Class;
+use crate::segment_writer::Written;
 use crate::store::{Shard, add};
 use crate::tail::TailEntry;
 use crate::types::{AdvanceError, Entry, GroupId, HardState, Lane, LogPoisoned, Lsn, Payload, StageError};
@@ -22,6 +23,9 @@ use crate::wal::{Full, Wal};
 use crate::wal_format::{
     BATCH, CONTROL, HARD_STATE, LOG_START, POINTER, POINTER_BYTES, RecordHeader, encode_pointer,
 };
+
+/// Room in the WAL that waiting producers leave alone: metadata, groups and export plans go on under any load.
+const RING_RESERVE_BYTES: usize = 4 << 20;
 
 /// What waits for its place in the WAL.
 #[derive(Debug, Clone, Copy)]
@@ -109,6 +113,7 @@ fn record_log_start(
     let record = RecordHeader { offset, ..RecordHeader::of(LOG_START, group) };
     let (lsn, file_seq) = wal.append(&shard.next_lsn, &record, &[], Class::Stage)?;
     inner.last_lsn = lsn;
+    inner.log_start_by = (wal.lane, lsn);
     inner.touch(group, wal, file_seq);
     Ok(())
 }
@@ -116,18 +121,17 @@ fn record_log_start(
 impl Group {
     /// Everything so far recorded belongs to `number`.
     pub fn give_ticket(self: &Rc<Self>, shard: &Shard, wal: &Wal, inner: &mut Inner, number: u64) {
-        let lsn = inner.last_lsn;
-        if lsn <= shard.durable_lsn(wal.lane) {
-            // Nothing of it is new. Later numbers are behind it in any case.
-            if inner.tickets.is_empty() {
-                shard.report(self, number);
-                return;
-            }
-        } else if inner.listed_in != lsn {
-            inner.listed_in = lsn;
-            wal.list(Rc::clone(self));
+        let (lane, lsn) = (wal.lane, inner.last_lsn);
+        if lsn <= shard.durable_lsn(lane) && inner.tickets.is_empty() {
+            // Nothing of it was new.
+            shard.report(self, number);
+            return;
         }
-        inner.tickets.push_back(Ticket { lane: wal.lane, lsn, number });
+        if inner.listed_in != lsn {
+            inner.listed_in = lsn;
+            wal.list(Rc::clone(self), lsn);
+        }
+        inner.tickets.push_back(Ticket { lane, lsn, number });
     }
 
     /// A commit is done that has records of this group.
@@ -189,9 +193,7 @@ impl Group {
                 }
             }
         }
-        if inner.cut_lsn == Some(Lsn::MAX) {
-            inner.cut_lsn = Some(inner.last_lsn);
-        }
+        inner.note_cut_by(wal.lane);
         wal.wake_writer();
         Recorded::All
     }
@@ -210,19 +212,19 @@ impl GroupLog {
         self.may_write()?;
         let mut inner = group.inner.borrow_mut();
         let inner = &mut *inner;
-        let wal = self.choose_lane(inner);
-        let cut = self.admit(inner, wal, hard_state.is_some(), entries)?;
+        let lane = self.next_lane(inner);
+        let cut = self.admit(inner, shard.wal(lane), hard_state.is_some(), entries)?;
         if let Some((index, offset)) = cut {
             self.truncate(inner, index, offset);
         }
         let mut waits = !inner.unrecorded.is_empty() || inner.direct_busy;
-        inner.record_in(shard, wal.lane);
+        let wal = match hard_state.is_none() && entries.is_empty() {
+            true => shard.wal(inner.lane),
+            false => self.enter_lane(inner, lane),
+        };
         for (at, entry) in entries.iter().enumerate() {
             let mut added = self.tail_entry(inner, entry);
-            if added.direct && !waits && wal.lane == Lane::Os {
-                added.written = crate::direct::write_now(shard, group, inner, &added);
-            }
-            waits |= added.direct && !added.written;
+            waits |= added.direct;
             if !waits {
                 let placed = record_entry(shard, wal, group.id, inner, &added);
                 added.file_seq = placed.expect("`admit` has found room for all of it");
@@ -256,9 +258,7 @@ impl GroupLog {
             return Ok(());
         }
         group.give_ticket(shard, wal, inner, number);
-        if inner.cut_lsn == Some(Lsn::MAX) {
-            inner.cut_lsn = Some(inner.last_lsn);
-        }
+        inner.note_cut_by(lane);
         wal.wake_writer();
         Ok(())
     }
@@ -300,14 +300,14 @@ impl GroupLog {
     /// Whether a batch of this size is written straight to its segment.
     fn goes_direct(&self, inner: &Inner, bytes: usize) -> bool {
         // Nothing is written to segments that are being cut, and little helps where there is no space.
-        bytes >= DIRECT_BYTES && inner.cut_lsn.is_none() && !self.shard.has_no_space()
+        bytes >= DIRECT_BYTES && inner.cut_by.is_none() && !self.shard.is_out_of_space()
     }
 
     fn may_write(&self) -> Result<(), StageError> {
         if self.shard.is_poisoned() || self.shard.closing.get() {
             return Err(StageError::Poisoned);
         }
-        if self.group.deleted.get() {
+        if self.group.deleting.get() {
             return Err(StageError::Deleted);
         }
         if self.group.is_damaged() {
@@ -316,23 +316,29 @@ impl GroupLog {
         Ok(())
     }
 
-    /// The lane of the partition's durability, once what it has in the other one is done: replay goes by LSN, and an
-    /// entry must not be safe before the one it follows.
-    fn choose_lane(&self, inner: &mut Inner) -> &Wal {
-        let want = inner.config.durability.lane();
-        if want != inner.lane
-            && inner.unrecorded.is_empty()
-            && inner.last_lsn <= self.shard.durable_lsn(inner.lane)
-        {
-            inner.lane = want;
-            // Its commits in the new lane are all to come.
-            inner.last_lsn = 0;
-            match want {
-                Lane::Os => self.shard.use_os_lane(),
-                Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable.set(true),
-            }
+    /// Where the next record goes. An entry must not be safe before the one it follows: the os lane, which waits for no
+    /// disk, has to wait until the durable one is done with this partition.
+    fn next_lane(&self, inner: &Inner) -> Lane {
+        if !inner.unrecorded.is_empty() {
+            return inner.lane;
         }
-        self.shard.wal(inner.lane)
+        let want = inner.config.durability.lane();
+        let done = inner.last_lsn <= self.shard.durable_lsn(inner.lane);
+        if want == Lane::Durable || done { want } else { inner.lane }
+    }
+
+    /// To be called right before a record is appended. The durable lane can be told to wait for what it follows in the
+    /// other one, so a partition is as safe as its topic asks from the first record on.
+    fn enter_lane(&self, inner: &mut Inner, lane: Lane) -> &Wal {
+        if lane != inner.lane {
+            match lane {
+                Lane::Os => self.shard.use_os_lane(),
+                Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable(inner.last_lsn),
+            }
+            inner.lane = lane;
+        }
+        inner.record_in(&self.shard, lane);
+        self.shard.wal(lane)
     }
 
     /// Checks everything about entries before anything changes. Returns index and offset to cut at, if they replace some.
@@ -393,7 +399,7 @@ impl GroupLog {
         shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
         inner.recovered_tail.retain(|(known, _)| *known < index);
         inner.epochs.truncate_end(offset);
-        self.group.producers.borrow_mut().truncate(offset);
+        inner.producers_whole &= !self.group.producers.borrow_mut().truncate(offset);
         inner.last_index = index - 1;
         inner.log_end = offset;
         inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
@@ -401,10 +407,12 @@ impl GroupLog {
             crate::flush::cut_segments(shard, &self.group, inner, index, offset);
         }
         inner.layout = inner.layout_at_end();
+        inner.cuts += 1;
+        if inner.written.index >= index {
+            inner.written = Written::up_to(index - 1, inner.layout);
+        }
         if inner.snapshot_offset > offset {
             inner.snapshot_offset = -1;
-            inner.bytes_since_snapshot = u64::MAX / 2;
-            let _ = crate::flush::remove_snapshots_above(&self.group.dir, offset);
         }
     }
 
@@ -415,9 +423,9 @@ impl GroupLog {
             return false;
         }
         let inner = self.group.inner.borrow();
-        let wal = self.shard.wal(inner.lane);
+        let wal = self.shard.wal(self.next_lane(&inner));
         let room = if self.goes_direct(&inner, bytes) {
-            crate::direct::has_room(&self.shard, bytes) && wal.has_room(POINTER_BYTES)
+            crate::direct::has_room(&self.shard) && wal.has_room(POINTER_BYTES)
         } else {
             bytes <= wal.largest_record() && wal.has_room(bytes)
         };
@@ -425,6 +433,37 @@ impl GroupLog {
             self.shard.wake_flusher();
         }
         room
+    }
+
+    /// Whether there is no room for `count` batches, `total` bytes together and none above `largest`, only because what
+    /// is here already is still on its way to segments: there will be room soon. Keeps a part of the ring for records
+    /// that are not clients'. What can never fit, and anything on a full disk, does not wait: it is for `has_room` to
+    /// refuse.
+    pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
+        let shard = &self.shard;
+        if self.may_write().is_err() || shard.is_out_of_space() {
+            return false;
+        }
+        let inner = self.group.inner.borrow();
+        let wal = shard.wal(self.next_lane(&inner));
+        // Large ones take little room in the WAL, and some in memory until they are counted.
+        let (mut in_wal, mut largest_in_wal, mut room) = (total, largest, true);
+        if self.goes_direct(&inner, largest) {
+            in_wal = total - largest + POINTER_BYTES;
+            largest_in_wal = DIRECT_BYTES.min(in_wal);
+            room = crate::direct::has_room(shard);
+        }
+        if largest_in_wal > wal.largest_record() {
+            return false;
+        }
+        let file_bytes = usize::try_from(shard.config.wal_file_bytes).unwrap_or(usize::MAX);
+        let reserve = RING_RESERVE_BYTES.min(file_bytes / 4);
+        // A request of more than half a file is let in when that much is free.
+        if room && wal.has_room_for(in_wal.min(file_bytes / 2) + reserve, largest_in_wal, count) {
+            return false;
+        }
+        shard.wake_flusher();
+        true
     }
 
     /// The largest number of `stage` for which all is safe; 0 before the first.
@@ -455,7 +494,8 @@ impl GroupLog {
     /// As `advance_log_start`, and waits until no crash can bring the records back.
     pub async fn delete_below(&self, offset: i64) -> Result<(), AdvanceError> {
         self.advance_log_start(offset)?;
-        let (lane, lsn) = crate::direct::wait_recorded(&self.shard, &self.group).await?;
+        crate::direct::wait_recorded(&self.shard, &self.group).await?;
+        let (lane, lsn) = self.group.inner.borrow().log_start_by;
         self.shard.wait_durable(lane, lsn).await?;
         Ok(())
     }
@@ -466,17 +506,17 @@ impl GroupLog {
         if offset == inner.log_start {
             return Ok(());
         }
-        let wal = self.choose_lane(inner);
         if inner.unrecorded.is_empty() {
-            inner.record_in(shard, wal.lane);
+            let lane = self.next_lane(inner);
+            let wal = self.enter_lane(inner, lane);
             record_log_start(shard, wal, self.group.id, inner, offset).map_err(|Full| StageError::NoSpace)?;
+            wal.wake_writer();
         } else {
             inner.unrecorded.push_back(Part::LogStart(offset));
         }
         inner.log_start = offset;
         inner.epochs.truncate_start(offset);
         inner.meta_dirty = true;
-        wal.wake_writer();
         crate::retention::drop_below_start(shard, &self.group, inner);
         Ok(())
     }

@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_io::{Disk, DiskKind, File, Mode};
+use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
 use crate::data_dir::{DataDir, Lock};
@@ -27,14 +27,14 @@ use crate::group::{Group, GroupLog};
 use crate::group_state::{GroupState, valid_dir_name};
 use crate::ring::Class;
 use crate::types::{
-    COMMIT_BUCKETS_US, CreateError, DeleteError, Durability, GroupConfig, GroupId, IoKind, LANES, Lane,
-    LogPoisoned, Lsn, OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
+    COMMIT_BUCKETS_US, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
+    OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
 };
-use crate::wal::{self, Wal};
+use crate::wal::{self, Wal, sync_os_lane};
 use crate::wal_format::{GROUP_DELETE, GROUP_STATE, RecordHeader};
 
 /// Smaller rings cannot hold the records that emptying them needs.
-const MIN_WAL_FILE_BYTES: u64 = 1 << 20;
+const MIN_WAL_FILE_BYTES: u64 = 256 << 10;
 /// One being written, one being retired, one in between.
 const MIN_WAL_FILES: usize = 3;
 
@@ -42,8 +42,10 @@ const MIN_WAL_FILES: usize = 3;
 /// the usual limit of the process. Others are opened again when needed, some ten microseconds.
 const OPEN_FILES: usize = 256;
 
-/// Whole batches read ahead for catch-up readers, over all of them, per shard.
-const READ_AHEAD_SLOTS: usize = 32;
+/// Places where catch-up readers stopped, per shard: the next read of one needs no index. A few dozen bytes each.
+const READ_AHEAD_SLOTS: usize = 1024;
+/// What was read for small readers beyond what they asked for, over all of them, per shard.
+const READ_AHEAD_BYTES: usize = 8 << 20;
 
 /// Files of deleted segments go one by one with this pause, so that freeing their blocks does not stall the journal.
 const UNLINK_PAUSE: Duration = Duration::from_millis(5);
@@ -52,9 +54,16 @@ pub(crate) fn is_no_space(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+struct OpenSegment {
+    file: File,
+    used: u64,
+    /// What the next append has to write again; `None` while an append has it.
+    last_block: Option<LastBlock>,
+}
+
 #[derive(Default)]
 struct FileCache {
-    files: HashMap<(u64, i64), (File, u64)>,
+    files: HashMap<(u64, i64), OpenSegment>,
     clock: u64,
 }
 
@@ -85,10 +94,17 @@ pub(crate) struct ReadAhead {
     pub bytes: bytes::Bytes,
 }
 
+struct Trash {
+    path: PathBuf,
+    after: (Lane, Lsn),
+    of: Option<Rc<Group>>,
+}
+
 pub(crate) struct Shard {
     pub config: StoreConfig,
     pub root: PathBuf,
     pub wal_id: u64,
+    pub files: FileSystem,
     pub disk: Disk,
     wals: [Wal; 2],
     os_started: Cell<bool>,
@@ -99,8 +115,6 @@ pub(crate) struct Shard {
     /// Groups with a larger `persisted` than the broker has heard of.
     news: RefCell<Vec<Rc<Group>>>,
     persisted_changed: Notify,
-    /// Told when some room may have come about.
-    pub room: Notify,
     /// Told when a group has nothing waiting for its place in the WAL any more.
     pub recorded: Notify,
     poisoned: RefCell<Option<String>>,
@@ -116,13 +130,19 @@ pub(crate) struct Shard {
     pub flusher_ends: Cell<bool>,
     /// Held over each piece of flushing; shutdown takes it to be alone.
     pub flush_lock: tokio::sync::Mutex<()>,
-    files: RefCell<FileCache>,
+    open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
-    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64)>>,
+    /// In the order in which they were loaded, with how many entries each had.
+    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64, usize)>>,
     no_space: Cell<bool>,
     pub log_dir_dirty: Cell<bool>,
+    /// Deleted groups with records in the os lane. These outlive the deletion's own record when only the durable lane
+    /// moves on, so that record is written again until they are gone.
+    pub tombstones: RefCell<Vec<GroupId>>,
     /// To be removed once the commit is durable that says why.
-    trash: RefCell<VecDeque<(Lane, Lsn, PathBuf)>>,
+    trash: RefCell<VecDeque<Trash>>,
+    /// Held over a removal and over the renaming of a deletion, so that no removal meets the files of a namesake.
+    removing: tokio::sync::Mutex<()>,
     trash_wake: Notify,
     pub counters: Counters,
     /// The directory's lock lives as long as any shard does.
@@ -157,18 +177,16 @@ impl Shard {
         }
         self.persisted_changed.notify_waiters();
         self.recorded.notify_waiters();
-        self.room.notify_waiters();
-    }
-
-    pub fn has_no_space(&self) -> bool {
-        self.no_space.get()
     }
 
     pub fn note_no_space(&self, doing: &str, error: &io::Error) {
         if !self.no_space.replace(true) {
             tracing::error!(shard = self.config.shard, doing, %error, "no space on the disk; waiting for some");
-            self.room.notify_waiters();
         }
+    }
+
+    pub fn is_out_of_space(&self) -> bool {
+        self.no_space.get()
     }
 
     pub fn note_space(&self) {
@@ -199,7 +217,6 @@ impl Shard {
         for group in listed {
             group.committed(self, lane, lsn);
         }
-        self.room.notify_waiters();
     }
 
     /// All that came with a number of `stage` up to this one is safe.
@@ -249,6 +266,20 @@ impl Shard {
     pub async fn wait_durable(&self, lane: Lane, lsn: Lsn) -> Result<(), LogPoisoned> {
         while self.durable_lsn(lane) < lsn {
             self.next_durable(lane, self.durable_lsn(lane)).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until no loss of power can take the commit back, in the os lane too: what destroys older bytes because of a
+    /// record must not reach the disk before it.
+    pub async fn wait_safe(self: &Rc<Self>, lane: Lane, lsn: Lsn) -> Result<(), LogPoisoned> {
+        self.wait_durable(lane, lsn).await?;
+        if lane == Lane::Os
+            && let Err(error) = sync_os_lane(self).await
+        {
+            let reason = format!("syncing the os lane: {error}");
+            self.poison(&reason);
+            return Err(LogPoisoned { reason });
         }
         Ok(())
     }
@@ -303,16 +334,17 @@ impl Shard {
         }
     }
 
+    /// A segment, opened past the page cache: what is read and written goes through `Disk`.
     pub fn file(&self, group: &Group, base: i64) -> io::Result<File> {
-        let mut cache = self.files.borrow_mut();
+        let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         let clock = cache.clock;
-        if let Some((file, used)) = cache.files.get_mut(&(group.id, base)) {
-            *used = clock;
-            return Ok(file.clone());
+        if let Some(open) = cache.files.get_mut(&(group.id, base)) {
+            open.used = clock;
+            return Ok(open.file.clone());
         }
-        let mode = Mode { write: true, create: false, ..Mode::default() };
-        let file = File::open(&group.log_path(base), mode)?;
+        let mode = Mode { write: true, direct: true, ..Mode::default() };
+        let file = self.files.open(&group.log_path(base), mode)?;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
     }
@@ -325,10 +357,10 @@ impl Shard {
         }
     }
 
-    pub fn create_file(&self, group: &Group, base: i64) -> io::Result<File> {
-        let mode = Mode { write: true, create: true, ..Mode::default() };
-        let file = File::open(&group.log_path(base), mode)?;
-        let mut cache = self.files.borrow_mut();
+    fn create_file(&self, group: &Group, base: i64) -> io::Result<File> {
+        let mode = Mode { write: true, create: true, direct: true, ..Mode::default() };
+        let file = self.files.open(&group.log_path(base), mode)?;
+        let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
@@ -336,29 +368,51 @@ impl Shard {
 
     fn remember(&self, cache: &mut FileCache, key: (u64, i64), file: File) {
         if cache.files.len() >= OPEN_FILES
-            && let Some(oldest) = cache.files.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| *key)
+            && let Some(oldest) = cache.files.iter().min_by_key(|(_, open)| open.used).map(|(key, _)| *key)
         {
             cache.files.remove(&oldest);
         }
-        let clock = cache.clock;
-        cache.files.insert(key, (file, clock));
+        cache.files.insert(key, OpenSegment { file, used: cache.clock, last_block: None });
+    }
+
+    /// An append takes it and, if it succeeded, leaves it. One that is not there costs the append a read.
+    pub fn take_last_block(&self, group: GroupId, base: i64) -> LastBlock {
+        let mut cache = self.open_files.borrow_mut();
+        cache.files.get_mut(&(group, base)).and_then(|open| open.last_block.take()).unwrap_or_default()
+    }
+
+    pub fn leave_last_block(&self, group: GroupId, base: i64, last: LastBlock) {
+        if let Some(open) = self.open_files.borrow_mut().files.get_mut(&(group, base)) {
+            open.last_block = Some(last);
+        }
     }
 
     pub fn forget_file(&self, group: GroupId, base: i64) {
-        self.files.borrow_mut().files.remove(&(group, base));
+        self.open_files.borrow_mut().files.remove(&(group, base));
     }
 
     pub fn keep_read_ahead(&self, ahead: ReadAhead) {
         let mut slots = self.read_ahead.borrow_mut();
-        if slots.len() >= READ_AHEAD_SLOTS {
-            slots.pop_front();
-        }
         slots.push_back(ahead);
+        let mut bytes: usize = slots.iter().map(|slot| slot.bytes.len()).sum();
+        while slots.len() > READ_AHEAD_SLOTS || bytes > READ_AHEAD_BYTES {
+            let Some(oldest) = slots.pop_front() else { break };
+            bytes -= oldest.bytes.len();
+        }
     }
 
-    pub fn throw_away(&self, path: PathBuf, (lane, after): (Lane, Lsn)) {
-        self.trash.borrow_mut().push_back((lane, after, path));
+    /// Removes a file or directory once the commit is safe that makes it worthless. One in the directory of a partition
+    /// goes with that, should the partition be deleted before.
+    pub fn throw_away(&self, path: PathBuf, after: (Lane, Lsn), of: Option<Rc<Group>>) {
+        self.trash.borrow_mut().push_back(Trash { path, after, of });
         self.trash_wake.notify_one();
+    }
+
+    /// `None`: the ring is full to its last reserve.
+    pub fn record_deletion(&self, group: GroupId) -> Option<Lsn> {
+        let record = RecordHeader::of(GROUP_DELETE, group);
+        let placed = self.wal(Lane::Durable).append(&self.next_lsn, &record, &[], Class::System);
+        placed.ok().map(|(lsn, _)| lsn)
     }
 
     pub fn segments_root(&self) -> PathBuf {
@@ -368,27 +422,32 @@ impl Shard {
 
 async fn empty_trash(shard: Rc<Shard>) {
     while shard.is_live() {
-        let Some((lane, after, path)) = shard.trash.borrow_mut().pop_front() else {
+        let Some(Trash { path, after: (lane, lsn), of }) = shard.trash.borrow_mut().pop_front() else {
             shard.trash_wake.notified().await;
             continue;
         };
-        if shard.wait_durable(lane, after).await.is_err() {
+        if shard.wait_safe(lane, lsn).await.is_err() {
             return;
         }
-        let shown = path.clone();
-        let removed = tokio::task::spawn_blocking(move || remove(&path)).await;
+        let alone = shard.removing.lock().await;
+        if of.is_some_and(|group| group.deleted.get()) {
+            continue;
+        }
+        let (shown, files) = (path.clone(), shard.files.clone());
+        let removed = shard.disk.off_thread(move || remove(&files, &path)).await;
         match removed {
             Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %shown.display(), %error, "could not remove; the next start tries again");
             }
             _ => {}
         }
+        drop(alone);
         tokio::time::sleep(UNLINK_PAUSE).await;
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
-    if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }
+fn remove(files: &FileSystem, path: &Path) -> io::Result<()> {
+    if files.is_dir(path) { files.remove_dir_all(path) } else { files.remove_file(path) }
 }
 
 /// One shard's log. Cheap to clone; stays on the thread that opened it.
@@ -411,7 +470,7 @@ impl ShardStore {
             IoKind::Uring => DiskKind::Uring,
             IoKind::Sync => DiskKind::Sync,
         };
-        let disk = Disk::open(kind).map_err(|error| OpenError::Uring(error.0))?;
+        let disk = Disk::open_for(dir.files(), kind).map_err(|error| OpenError::Uring(error.0))?;
         Self::open_on(dir, config, disk).await
     }
 
@@ -423,7 +482,7 @@ impl ShardStore {
             )));
         }
         let wal_id = dir.wal_id().ok_or(OpenError::NotRecovered)?;
-        let root = dir.path().to_owned();
+        let (root, files) = (dir.path().to_owned(), dir.files().clone());
         let shard_number = u32::try_from(config.shard)
             .map_err(|_| OpenError::Config("shard number out of range".to_owned()))?;
         let file_bytes = config.wal_file_bytes.next_multiple_of(4096);
@@ -433,17 +492,25 @@ impl ShardStore {
                 Lane::Os => format!("{shard_number}-os"),
             };
             let path = root.join("wal").join(name);
-            std::fs::create_dir_all(&path).map_err(|source| OpenError::Io {
+            files.create_dir_all(&path).map_err(|source| OpenError::Io {
                 path: path.display().to_string(),
                 action: "creating the directory",
                 source,
             })?;
-            let ids = (wal_id, crate::data_dir::boot_id());
-            Ok::<_, OpenError>(Wal::new(lane, path, shard_number, ids, file_bytes, config.wal_files_max))
+            let ids = (wal_id, crate::data_dir::boot_id(&files));
+            Ok::<_, OpenError>(Wal::new(
+                lane,
+                files.clone(),
+                path,
+                shard_number,
+                ids,
+                file_bytes,
+                config.wal_files_max,
+            ))
         };
         let wals = [wal(Lane::Durable)?, wal(Lane::Os)?];
         let wal_root = root.join("wal");
-        flumen_io::sync_dir(&wal_root).map_err(|source| OpenError::Io {
+        files.sync_dir(&wal_root).map_err(|source| OpenError::Io {
             path: wal_root.display().to_string(),
             action: "syncing the directory",
             source,
@@ -455,6 +522,7 @@ impl ShardStore {
             config,
             root,
             wal_id,
+            files,
             disk,
             wals,
             os_started: Cell::new(false),
@@ -464,7 +532,6 @@ impl ShardStore {
             durable_changed: Default::default(),
             news: RefCell::default(),
             persisted_changed: Notify::new(),
-            room: Notify::new(),
             recorded: Notify::new(),
             poisoned: RefCell::new(None),
             closing: Cell::new(false),
@@ -476,12 +543,14 @@ impl ShardStore {
             flush_wake: Notify::new(),
             flusher_ends: Cell::new(false),
             flush_lock: tokio::sync::Mutex::new(()),
-            files: RefCell::default(),
+            open_files: RefCell::default(),
             read_ahead: RefCell::default(),
             loaded_indexes: RefCell::default(),
             no_space: Cell::new(false),
             log_dir_dirty: Cell::new(false),
+            tombstones: RefCell::default(),
             trash: RefCell::default(),
+            removing: tokio::sync::Mutex::new(()),
             trash_wake: Notify::new(),
             counters: Counters::default(),
             _lock: dir.lock(),
@@ -527,7 +596,7 @@ impl ShardStore {
             return Err(CreateError::BadName(dir_name.to_owned()));
         }
         let path = shard.segments_root().join(dir_name);
-        match std::fs::create_dir(&path) {
+        match shard.files.create_dir(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 return Err(CreateError::DirectoryExists(dir_name.to_owned()));
@@ -535,15 +604,12 @@ impl ShardStore {
             Err(error) if is_no_space(&error) => return Err(CreateError::NoSpace),
             Err(source) => return Err(CreateError::Io { path: path.display().to_string(), source }),
         }
-        let mut state = GroupState::new(group_id, dir_name);
-        state.os = config.durability == Durability::Os;
-        if state.os {
-            shard.use_os_lane();
-        }
+        // That a partition exists is always durable; one of the os lane goes there once this is done.
+        let state = GroupState::new(group_id, dir_name);
         let record = RecordHeader::of(GROUP_STATE, group_id);
-        let wal = shard.wal(config.durability.lane());
+        let wal = shard.wal(Lane::Durable);
         let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
-            let _ = std::fs::remove_dir(&path);
+            let _ = shard.files.remove_dir(&path);
             return Err(CreateError::NoSpace);
         };
         shard.log_dir_dirty.set(true);
@@ -560,34 +626,43 @@ impl ShardStore {
     /// Deletes a partition. When this returns, no restart brings it back; its files go in the background.
     pub async fn delete(&self, group_id: GroupId) -> Result<(), DeleteError> {
         let shard = &self.shard;
-        let group = shard.groups.borrow_mut().remove(&group_id).ok_or(DeleteError::Unknown(group_id))?;
-        group.mark_deleted(shard);
-        shard.recorded.notify_waiters();
-        // Not while a run of it is on its way to a segment.
-        let alone = shard.flush_lock.lock().await;
+        let group = shard.group(group_id).ok_or(DeleteError::Unknown(group_id))?;
+        // Takes no more entries; the second of two deletions finds nothing to do.
+        if group.deleting.replace(true) {
+            return Err(DeleteError::Unknown(group_id));
+        }
+        // Not while a run of it is on its way to a segment, nor while a WAL file retires: until the new name is sure, a
+        // restart would find the partition, and all of its records with it.
+        let alone = (shard.flush_lock.lock().await, shard.removing.lock().await, group.writing.lock().await);
         let root = shard.segments_root();
         let from = root.join(&group.dir_name);
         let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
-        let renamed = to.clone();
-        let result = tokio::task::spawn_blocking(move || {
-            std::fs::rename(&from, &renamed)?;
-            flumen_io::sync_dir(&root)
-        })
-        .await
-        .map_err(io::Error::other)
-        .and_then(|result| result);
-        drop(alone);
+        let (files, renamed) = (shard.files.clone(), to.clone());
+        let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
+        if let Err(source) = rename.and_then(|result| result) {
+            group.deleting.set(false);
+            return Err(DeleteError::Io { path: to.display().to_string(), source });
+        }
+        let files = shard.files.clone();
+        let synced = shard.disk.off_thread(move || files.sync_dir(&root)).await;
+        if let Err(error) = synced.and_then(|result| result) {
+            // Nobody knows which name is on the disk.
+            shard.poison(&format!("syncing the name of {}: {error}", to.display()));
+        }
+        shard.groups.borrow_mut().remove(&group_id);
+        group.mark_deleted(shard);
+        shard.recorded.notify_waiters();
         for base in group.segment_bases() {
             shard.forget_file(group_id, base);
         }
-        result.map_err(|source| DeleteError::Io { path: to.display().to_string(), source })?;
-        let record = RecordHeader::of(GROUP_DELETE, group_id);
-        let wal = shard.wal(Lane::Durable);
-        let (lsn, _) =
-            wal.append(&shard.next_lsn, &record, &[], Class::System).map_err(|_| StageError::NoSpace)?;
-        wal.wake_writer();
+        if shard.wal(Lane::Os).has_records_of(group_id) {
+            shard.tombstones.borrow_mut().push(group_id);
+        }
+        drop(alone);
+        let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
+        shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
-        shard.throw_away(to, (Lane::Durable, lsn));
+        shard.throw_away(to, (Lane::Durable, lsn), None);
         Ok(())
     }
 
@@ -606,23 +681,6 @@ impl ShardStore {
                 return Ok(());
             }
             self.shard.check_live()?;
-            changed.await;
-        }
-    }
-
-    /// Waits while so much is on its way to the disk that batches would have to be refused. Does not wait for a full
-    /// disk: producers shall hear of that.
-    pub async fn relief(&self) {
-        let shard = &self.shard;
-        loop {
-            let changed = shard.room.notified();
-            let used = |lane: &Lane| *lane == Lane::Durable || shard.os_started.get();
-            let pressed = LANES.iter().filter(|lane| used(lane)).any(|lane| shard.wal(*lane).is_pressed())
-                || crate::direct::is_pressed(shard);
-            if !pressed || shard.has_no_space() || !shard.is_live() || shard.closing.get() {
-                return;
-            }
-            shard.wake_flusher();
             changed.await;
         }
     }
@@ -661,7 +719,7 @@ impl ShardStore {
             wal_files_in_use: LANES.iter().map(|lane| shard.wal(*lane).files_in_use()).sum(),
             wal_files_retired: counters.files_retired.get(),
             groups: shard.groups.borrow().len() as u64,
-            open_files: shard.files.borrow().files.len() as u64,
+            open_files: shard.open_files.borrow().files.len() as u64,
             no_space: shard.no_space.get(),
             poisoned: shard.is_poisoned(),
             commit_time_buckets: *counters.commit_buckets.borrow(),

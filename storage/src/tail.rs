@@ -58,6 +58,13 @@ impl Tail {
         self.entries.range(self.flushed..)
     }
 
+    /// Those behind the entry at `index`.
+    pub fn after(&self, index: u64) -> impl Iterator<Item = &TailEntry> + '_ {
+        let first = self.entries.front().map_or(0, |entry| entry.index);
+        let skip = usize::try_from((index + 1).saturating_sub(first)).unwrap_or(usize::MAX);
+        self.entries.range(skip.min(self.entries.len())..)
+    }
+
     /// Those at the end that have no record in the WAL.
     pub fn unrecorded(&self) -> impl Iterator<Item = &TailEntry> + '_ {
         self.entries.range(self.entries.partition_point(TailEntry::is_recorded)..)

@@ -19,10 +19,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use flumen_io::{AlignedBuf, File, Mode, sync_dir};
+use flumen_io::{AlignedBuf, File, FileSystem, Mode};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::group::Group;
 use crate::ring::{Class, Plan};
@@ -53,9 +54,6 @@ const FILES_KEPT: u64 = 3;
 /// Blocks that wait for the disk, beyond which no batch is accepted: a second or so of a slow disk, and what they may
 /// cost in memory.
 const QUEUED_BLOCKS_MAX: usize = 32;
-
-/// Room that there should always be for what comes at one time.
-const RELIEF_BYTES: u64 = 2 << 20;
 
 /// Pause between tries to get space for a WAL file.
 const NO_SPACE_PAUSE: Duration = Duration::from_millis(200);
@@ -107,6 +105,8 @@ struct State {
     touched: BTreeMap<u64, Vec<GroupId>>,
     spare: Vec<AlignedBuf>,
     spare_lists: Vec<Vec<Rc<Group>>>,
+    /// Who is told when any commit is done.
+    listed_late: Vec<Rc<Group>>,
     previous_groups: Bloom,
     previous_payload_crc: u32,
     slots: Vec<Option<SlotFile>>,
@@ -118,6 +118,7 @@ struct State {
 
 pub(crate) struct Wal {
     pub lane: Lane,
+    file_system: FileSystem,
     dir: PathBuf,
     shard: u32,
     wal_id: u64,
@@ -133,15 +134,18 @@ pub(crate) struct Wal {
     zero_done: Notify,
     /// A file for the ring could not be made; entering it is refused until that works.
     pub no_space: Cell<bool>,
-    /// The next durable commit must find this (os) lane on the disk: a partition changed its durability.
-    pub sync_before_durable: Cell<bool>,
+    /// The next durable commit must find this (os) lane on the disk up to this LSN: a partition changed its durability.
+    owed_to_durable: Cell<Option<Lsn>>,
     /// Written and not synced since; os lane only.
     unsynced: Cell<bool>,
+    /// Held over a sync, so that nobody takes one that is under way for done.
+    syncing: tokio::sync::Mutex<()>,
 }
 
 impl Wal {
     pub fn new(
         lane: Lane,
+        file_system: FileSystem,
         dir: PathBuf,
         shard: u32,
         (wal_id, boot_id): (u64, u64),
@@ -150,6 +154,7 @@ impl Wal {
     ) -> Self {
         Self {
             lane,
+            file_system,
             dir,
             shard,
             wal_id,
@@ -166,6 +171,7 @@ impl Wal {
                 touched: BTreeMap::new(),
                 spare: Vec::new(),
                 spare_lists: Vec::new(),
+                listed_late: Vec::new(),
                 previous_groups: Bloom::default(),
                 previous_payload_crc: 0,
                 slots: (0..files_max).map(|_| None).collect(),
@@ -178,8 +184,9 @@ impl Wal {
             zero_wake: Notify::new(),
             zero_done: Notify::new(),
             no_space: Cell::new(false),
-            sync_before_durable: Cell::new(false),
+            owed_to_durable: Cell::new(None),
             unsynced: Cell::new(false),
+            syncing: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -252,10 +259,13 @@ impl Wal {
         Ok((lsn, file_seq))
     }
 
-    /// Puts a group on the list of those that hear of the commit with the last record. Once per group and commit.
-    pub fn list(&self, group: Rc<Group>) {
-        if let Some(block) = self.state.borrow_mut().queue.back_mut() {
-            block.listed.push(group);
+    /// Puts a group on the list of those that hear when a commit is done. Once per group and commit.
+    pub fn list(&self, group: Rc<Group>, lsn: Lsn) {
+        let mut state = self.state.borrow_mut();
+        match state.queue.back_mut().filter(|block| block.lsn == lsn) {
+            Some(block) => block.listed.push(group),
+            // On its way already.
+            None => state.listed_late.push(group),
         }
     }
 
@@ -275,26 +285,19 @@ impl Wal {
             && state.free_slot().is_none_or(|slot| state.slots[slot].is_none())
     }
 
-    /// Whether a batch of `len` bytes may be accepted now.
+    /// Whether a batch of `len` bytes may be accepted now: whether it would be taken, and as much again as is accepted at
+    /// the same time.
     pub fn has_room(&self, len: usize) -> bool {
-        let mut state = self.state.borrow_mut();
-        if state.queue.len() > QUEUED_BLOCKS_MAX {
-            return false;
-        }
-        let bytes = (block_bytes(RECORD_HEADER_BYTES + len) + 4096) as u64;
-        let plan = &state.plan;
-        let open_bytes = match (state.open, state.queue.back()) {
-            (true, Some(block)) => block.len.next_multiple_of(4096) as u64,
-            _ => 0,
+        self.has_room_for(len, len, 1)
+    }
+
+    /// The same for several batches.
+    pub fn has_room_for(&self, total: usize, largest: usize, count: usize) -> bool {
+        let (margin, queued) = {
+            let state = self.state.borrow();
+            (state.plan.margin() as usize, state.queue.len())
         };
-        if plan.may_grow(plan.position + open_bytes, bytes, Class::Admit) {
-            return true;
-        }
-        let (file_seq, position) = (plan.file_seq, plan.position);
-        state.plan.position = self.file_bytes;
-        let next = state.plan.place(bytes, Class::Admit);
-        state.plan.position = position;
-        next.is_some_and(|(next, _)| next == file_seq + 1 && !self.refuses_file(&state, Class::Admit))
+        queued <= QUEUED_BLOCKS_MAX && self.fits_all(total + margin, largest, count)
     }
 
     /// Whether entries of `total` bytes together, none above `largest`, surely fit.
@@ -331,11 +334,6 @@ impl Wal {
         }
     }
 
-    /// Batches come faster than they can be written or moved to segments.
-    pub fn is_pressed(&self) -> bool {
-        !self.has_room(RELIEF_BYTES.min(self.file_bytes / 16) as usize)
-    }
-
     pub fn largest_record(&self) -> usize {
         let block = self.state.borrow().plan.largest() as usize;
         block.saturating_sub(BLOCK_HEADER_BYTES + RECORD_HEADER_BYTES + 4096)
@@ -344,6 +342,16 @@ impl Wal {
     /// A group has records in a file; called once per group and file.
     pub fn touch(&self, file_seq: u64, group: GroupId) {
         self.state.borrow_mut().touched.entry(file_seq).or_default().push(group);
+    }
+
+    /// Whether a file that is not retired has records of a group.
+    pub fn has_records_of(&self, group: GroupId) -> bool {
+        self.state.borrow().touched.values().any(|groups| groups.contains(&group))
+    }
+
+    /// No durable commit from the one that is filling on is written before everything up to `lsn` here is on the disk.
+    pub fn sync_before_durable(&self, lsn: Lsn) {
+        self.owed_to_durable.set(self.owed_to_durable.get().max(Some(lsn)));
     }
 
     pub fn wake_writer(&self) {
@@ -420,7 +428,7 @@ impl Wal {
         let durable = self.lane == Lane::Durable;
         let path = self.dir.join(format!("{slot:08}.wal"));
         let mode = Mode { write: true, create: true, direct: durable, dsync: durable };
-        let file = File::open(&path, mode)?;
+        let file = self.file_system.open(&path, mode)?;
         if file.len()? != self.file_bytes {
             file.set_len(0)?;
             if let Err(error) = file.allocate(self.file_bytes) {
@@ -429,7 +437,7 @@ impl Wal {
                 return Err(error);
             }
             file.sync_all()?;
-            sync_dir(&self.dir)?;
+            self.file_system.sync_dir(&self.dir)?;
         }
         let zeroed = if durable { file.written_until()?.min(self.file_bytes) } else { self.file_bytes };
         self.state.borrow_mut().slots[slot] = Some(SlotFile { file: file.clone(), zeroed });
@@ -481,7 +489,9 @@ impl Wal {
         if block.buf.len() == COMMIT_BYTES && state.spare.len() < SPARE_BUFFERS {
             state.spare.push(block.buf);
         }
-        block.listed
+        let mut listed = block.listed;
+        listed.append(&mut state.listed_late);
+        listed
     }
 
     fn zeroing_overlaps(&self, block: &Block, bytes: u64) -> bool {
@@ -610,11 +620,15 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
             wal.zero_done.notified().await;
         }
         if lane == Lane::Durable
-            && shard.wal(Lane::Os).sync_before_durable.replace(false)
-            && let Err(error) = sync_os_lane(&shard).await
+            && let Some(owed) = shard.wal(Lane::Os).owed_to_durable.take()
         {
-            shard.poison(&format!("syncing the os lane: {error}"));
-            return;
+            if shard.wait_durable(Lane::Os, owed).await.is_err() {
+                return;
+            }
+            if let Err(error) = sync_os_lane(&shard).await {
+                shard.poison(&format!("syncing the os lane: {error}"));
+                return;
+            }
         }
         let start = Instant::now();
         last_start = Some(start);
@@ -656,6 +670,7 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
 /// Makes everything written to the os lane so far durable.
 pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> io::Result<()> {
     let wal = shard.wal(Lane::Os);
+    let _alone = wal.syncing.lock().await;
     if !wal.unsynced.replace(false) {
         return Ok(());
     }
@@ -701,7 +716,7 @@ pub(crate) async fn fill_zeros(shard: Rc<Shard>) {
         // Without O_DSYNC: one sync at the end of a chunk instead.
         if plain.as_ref().is_none_or(|(known, _)| *known != slot) {
             let mode = Mode { write: true, create: false, direct: true, dsync: false };
-            match File::open(file.path(), mode) {
+            match wal.file_system.open(file.path(), mode) {
                 Ok(file) => plain = Some((slot, file)),
                 Err(error) => {
                     shard.poison(&format!("opening {}: {error}", file.path().display()));

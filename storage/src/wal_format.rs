@@ -285,14 +285,44 @@ pub struct Judgement {
 /// Missing blocks are named one by one only up to this many; more than that and everybody is a suspect anyway.
 const MAX_NAMED_DAMAGE: u64 = 1024;
 
+/// The newest block that has all blocks before it that it names as live, and these. A newer one may have reached the disk
+/// without them, so what it says of files that are no longer needed does not count either; none of them is written over
+/// before that is synced.
+fn longest_whole(found: &[Found], order: &[usize]) -> Judgement {
+    let mut run_from = 0;
+    let mut before: Option<(u64, u32)> = None;
+    let mut best: Option<(usize, usize)> = None;
+    for (at, block) in order.iter().map(|k| &found[*k]).enumerate() {
+        if !block.payload_ok {
+            before = None;
+            continue;
+        }
+        let header = &block.header;
+        if before != header.sequence.checked_sub(1).map(|last| (last, header.previous_payload_crc)) {
+            run_from = at;
+        }
+        before = Some((header.sequence, header.payload_crc));
+        let first = header.oldest_live.min(header.sequence);
+        let run_first = found[order[run_from]].header.sequence;
+        if let Some(skip) = first.checked_sub(run_first) {
+            best = Some((run_from + skip as usize, at));
+        }
+    }
+    let live = best.map_or(&[][..], |(first, last)| &order[first..=last]);
+    Judgement { live: live.to_vec(), damage: Vec::new(), torn: live.last() != order.last() }
+}
+
 /// Decides which blocks count. `cut_at_gap`: the ring may legitimately have lost blocks anywhere (the os lane after a
-/// loss of power), and ends at the first one missing.
+/// loss of power), and ends where one that is missing is needed.
 pub fn judge(found: &[Found], cut_at_gap: bool) -> Judgement {
     let mut order: Vec<usize> = (0..found.len()).collect();
     // Of two blocks with one sequence (a rewrite after a torn write of an earlier start cannot happen, but bytes may be
     // anything) the valid one counts.
     order.sort_by_key(|k| (found[*k].header.sequence, !found[*k].payload_ok));
     order.dedup_by_key(|k| found[*k].header.sequence);
+    if cut_at_gap {
+        return longest_whole(found, &order);
+    }
     let by_sequence = |sequence: u64| {
         order.binary_search_by_key(&sequence, |k| found[*k].header.sequence).ok().map(|at| order[at])
     };
@@ -303,7 +333,7 @@ pub fn judge(found: &[Found], cut_at_gap: bool) -> Judgement {
     let first = found[newest].header.oldest_live.min(last);
     let mut out =
         Judgement { torn: order.iter().any(|k| found[*k].header.sequence > last), ..Judgement::default() };
-    if !cut_at_gap && last - first > MAX_NAMED_DAMAGE + order.len() as u64 {
+    if last - first > MAX_NAMED_DAMAGE + order.len() as u64 {
         out.damage.push((first, Suspects::All));
         return out;
     }
@@ -318,10 +348,6 @@ pub fn judge(found: &[Found], cut_at_gap: bool) -> Judgement {
             {
                 previous_crc = Some(found[k].header.payload_crc);
                 out.live.push(k);
-            }
-            _ if cut_at_gap => {
-                out.torn = true;
-                break;
             }
             _ => {
                 let own = here.map(|k| found[k].header.groups);
@@ -426,6 +452,25 @@ mod tests {
         assert!(damage[1].1.contains(13) && !damage[1].1.contains(12));
         let (live, damage, torn) = verdict(&bytes, true);
         assert_eq!((live, damage.len(), torn), (vec![10, 11], 0, true));
+    }
+
+    #[test]
+    fn what_a_lone_block_says_of_retired_files_does_not_count() {
+        let (mut bytes, starts) = file(6);
+        // The last block reached the disk, those before it did not, and it calls them the oldest that are needed.
+        let mut last = BlockHeader::decode(&bytes[starts[5]..]).unwrap();
+        last.oldest_live = 13;
+        last.encode(&mut bytes[starts[5]..]);
+        for lost in [3, 4] {
+            bytes[starts[lost]..][..4096].fill(0);
+        }
+        assert_eq!(verdict(&bytes, true), (vec![10, 11, 12], Vec::new(), true));
+        // With all of them it counts.
+        let (mut bytes, starts) = file(6);
+        last.encode(&mut bytes[starts[5]..]);
+        assert_eq!(verdict(&bytes, true), (vec![13, 14, 15], Vec::new(), false));
+        bytes[..4096].fill(0);
+        assert_eq!(verdict(&bytes, true).0, [13, 14, 15]);
     }
 
     #[test]
