@@ -611,6 +611,11 @@ impl GroupLog {
         self.inner().log_end
     }
 
+    /// Records below it are in segments, which is where retention deletes; the others are in the WAL only.
+    pub fn flushed_offset(&self) -> i64 {
+        self.inner().flushed_end
+    }
+
     pub fn last_index(&self) -> u64 {
         self.inner().last_index
     }
