@@ -14,6 +14,7 @@ use kafka_protocol::messages::ApiKey;
 use prometheus::proto::{self, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use crate::metrics::Times;
 use crate::node::Node;
 use crate::partition::PartitionGauges;
 
@@ -31,7 +32,7 @@ pub struct GroupOffset {
 struct Families {
     registry: Registry,
     /// Families that come whole.
-    exports: RefCell<Vec<MetricFamily>>,
+    whole: RefCell<Vec<MetricFamily>>,
 }
 
 impl Families {
@@ -56,7 +57,7 @@ impl Families {
 
 pub async fn render(node: &Arc<Node>) -> String {
     let groups = committed_offsets(node).await;
-    let families = Families { registry: Registry::new(), exports: RefCell::default() };
+    let families = Families { registry: Registry::new(), whole: RefCell::default() };
     process(&families, node);
     shards(&families, node);
     partitions(&families, node);
@@ -64,7 +65,7 @@ pub async fn render(node: &Arc<Node>) -> String {
     exports(&families, node);
     let mut text = Vec::new();
     let mut all = families.registry.gather();
-    all.extend(families.exports.take());
+    all.extend(families.whole.take());
     if TextEncoder::new().encode(&all, &mut text).is_err() {
         return String::new();
     }
@@ -142,11 +143,6 @@ fn shards(families: &Families, node: &Node) {
         "Time from a whole frame to its answer (produce: to the append), by API",
         &["api"],
     );
-    let buckets = families.gauge(
-        "flumen_kafka_request_handling_seconds_bucket",
-        "Requests handled within le seconds, all APIs",
-        &["le"],
-    );
     let one = |name: &str, help: &str| families.counter(name, help, &["shard"]);
     let records = one("flumen_kafka_records_produced_total", "Records appended for clients");
     let batches = one("flumen_kafka_batches_produced_total", "Record batches received");
@@ -165,7 +161,8 @@ fn shards(families: &Families, node: &Node) {
     let cache = families.gauge("flumen_storage_cache_bytes", "Bytes held by the tail cache", &["shard"]);
     let full = families.gauge("flumen_storage_no_space", "1 while the disk is full", &["shard"]);
     let connections = families.gauge("flumen_kafka_connections", "Open client connections", &["shard"]);
-    let mut cumulative: Vec<(f64, u64)> = Vec::new();
+    let mut handling = Vec::new();
+    let mut commit_times = Vec::new();
     for (id, metrics) in node.metrics.iter().enumerate() {
         let shard = id.to_string();
         let l = &[shard.as_str()];
@@ -175,11 +172,8 @@ fn shards(families: &Families, node: &Node) {
             requests.with_label_values(&[api.as_str()]).inc_by(count);
             seconds.with_label_values(&[api.as_str()]).add(us as f64 / 1e6);
         }
-        let own = metrics.handling_buckets();
-        cumulative.resize(own.len(), (0.0, 0));
-        for (sum, (bound, count)) in cumulative.iter_mut().zip(own) {
-            *sum = (bound, sum.1 + count);
-        }
+        handling.push(histogram(&[("shard", &shard)], metrics.handling_times()));
+        commit_times.push(histogram(&[("shard", &shard)], metrics.commit_times()));
         records.with_label_values(l).inc_by(read(&metrics.records_in));
         batches.with_label_values(l).inc_by(read(&metrics.batches_in));
         bytes.with_label_values(&[shard.as_str(), "produce"]).inc_by(read(&metrics.bytes_in));
@@ -196,10 +190,59 @@ fn shards(families: &Families, node: &Node) {
         full.with_label_values(l).set(to_i64(read(&metrics.no_space)));
         connections.with_label_values(l).set(to_i64(node.shards[id].connections() as u64));
     }
-    for (bound, count) in cumulative {
-        let le = if bound.is_finite() { format!("{bound}") } else { "+Inf".to_string() };
-        buckets.with_label_values(&[le.as_str()]).set(to_i64(count));
-    }
+    let mut whole = families.whole.borrow_mut();
+    whole.push(histograms(
+        "flumen_kafka_request_handling_seconds",
+        "Time from a whole frame to its answer (produce: to the append), all APIs",
+        handling,
+    ));
+    whole.push(histograms(
+        "flumen_storage_wal_commit_seconds",
+        "Time of a group commit's write",
+        commit_times,
+    ));
+}
+
+fn labelled<'a>(labels: impl Iterator<Item = (&'a str, &'a str)>) -> Metric {
+    let mut metric = Metric::default();
+    let labels = labels.map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name(name.to_string());
+        pair.set_value(value.to_string());
+        pair
+    });
+    metric.set_label(labels.collect());
+    metric
+}
+
+fn buckets(cumulative: Vec<(f64, u64)>, count: u64, sum: f64) -> proto::Histogram {
+    let mut histogram = proto::Histogram::default();
+    let buckets = cumulative.into_iter().map(|(bound, count)| {
+        let mut bucket = proto::Bucket::default();
+        bucket.set_upper_bound(bound);
+        bucket.set_cumulative_count(count);
+        bucket
+    });
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_count(count);
+    histogram.set_sample_sum(sum);
+    histogram
+}
+
+fn histogram(labels: &[(&str, &str)], times: Times) -> Metric {
+    let mut metric = labelled(labels.iter().copied());
+    let count = times.cumulative.last().map_or(0, |(_, count)| *count);
+    metric.set_histogram(buckets(times.cumulative, count, times.sum_seconds));
+    metric
+}
+
+fn histograms(name: &str, help: &str, metrics: Vec<Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(name.to_string());
+    family.set_help(help.to_string());
+    family.set_field_type(MetricType::HISTOGRAM);
+    family.set_metric(metrics);
+    family
 }
 
 fn partitions(families: &Families, node: &Node) {
@@ -285,16 +328,8 @@ fn exports(families: &Families, node: &Node) {
             Arc::new(metrics)
         });
         for sample in metrics.samples() {
-            let mut metric = Metric::default();
             let labels = own.iter().map(|(n, v)| (*n, v.as_str()));
-            let labels = labels.chain(sample.labels.iter().map(|(n, v)| (*n, v.as_str())));
-            let labels = labels.map(|(name, value)| {
-                let mut pair = LabelPair::default();
-                pair.set_name(name.to_string());
-                pair.set_value(value.to_string());
-                pair
-            });
-            metric.set_label(labels.collect());
+            let mut metric = labelled(labels.chain(sample.labels.iter().map(|(n, v)| (*n, v.as_str()))));
             let kind = match sample.value {
                 SampleValue::Counter(value) => {
                     let mut counter = proto::Counter::default();
@@ -309,17 +344,7 @@ fn exports(families: &Families, node: &Node) {
                     MetricType::GAUGE
                 }
                 SampleValue::Histogram { cumulative, count, sum } => {
-                    let mut histogram = proto::Histogram::default();
-                    let buckets = cumulative.into_iter().map(|(bound, count)| {
-                        let mut bucket = proto::Bucket::default();
-                        bucket.set_upper_bound(bound);
-                        bucket.set_cumulative_count(count);
-                        bucket
-                    });
-                    histogram.set_bucket(buckets.collect());
-                    histogram.set_sample_count(count);
-                    histogram.set_sample_sum(sum);
-                    metric.set_histogram(histogram);
+                    metric.set_histogram(buckets(cumulative, count, sum));
                     MetricType::HISTOGRAM
                 }
             };
@@ -333,7 +358,7 @@ fn exports(families: &Families, node: &Node) {
             family.mut_metric().push(metric);
         }
     }
-    *families.exports.borrow_mut() = by_name.into_values().collect();
+    families.whole.borrow_mut().extend(by_name.into_values());
 }
 
 fn to_i64(value: u64) -> i64 {

@@ -41,6 +41,9 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
+    if let Err(error) = flumen_io::refuse_huge_pages() {
+        tracing::warn!(%error, "huge pages stay on: latency rises for some milliseconds while memory grows");
+    }
     // Read once, here: asked from a pinned thread, the list would have one core.
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     let shard_count = options.shards.unwrap_or_else(|| default_shards(cores.len())).max(1);

@@ -268,6 +268,7 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
         inner.flushed_term = run.last_term;
         inner.flushed_end = run.end;
         inner.bytes_since_snapshot = inner.bytes_since_snapshot.saturating_add(run.bytes);
+        inner.next_run_bytes = FLUSH_RUN_BYTES;
         inner.meta_dirty = true;
         let due = inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES
             || (run.new_segment && inner.segments.len() > 1);

@@ -36,6 +36,13 @@ const RING_RESERVE_BYTES: usize = 4 << 20;
 /// A run of this size is worth a write of its own.
 pub(crate) const FLUSH_RUN_BYTES: u64 = 256 << 10;
 
+/// The first run of a group is due somewhere between half and all of `FLUSH_RUN_BYTES`: partitions that fill at one rate
+/// would otherwise all go to their segments in one burst, and WAL writes would wait behind it.
+fn first_run_bytes(id: GroupId) -> u64 {
+    let share = id.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    FLUSH_RUN_BYTES / 2 + (share * (FLUSH_RUN_BYTES / 2) >> 32)
+}
+
 /// Index positions are 32 bits wide.
 const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 
@@ -94,6 +101,8 @@ pub(crate) struct Inner {
     /// The log was not cut since the start, so nothing is missing from the producers; only then they are written down.
     pub producers_whole: bool,
     pub bytes_since_snapshot: u64,
+    /// So much unflushed makes the next run.
+    pub next_run_bytes: u64,
     flushing: bool,
 }
 
@@ -153,6 +162,7 @@ impl Group {
                 snapshot_offset: -1,
                 producers_whole: true,
                 bytes_since_snapshot: 0,
+                next_run_bytes: first_run_bytes(id),
                 flushing: false,
             }),
             producers: RefCell::default(),
@@ -637,7 +647,7 @@ impl GroupLog {
             }
             inner.high_watermark = offset.min(inner.log_end);
             inner.recovered_tail.retain(|(_, at)| *at >= offset);
-            inner.tail.unflushed_bytes() >= FLUSH_RUN_BYTES
+            inner.tail.unflushed_bytes() >= inner.next_run_bytes
         };
         if ripe {
             self.shard.queue_flush(&self.group);

@@ -252,7 +252,10 @@ fn a_full_ring_is_a_reason_to_wait() {
         }
         let (lsn, end) = staged.unwrap();
         assert!(end > 100, "{end}");
-        assert!(writer.log.has_room(10_000), "the broker's own records have a part of the ring for themselves");
+        assert!(
+            writer.log.has_room(10_000),
+            "the broker's own records have a part of the ring for themselves"
+        );
         assert!(!writer.log.must_wait(1 << 30, 1 << 30, 1), "what never fits does not wait");
         // Committed, it moves to a segment, and there is room again.
         writer.durable(lsn).await;

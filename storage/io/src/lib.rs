@@ -20,6 +20,7 @@ mod blocking;
 mod file;
 mod file_system;
 mod pool;
+mod process;
 pub mod simulated;
 mod uring;
 
@@ -34,6 +35,7 @@ pub use aligned::{AlignedBuf, BLOCK_BYTES};
 pub use append::LastBlock;
 pub use file::{File, Mode};
 pub use file_system::{DirEntry, FileSystem, Metadata};
+pub use process::refuse_huge_pages;
 
 use bytes::Bytes;
 use pool::BufferPool;
