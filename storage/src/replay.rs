@@ -119,13 +119,10 @@ pub fn replay(
                 let (last_index, end) = entries
                     .back()
                     .map_or((state.flushed_index, state.flushed_end), |e| (e.index, e.next_offset));
-                if index != last_index + 1 {
+                if index != last_index + 1 || offset != end {
                     let known = ahead.filter(|(_, of)| *of == term).map_or(0, |(at, _)| at);
                     ahead = Some((index.max(known), term));
                     continue;
-                }
-                if offset != end {
-                    return Err(format!("entry {index} has offset {offset}, the log ends at {end}"));
                 }
                 let mut next_offset = end;
                 if *is_batch {
@@ -146,9 +143,13 @@ pub fn replay(
             }
         }
     }
-    let last_index = entries.back().map_or(state.flushed_index, |entry| entry.index);
+    let (last_index, end) =
+        entries.back().map_or((state.flushed_index, state.flushed_end), |e| (e.index, e.next_offset));
     if let Some((ahead, _)) = ahead.filter(|(at, _)| *at > last_index) {
-        return Err(format!("entries {} to {} are missing", last_index + 1, ahead - 1));
+        return Err(match ahead - last_index {
+            1 => format!("entry {ahead} is not the one for offset {end}, where the log ends"),
+            _ => format!("entries {} to {} are missing", last_index + 1, ahead - 1),
+        });
     }
     for entry in entries.iter().filter(|entry| entry.is_batch) {
         if let Some(header) = is_one_batch(&entry.payload) {
@@ -269,6 +270,14 @@ mod tests {
         replaced.push(records[5].clone());
         let out = replay(None, &replaced).unwrap().unwrap();
         assert_eq!(indexes(&out), [(4, 1), (5, 2)]);
+        // What it follows was replaced, and that stood in a file that is gone: 5 in term 2, at another offset.
+        let mut replaced =
+            at(vec![entry(4, 1, 3, 1), entry(5, 1, 4, 1), entry(5, 2, 6, 1), entry(6, 2, 7, 1)]);
+        for (lsn, action) in [(6, entry(4, 2, 3, 3)), (7, entry(5, 2, 6, 1)), (8, entry(6, 2, 7, 1))] {
+            replaced.push(((lsn, 0), action));
+        }
+        replaced.push(((9, 0), records[5].1.clone()));
+        assert_eq!(indexes(&replay(None, &replaced).unwrap().unwrap()), [(4, 2), (5, 2), (6, 2)]);
         // Replaced before it was written again: 4 in term 2, and neither 5 nor 6.
         let mut shorter = records[..2].to_vec();
         shorter.push(((3, 0), entry(4, 2, 3, 1)));
