@@ -154,7 +154,7 @@ pub fn replay(
     for entry in entries.iter().filter(|entry| entry.is_batch) {
         if let Some(header) = is_one_batch(&entry.payload) {
             // Entries that were replaced may have left their epoch; offsets decide.
-            state.epochs.truncate_end(entry.offset.saturating_add(1));
+            state.epochs.truncate_end(entry.offset);
             state.epochs.assign(header.leader_epoch, header.base_offset);
         }
     }

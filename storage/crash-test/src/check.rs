@@ -98,14 +98,16 @@ pub fn matching(
         Loss::DamagedEnd => 0,
     };
     let candidates = partition.states_from(from);
-    // What the os lane loses with the power may be known from the durable lane in part: vote and log start of another
-    // time than the entries.
     let mixed = loss != Loss::Kill && !partition.is_durable();
+    let (_, floor) = &candidates[candidates.len() - 1];
     let mut reasons = Vec::new();
     let mut matching = Vec::new();
-    for (at, (steps, state)) in candidates.iter().enumerate() {
-        let heads = if mixed { &candidates[..] } else { &candidates[at..=at] };
-        let states = heads.iter().filter_map(|(_, head)| with_head(state.as_ref(), head.as_ref()));
+    for (steps, state) in &candidates {
+        let states = if mixed {
+            without_tail(state, floor, &candidates, found)
+        } else {
+            with_head(state.as_ref(), state.as_ref()).into_iter().collect()
+        };
         let mut reason = None;
         for state in states {
             match differs(state.as_ref(), found) {
@@ -125,6 +127,24 @@ pub fn matching(
         partition.steps().len(),
         reasons.join("\n  ")
     ))
+}
+
+/// What the os lane may leave of a state when the power goes: entries from the end may be missing, but none that was there
+/// at `floor` and was not replaced since; and the rest may be of another time, as far as the durable lane knows it.
+fn without_tail(
+    state: &Option<Log>,
+    floor: &Option<Log>,
+    heads: &[(usize, Option<Log>)],
+    found: Option<&RecoveredGroup>,
+) -> Vec<Option<Log>> {
+    let mut entries = state.clone();
+    if let (Some(log), Some(found)) = (&mut entries, found) {
+        let kept = floor.as_ref().map_or(0, |floor| floor.common(log));
+        if found.last_index >= kept {
+            log.entries.truncate(usize::try_from(found.last_index).unwrap_or(usize::MAX));
+        }
+    }
+    heads.iter().filter_map(|(_, head)| with_head(entries.as_ref(), head.as_ref())).collect()
 }
 
 /// Entries of one state, the rest of another, cut to what the entries allow. `None`: they do not go together.
