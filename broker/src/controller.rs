@@ -8,9 +8,10 @@
 //! Invariants
 //! - Changes are planned, committed and applied one at a time (`one_at_a_time`), so a plan never acts
 //!   on an image that another plan has outdated.
-//! - Applying the metadata log from its start gives the image; nothing else feeds it.
+//! - A snapshot and the metadata log from where it ends give the image; nothing else feeds it. The log is cut only
+//!   below a snapshot that is not the newest, so a damaged newest one loses nothing.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -22,6 +23,7 @@ use flumen_protocol::record_batch;
 use flumen_storage::RecoveredGroup;
 use tokio::sync::oneshot;
 
+use crate::metadata_snapshots::MetadataSnapshots;
 use crate::node::now_ms;
 use crate::partition::{Completion, Origin, Partition, PartitionSpec};
 use crate::shard::Shard;
@@ -33,6 +35,10 @@ pub const METADATA_TOPIC: &str = "__cluster_metadata";
 const REPLAY_READ_BYTES: usize = 1 << 20;
 /// A metadata record is at most this long once decompressed; our own batches are not compressed.
 const METADATA_BATCH_BYTES_MAX: usize = 16 << 20;
+
+/// A snapshot is written after this many commands: replaying them takes milliseconds, and a snapshot of a large cluster
+/// (some 100 bytes per partition) is worth as many.
+const SNAPSHOT_INTERVAL_COMMANDS: i64 = 1000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -59,6 +65,10 @@ pub struct Controller {
     log: Rc<Partition>,
     image: RefCell<MetadataImage>,
     one_at_a_time: tokio::sync::Mutex<()>,
+    snapshots: MetadataSnapshots,
+    /// Where the newest snapshot ends.
+    snapshot_end: Cell<i64>,
+    snapshot_under_way: Cell<bool>,
 }
 
 /// Groups that recovery found, taken out by the shards as the metadata names them.
@@ -86,13 +96,38 @@ impl Controller {
                 "the metadata log is damaged ({reason}); restore {METADATA_TOPIC}-0.g0 from a copy before starting"
             ));
         }
+        let snapshots = MetadataSnapshots::open(&shard.node.data_dir).map_err(|e| e.to_string())?;
+        let empty = (**shard.node.image.load()).clone();
+        let newest = snapshots.newest(&empty.node).map_err(|e| e.to_string())?;
+        let (start, end) = (log.log_start_offset(), log.high_watermark());
+        let (snapshot_end, image) = match newest {
+            Some((offset, image)) if (start..=end).contains(&offset) => {
+                (offset, image.with_static_configs(&shard.node.config))
+            }
+            Some((offset, _)) => {
+                return Err(format!(
+                    "the newest metadata snapshot ends at {offset}, but the metadata log holds {start} to {end}: one of them is not of this broker, or lost its end"
+                ));
+            }
+            None if start == 0 => (0, empty),
+            None => {
+                return Err(format!(
+                    "the metadata log begins at {start} and no snapshot reaches it; restore {} from a copy",
+                    shard.node.data_dir.join("metadata").display()
+                ));
+            }
+        };
         let controller = Rc::new(Controller {
             shard: shard.clone(),
             log,
-            image: RefCell::new((**shard.node.image.load()).clone()),
+            image: RefCell::new(image),
             one_at_a_time: tokio::sync::Mutex::default(),
+            snapshots,
+            snapshot_end: Cell::new(snapshot_end),
+            snapshot_under_way: Cell::new(false),
         });
-        controller.replay().await?;
+        controller.replay(snapshot_end).await?;
+        tracing::info!(snapshot_end, replayed = end - snapshot_end, "metadata loaded");
         shard.set_controller(controller.clone());
         if fresh {
             let cluster_id = new_cluster_id();
@@ -102,11 +137,13 @@ impl Controller {
                 .map_err(|e| e.to_string())?;
         }
         controller.publish();
+        controller.maybe_snapshot();
         Ok(())
     }
 
-    async fn replay(&self) -> Result<(), String> {
-        let mut offset = self.log.log_start_offset();
+    /// Applies the log from `from` on, which is where a snapshot ended: between two batches.
+    async fn replay(&self, from: i64) -> Result<(), String> {
+        let mut offset = from;
         let end = self.log.high_watermark();
         while offset < end {
             let slice = self.log.fetch(offset, REPLAY_READ_BYTES).await.map_err(|e| e.to_string())?;
@@ -139,7 +176,7 @@ impl Controller {
     /// Plans a change against the current image and commits what it needs. `plan` returns its answer
     /// and the commands; no command, no write.
     pub async fn change<R>(
-        &self,
+        self: &Rc<Self>,
         plan: impl FnOnce(&MetadataImage, &BrokerConfig) -> (R, Vec<Command>),
     ) -> (R, Result<Vec<Applied>, ControlError>) {
         let _turn = self.one_at_a_time.lock().await;
@@ -148,12 +185,12 @@ impl Controller {
         (answer, outcome)
     }
 
-    pub async fn commit(&self, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
+    pub async fn commit(self: &Rc<Self>, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
         let _turn = self.one_at_a_time.lock().await;
         self.commit_locked(commands).await
     }
 
-    async fn commit_locked(&self, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
+    async fn commit_locked(self: &Rc<Self>, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
         if commands.is_empty() {
             return Ok(Vec::new());
         }
@@ -178,11 +215,42 @@ impl Controller {
         committed.await.map_err(|_| ControlError::Unknown)?;
         *self.image.borrow_mut() = next;
         self.publish();
+        self.maybe_snapshot();
         for change in &applied {
             self.carry_out(change).await;
         }
         self.shard.node.exports.metadata_changed();
         Ok(applied)
+    }
+
+    /// Starts a snapshot when enough has been committed since the last one. Called where the image holds everything
+    /// below the high watermark: at start, and while a change has its turn.
+    fn maybe_snapshot(self: &Rc<Self>) {
+        let end = self.log.high_watermark();
+        if end - self.snapshot_end.get() < SNAPSHOT_INTERVAL_COMMANDS || self.snapshot_under_way.replace(true)
+        {
+            return;
+        }
+        let (snapshots, image) = (self.snapshots.clone(), self.image.borrow().clone());
+        let controller = self.clone();
+        tokio::task::spawn_local(async move {
+            // Files are written elsewhere: requests of this shard go on meanwhile.
+            let written = tokio::task::spawn_blocking(move || snapshots.write(end, &image)).await;
+            match written {
+                Ok(Ok(not_needed_below)) => {
+                    controller.snapshot_end.set(end);
+                    if let Some(offset) = not_needed_below
+                        && let Err(error) = controller.log.delete_records(offset).await
+                    {
+                        tracing::warn!(%error, "the metadata log could not be cut; it stays longer than it needs to be");
+                    }
+                }
+                // The log still has everything; the next commit tries again.
+                Ok(Err(error)) => tracing::warn!(%error, "could not write a metadata snapshot"),
+                Err(error) => tracing::warn!(%error, "writing a metadata snapshot failed"),
+            }
+            controller.snapshot_under_way.set(false);
+        });
     }
 
     fn publish(&self) {

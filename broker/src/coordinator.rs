@@ -24,6 +24,9 @@ pub const OFFSETS_TOPIC: &str = "__consumer_offsets";
 const LOAD_READ_BYTES: usize = 4 << 20;
 /// A group metadata record holds the assignments of all members; a batch of them is never larger.
 const LOAD_BATCH_BYTES_MAX: usize = 64 << 20;
+/// A request that finds its coordinator reading waits this long before it is told to come again: usually the rest takes
+/// less, and not every admin tool comes again. Short beside the request timeouts of clients, which start at seconds.
+const LOAD_WAIT: Duration = Duration::from_secs(1);
 /// Offset expiration and the like are looked at no less often than this.
 const TICK_MAX: Duration = Duration::from_secs(60);
 
@@ -41,6 +44,7 @@ pub struct GroupShell {
     replayed: Cell<bool>,
     /// Requests are answered.
     loaded: Cell<bool>,
+    load_ended: Notify,
     removed: Cell<bool>,
     deadline_moved: Notify,
     /// Appends whose outcome is not known yet.
@@ -50,7 +54,7 @@ pub struct GroupShell {
 }
 
 impl Coordinators {
-    /// The coordinator of an offsets partition; made and loaded on first use.
+    /// The coordinator of an offsets partition; made, and its log read, when the partition is opened.
     pub fn of(&self, shard: &Rc<Shard>, group_id: u64) -> Result<Rc<GroupShell>, ErrorCode> {
         if let Some(shell) = self.by_group.borrow().get(&group_id) {
             return Ok(shell.clone());
@@ -66,6 +70,7 @@ impl Coordinators {
             next_token: Cell::new(1),
             replayed: Cell::new(false),
             loaded: Cell::new(false),
+            load_ended: Notify::new(),
             removed: Cell::new(false),
             deadline_moved: Notify::new(),
             open_appends: RefCell::default(),
@@ -116,6 +121,9 @@ impl GroupShell {
         client_host: &str,
         mut request: GroupRequest,
     ) -> Result<GroupResponse, ErrorCode> {
+        if !self.loaded.get() {
+            let _ = tokio::time::timeout(LOAD_WAIT, self.load_ended.notified()).await;
+        }
         if !self.loaded.get() {
             return Err(ErrorCode::COORDINATOR_LOAD_IN_PROGRESS);
         }
@@ -232,6 +240,7 @@ impl GroupShell {
         self.replayed.set(true);
         self.act_and_wait(outdated).await;
         self.loaded.set(true);
+        self.load_ended.notify_waiters();
         while !self.removed.get() {
             let wait = self.coordinator.borrow().next_deadline_ms().map_or(TICK_MAX, |deadline| {
                 Duration::from_millis(u64::try_from(deadline - now_ms()).unwrap_or(0)).min(TICK_MAX)

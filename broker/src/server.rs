@@ -41,6 +41,9 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
+    if let Err(error) = flumen_io::refuse_huge_pages() {
+        tracing::warn!(%error, "huge pages stay on: latency rises for some milliseconds while memory grows");
+    }
     // Read once, here: asked from a pinned thread, the list would have one core.
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     let shard_count = options.shards.unwrap_or_else(|| default_shards(cores.len())).max(1);
@@ -96,6 +99,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
                 .await?;
         }
         drop_orphans(&node, &recovered, &data_dir);
+        let next_look = node.disk.look(&data_dir);
+        tokio::spawn(watch_disk(node.clone(), data_dir.clone(), next_look));
         export::start(node.clone(), export_commands)?;
 
         tokio::spawn(listener::accept(node.clone(), kafka));
@@ -133,9 +138,24 @@ fn default_shards(cores: usize) -> usize {
     cores.saturating_sub(1).max(1)
 }
 
+async fn watch_disk(node: Arc<Node>, data_dir: Arc<DataDir>, mut next_look: Duration) {
+    loop {
+        tokio::time::sleep(next_look).await;
+        next_look = node.disk.look(&data_dir);
+    }
+}
+
 async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address} for {what}: is another process using the port? choose one with --{what} HOST:PORT")
+    TcpListener::bind(address).await.map_err(|error| {
+        let why = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "another process uses the port".to_string(),
+            std::io::ErrorKind::AddrNotAvailable => "this machine does not have the address".to_string(),
+            std::io::ErrorKind::PermissionDenied => "this user may not use the port".to_string(),
+            _ => error.to_string(),
+        };
+        anyhow::anyhow!(
+            "cannot listen on {address} for {what}: {why}; choose another with --{what} HOST:PORT"
+        )
     })
 }
 

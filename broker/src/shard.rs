@@ -19,7 +19,8 @@ use flumen_storage::{GroupLog, LANES, Lane, Lsn, RecoveredGroup, ShardStore};
 use tokio::sync::{Notify, mpsc};
 
 use crate::controller::Controller;
-use crate::coordinator::Coordinators;
+use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
+use crate::handlers::produce::ProduceLine;
 use crate::mailbox::ShardMessage;
 use crate::metrics::ShardMetrics;
 use crate::net::connection;
@@ -30,8 +31,6 @@ use crate::partition::{Partition, PartitionSpec, group_config};
 /// requests go first.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
 const RETENTION_PARTITIONS_PER_TURN: usize = 32;
-/// Producer state is forgotten after this long without a batch (Kafka's producer.id.expiration.ms).
-const PRODUCER_EXPIRATION_MS: i64 = 86_400_000;
 /// Exit status when the log failed: an operator has to look at the disk (sysexits EX_IOERR).
 const EXIT_LOG_FAILED: i32 = 74;
 
@@ -47,6 +46,7 @@ pub struct Shard {
     controller: OnceCell<Rc<Controller>>,
     stopping: Cell<bool>,
     pub stop: Notify,
+    pub produce_line: ProduceLine,
     /// Socket reads land here before frames are cut; one per shard, not per connection.
     pub scratch: RefCell<Vec<u8>>,
 }
@@ -69,6 +69,7 @@ impl Shard {
             controller: OnceCell::new(),
             stopping: Cell::new(false),
             stop: Notify::new(),
+            produce_line: ProduceLine::default(),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES]),
         })
     }
@@ -130,6 +131,10 @@ impl Shard {
         let partition = Partition::open(self, spec, log);
         let before = self.partitions.borrow_mut().insert(group_id, partition.clone());
         assert!(before.is_none(), "a partition is opened once");
+        if &*partition.topic == OFFSETS_TOPIC && partition.damage().is_none() {
+            // Read now, so that the first request for a group does not find a coordinator that is still reading.
+            drop(self.coordinators.of(self, group_id));
+        }
         partition
     }
 
@@ -206,13 +211,15 @@ impl Shard {
     async fn keep_retention(self: Rc<Self>) {
         loop {
             tokio::time::sleep(RETENTION_INTERVAL).await;
+            let expiration_ms =
+                self.node.config.with_dynamic(&self.node.image.load()).producer_id_expiration_ms;
             for (i, partition) in self.partitions().into_iter().enumerate() {
                 if i % RETENTION_PARTITIONS_PER_TURN == RETENTION_PARTITIONS_PER_TURN - 1 {
                     tokio::task::yield_now().await;
                 }
                 let now = now_ms();
                 partition.enforce_retention(now);
-                partition.expire_producers(now, PRODUCER_EXPIRATION_MS);
+                partition.expire_producers(now, expiration_ms);
             }
         }
     }

@@ -104,7 +104,7 @@ pub async fn delete_topic(node: &Node, topic: &str) -> Result<(), TopicError> {
     let topic = topic.to_string();
     commit(node, move |image, config| {
         let found = image.topics.get(&topic).ok_or_else(|| unknown(&topic))?;
-        if !config.delete_topic_enable {
+        if !config.with_dynamic(image).delete_topic_enable {
             return Err(Refused::new(ErrorCode::TOPIC_DELETION_DISABLED, "delete.topic.enable is false"));
         }
         if found.internal {

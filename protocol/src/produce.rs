@@ -191,8 +191,19 @@ pub struct ProducePartitionResult {
     pub log_append_time_ms: i64,
     pub log_start_offset: i64,
     pub error_message: Option<Box<str>>,
+    /// The records to blame, where the batch was refused for some of them: a client then tells their senders from
+    /// those whose records merely shared the batch. Sent from version 8.
+    pub record_errors: Box<[RecordError]>,
     /// Leader id and epoch, sent from version 10 when the client asked the wrong broker.
     pub current_leader: Option<(i32, i32)>,
+}
+
+/// One record for which its batch was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordError {
+    /// Place of the record in its batch, from 0.
+    pub batch_index: i32,
+    pub message: &'static str,
 }
 
 impl ProducePartitionResult {
@@ -205,6 +216,7 @@ impl ProducePartitionResult {
             log_append_time_ms: -1,
             log_start_offset: -1,
             error_message: None,
+            record_errors: Box::default(),
             current_leader: None,
         }
     }
@@ -278,8 +290,14 @@ fn put_result(buf: &mut BytesMut, result: &ProducePartitionResult, version: i16)
         buf.put_i64(result.log_start_offset);
     }
     if version >= 8 {
-        // Batches are accepted or refused whole, so there are no errors per record.
-        wire::put_count(buf, 0, flexible);
+        wire::put_count(buf, result.record_errors.len(), flexible);
+        for error in &result.record_errors {
+            buf.put_i32(error.batch_index);
+            wire::put_nullable_string(buf, Some(error.message), flexible);
+            if flexible {
+                buf.put_u8(0);
+            }
+        }
         wire::put_nullable_string(buf, result.error_message.as_deref(), flexible);
     }
     if flexible {

@@ -11,7 +11,7 @@ use flumen_protocol::fetch::{
 };
 use flumen_protocol::header::{parse_request_header, put_response_header};
 use flumen_protocol::produce::{
-    NodeEndpoint, ProducePartitionResult, TopicRef, decode_produce, encode_produce_response,
+    NodeEndpoint, ProducePartitionResult, RecordError, TopicRef, decode_produce, encode_produce_response,
     encode_produce_response_with_endpoints,
 };
 use flumen_protocol::record::{BatchBuilder, decode_records};
@@ -120,11 +120,14 @@ fn produce_results() -> Vec<ProducePartitionResult> {
         log_append_time_ms: 1_700_000_000_000,
         log_start_offset: 17,
         error_message: None,
+        record_errors: Box::default(),
         current_leader: None,
     };
     let mut moved = ProducePartitionResult::failed(0, 4, ErrorCode::NOT_LEADER_OR_FOLLOWER);
     moved.current_leader = Some((2, 9));
     moved.error_message = Some("moved".into());
+    moved.record_errors =
+        [0, 7].map(|batch_index| RecordError { batch_index, message: "no key" }).into_iter().collect();
     let other = ProducePartitionResult { topic: 2, partition: 0, ..good.clone() };
     vec![good, moved, other]
 }
@@ -165,7 +168,18 @@ fn produce_responses_are_byte_identical() {
                         .with_base_offset(result.base_offset)
                         .with_log_append_time_ms(result.log_append_time_ms)
                         .with_log_start_offset(result.log_start_offset)
-                        .with_error_message(result.error_message.as_deref().map(s));
+                        .with_error_message(result.error_message.as_deref().map(s))
+                        .with_record_errors(
+                            result
+                                .record_errors
+                                .iter()
+                                .map(|error| {
+                                    pr::BatchIndexAndErrorMessage::default()
+                                        .with_batch_index(error.batch_index)
+                                        .with_batch_index_error_message(Some(s(error.message)))
+                                })
+                                .collect(),
+                        );
                     if let (Some((id, epoch)), true) = (result.current_leader, version >= 10) {
                         let leader = pr::LeaderIdAndEpoch::default()
                             .with_leader_id(BrokerId(id))

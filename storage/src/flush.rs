@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_io::{FileSystem, Mode};
+use flumen_io::{BLOCK_BYTES, FileSystem, Mode};
 use flumen_protocol::record_batch;
 
 use crate::data_dir::replace_file;
@@ -47,6 +47,9 @@ const NO_SPACE_PAUSE_MS: (u64, u64) = (100, 2_000);
 /// A retirement that waits for the high watermark looks again after this.
 const RETIRE_PAUSE: Duration = Duration::from_millis(20);
 
+/// A growing segment is at most this much longer on the disk than what it holds.
+const RESERVE_BYTES_MAX: u64 = 16 << 20;
+
 #[derive(Debug)]
 pub(crate) enum FlushError {
     NoSpace,
@@ -57,6 +60,8 @@ struct Run {
     base: i64,
     new_segment: bool,
     sealed: Option<(i64, u64)>,
+    /// How long the file is already, beyond what counts of it.
+    reserved: u64,
     position: u64,
     bufs: Vec<Bytes>,
     bytes: u64,
@@ -79,6 +84,7 @@ fn plan_run(inner: &Inner) -> Option<Run> {
         base: active.map_or(inner.flushed_end, |segment| segment.base),
         new_segment: active.is_none(),
         sealed: None,
+        reserved: active.map_or(0, |segment| segment.reserved),
         position: active.map_or(0, |segment| segment.bytes),
         bufs: Vec::new(),
         bytes: 0,
@@ -109,6 +115,7 @@ fn plan_run(inner: &Inner) -> Option<Run> {
                 run.sealed = (!run.new_segment).then_some((run.base, run.position));
                 run.base = entry.base_offset;
                 run.new_segment = true;
+                run.reserved = 0;
                 run.position = 0;
                 run.first_timestamp = -1;
                 run.builder = IndexBuilder::new();
@@ -183,7 +190,7 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     result.map(|()| true)
 }
 
-async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(), FlushError> {
+async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result<(), FlushError> {
     if run.bytes > 0 {
         let fail = |doing: &str, error: io::Error| {
             // A directory that is gone with its deleted group is no failure.
@@ -205,11 +212,20 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         } else {
             shard.file(group, run.base).map_err(|e| fail("opening segment", e))?
         };
+        let (end, limit) = (run.position + run.bytes, group.inner.borrow().segment_limit());
+        if let Some(length) = reservation(end, run.reserved, limit).filter(|_| file.is_direct()) {
+            let grown = file.clone();
+            let reserved = shard.disk.off_thread(move || grown.allocate(length)).await;
+            reserved.and_then(|result| result).map_err(|e| fail("reserving space for segment", e))?;
+            run.reserved = length;
+        }
+        let mut last_block = shard.take_last_block(group.id, run.base);
         shard
             .disk
-            .write_vectored_at(&file, run.bufs.clone(), run.position)
+            .append_at(&file, &mut last_block, &run.bufs, run.position)
             .await
             .map_err(|e| fail("writing segment", e))?;
+        shard.leave_last_block(group.id, run.base, last_block);
         if let Err(error) = append_index(&shard.files, group, run.base, run.new_segment, &run.index) {
             // An index that lacks its end is rebuilt from the segment.
             tracing::warn!(group = group.id, %error, "index not written");
@@ -228,14 +244,14 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
                 inner.segments.push_back(Segment::new(run.base, 0));
                 inner.dir_dirty = true;
             }
-            // It may have been shortened, and from now on its length is where it ends.
-            if let Some((base, _)) = run.sealed.filter(|(base, _)| !inner.dirty.contains(base)) {
-                inner.dirty.push(base);
-            }
-            if !inner.dirty.contains(&run.base) {
-                inner.dirty.push(run.base);
+            // A sealed one may have been shortened, and from now on its length is where it ends.
+            for base in run.sealed.map(|(base, _)| base).into_iter().chain([run.base]) {
+                if !inner.dirty.contains(&base) {
+                    inner.dirty.push(base);
+                }
             }
             if let Some(segment) = inner.segments.back_mut() {
+                segment.reserved = run.reserved;
                 segment.bytes = run.position + run.bytes;
                 segment.max_timestamp = Some(run.builder.max_timestamp);
                 segment.first_timestamp = Some(run.first_timestamp);
@@ -252,6 +268,7 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
         inner.flushed_term = run.last_term;
         inner.flushed_end = run.end;
         inner.bytes_since_snapshot = inner.bytes_since_snapshot.saturating_add(run.bytes);
+        inner.next_run_bytes = FLUSH_RUN_BYTES;
         inner.meta_dirty = true;
         let due = inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES
             || (run.new_segment && inner.segments.len() > 1);
@@ -271,7 +288,20 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, run: Run) -> Result<(),
     Ok(())
 }
 
-/// What a cut left behind its end must not become part of a finished segment.
+/// The length to which a segment's file should grow before an append that ends at `end`; `None` when there is room. Grows
+/// by as much again as there is, so that a small segment stays small on the disk and a large one is extended rarely and
+/// lies in few pieces.
+fn reservation(end: u64, reserved: u64, limit: u64) -> Option<u64> {
+    let block = BLOCK_BYTES as u64;
+    let need = end.next_multiple_of(block);
+    if need <= reserved {
+        return None;
+    }
+    let wanted = (end + end.min(RESERVE_BYTES_MAX)).min(limit.max(end));
+    Some(wanted.next_multiple_of(block).max(need))
+}
+
+/// Neither what was reserved nor what a cut left behind its end must become part of a finished segment.
 fn seal(shard: &Rc<Shard>, group: &Group, base: i64, bytes: u64) -> io::Result<()> {
     let file = shard.file(group, base)?;
     if file.len()? > bytes { file.set_len(bytes) } else { Ok(()) }
@@ -343,11 +373,13 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
     }
     if let Some(segment) = inner.segments.back_mut() {
         let position = shard
-            .file(group, segment.base)
+            .files
+            .open(&group.log_path(segment.base), Mode::default())
             .and_then(|file| position_of(&file, segment.base, segment.bytes, offset));
         match position {
             Ok(position) => {
                 segment.bytes = position;
+                segment.reserved = 0;
                 segment.index = None;
                 segment.max_timestamp = None;
                 let _ = shard.files.remove_file(&group.index_path(segment.base));
@@ -689,6 +721,29 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         while flush_run(shard, group).await.map_err(|_| poisoned(shard))? {}
         everything &= group.inner.borrow().tail.first_unflushed().is_none();
     }
+    // A segment of a stopped store is as long as what it holds, for whoever reads it next.
+    for group in &groups {
+        let active = group
+            .inner
+            .borrow()
+            .segments
+            .back()
+            .map(|segment| (segment.base, segment.bytes, segment.reserved));
+        if let Some((base, bytes, reserved)) = active
+            && reserved > bytes
+            && !group.deleted.get()
+            && !group.frozen.get()
+        {
+            seal(shard, group, base, bytes).map_err(|source| ShutdownError::Io {
+                path: group.log_path(base).display().to_string(),
+                source,
+            })?;
+            let mut inner = group.inner.borrow_mut();
+            if !inner.dirty.contains(&base) {
+                inner.dirty.push(base);
+            }
+        }
+    }
     sync_segments(shard, &groups).await.map_err(|_| poisoned(shard))?;
     sync_os_lane(shard)
         .await
@@ -756,4 +811,21 @@ pub(crate) fn replace_many(files: &FileSystem, root: &Path, new: Vec<(PathBuf, V
 /// Whether `bytes` is one whole batch; recovery trusts a block's checksum, not its writer.
 pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
     record_batch::parse(bytes).ok().filter(|header| header.total_bytes() == bytes.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_grow_by_what_they_have() {
+        assert_eq!(reservation(10, 0, 1 << 30), Some(4096));
+        assert_eq!(reservation(4096, 4096, 1 << 30), None);
+        assert_eq!(reservation(4097, 4096, 1 << 30), Some(12288));
+        assert_eq!(reservation(1 << 20, 12288, 1 << 30), Some(2 << 20));
+        assert_eq!(reservation(100 << 20, 1 << 20, 1 << 30), Some(116 << 20));
+        // Never past the segment's limit, unless one batch is larger than it.
+        assert_eq!(reservation(9 << 20, 0, 10 << 20), Some(10 << 20));
+        assert_eq!(reservation((11 << 20) + 1, 0, 10 << 20), Some((11 << 20) + 4096));
+    }
 }

@@ -30,8 +30,18 @@ use crate::types::{
 use crate::wal::Wal;
 use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
 
+/// Room in the WAL that waiting producers leave alone: metadata, groups and export plans go on under any load.
+const RING_RESERVE_BYTES: usize = 4 << 20;
+
 /// A run of this size is worth a write of its own.
 pub(crate) const FLUSH_RUN_BYTES: u64 = 256 << 10;
+
+/// The first run of a group is due somewhere between half and all of `FLUSH_RUN_BYTES`: partitions that fill at one rate
+/// would otherwise all go to their segments in one burst, and WAL writes would wait behind it.
+fn first_run_bytes(id: GroupId) -> u64 {
+    let share = id.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    FLUSH_RUN_BYTES / 2 + (share * (FLUSH_RUN_BYTES / 2) >> 32)
+}
 
 /// Index positions are 32 bits wide.
 const MAX_SEGMENT_BYTES: u64 = 2 << 30;
@@ -44,11 +54,13 @@ pub(crate) struct Segment {
     pub max_timestamp: Option<i64>,
     pub first_timestamp: Option<i64>,
     pub index: Option<Rc<RefCell<Vec<IndexEntry>>>>,
+    /// Length of the file, as far as it is known to be longer than `bytes`: zeros that later appends write over.
+    pub reserved: u64,
 }
 
 impl Segment {
     pub fn new(base: i64, bytes: u64) -> Self {
-        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None }
+        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None, reserved: 0 }
     }
 }
 
@@ -89,6 +101,8 @@ pub(crate) struct Inner {
     /// The log was not cut since the start, so nothing is missing from the producers; only then they are written down.
     pub producers_whole: bool,
     pub bytes_since_snapshot: u64,
+    /// So much unflushed makes the next run.
+    pub next_run_bytes: u64,
     flushing: bool,
 }
 
@@ -148,6 +162,7 @@ impl Group {
                 snapshot_offset: -1,
                 producers_whole: true,
                 bytes_since_snapshot: 0,
+                next_run_bytes: first_run_bytes(id),
                 flushing: false,
             }),
             producers: RefCell::default(),
@@ -554,6 +569,29 @@ impl GroupLog {
         room
     }
 
+    /// Whether the WAL has no room for `count` batches, `total` bytes together and none above `largest`, only because what
+    /// it holds is still on its way to segments: there will be room soon. Keeps a part of the ring for records that are not
+    /// clients'. What can never fit, and anything on a full disk, does not wait: it is for `has_room` to refuse.
+    pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
+        let shard = &self.shard;
+        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
+        {
+            return false;
+        }
+        let wal = shard.wal(self.next_lane(&self.inner()));
+        if largest > wal.largest_record() || shard.is_out_of_space() {
+            return false;
+        }
+        let file_bytes = usize::try_from(shard.config.wal_file_bytes).unwrap_or(usize::MAX);
+        let reserve = RING_RESERVE_BYTES.min(file_bytes / 4);
+        // A request of more than half a file is let in when that much is free.
+        if wal.has_room_for(total.min(file_bytes / 2) + reserve, largest, count) {
+            return false;
+        }
+        shard.wake_flusher();
+        true
+    }
+
     /// The largest batch that this log ever takes.
     pub fn entry_bytes_max(&self) -> usize {
         self.shard.wal(self.inner().lane).largest_record()
@@ -583,6 +621,11 @@ impl GroupLog {
         self.inner().log_end
     }
 
+    /// Records below it are in segments, which is where retention deletes; the others are in the WAL only.
+    pub fn flushed_offset(&self) -> i64 {
+        self.inner().flushed_end
+    }
+
     pub fn last_index(&self) -> u64 {
         self.inner().last_index
     }
@@ -604,7 +647,7 @@ impl GroupLog {
             }
             inner.high_watermark = offset.min(inner.log_end);
             inner.recovered_tail.retain(|(_, at)| *at >= offset);
-            inner.tail.unflushed_bytes() >= FLUSH_RUN_BYTES
+            inner.tail.unflushed_bytes() >= inner.next_run_bytes
         };
         if ripe {
             self.shard.queue_flush(&self.group);

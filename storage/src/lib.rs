@@ -25,7 +25,9 @@ mod store;
 mod tail;
 mod types;
 mod wal;
-mod wal_format;
+/// Public for bench/micro alone, which counts the instructions of encoding a block.
+#[doc(hidden)]
+pub mod wal_format;
 mod walk;
 
 pub use data_dir::DataDir;

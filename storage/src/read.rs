@@ -24,8 +24,8 @@ const READ_MIN_BYTES: usize = 256 << 10;
 /// And at most this much, unless one batch is larger.
 const READ_MAX_BYTES: usize = 4 << 20;
 
-/// Indexes of segments held in memory per shard, each up to 640 KiB for a segment of 1 GiB.
-const LOADED_INDEXES: usize = 32;
+/// Entries of segment indexes held in memory per shard: 8 MiB, enough for 12 GiB of log that is being read.
+const LOADED_ENTRIES_MAX: usize = (8 << 20) / size_of::<IndexEntry>();
 
 /// What a batch may unfold to when a record is looked up in it.
 const DECOMPRESSED_MAX_BYTES: usize = 128 << 20;
@@ -151,13 +151,16 @@ async fn index_of(
     }
     drop(inner);
     let mut loaded = shard.loaded_indexes.borrow_mut();
-    loaded.push_back((group.id, place.base));
-    if loaded.len() > LOADED_INDEXES
-        && let Some((id, base)) = loaded.pop_front()
-        && let Some(other) = shard.group(id)
-        && let Some(segment) = other.inner.borrow_mut().segments.iter_mut().find(|s| s.base == base)
-    {
-        segment.index = None;
+    loaded.push_back((group.id, place.base, index.borrow().len()));
+    let mut entries: usize = loaded.iter().map(|(_, _, entries)| entries).sum();
+    while entries > LOADED_ENTRIES_MAX && loaded.len() > 1 {
+        let Some((id, base, freed)) = loaded.pop_front() else { break };
+        entries -= freed;
+        if let Some(other) = shard.group(id)
+            && let Some(segment) = other.inner.borrow_mut().segments.iter_mut().find(|s| s.base == base)
+        {
+            segment.index = None;
+        }
     }
     Ok(index)
 }

@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_io::{Disk, DiskKind, File, FileSystem, Mode};
+use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
 use crate::data_dir::{DataDir, Lock};
@@ -42,8 +42,10 @@ const MIN_WAL_FILES: usize = 3;
 /// the usual limit of the process. Others are opened again when needed, some ten microseconds.
 const OPEN_FILES: usize = 256;
 
-/// Whole batches read ahead for catch-up readers, over all of them, per shard.
-const READ_AHEAD_SLOTS: usize = 32;
+/// Places where catch-up readers stopped, per shard: the next read of one needs no index. A few dozen bytes each.
+const READ_AHEAD_SLOTS: usize = 1024;
+/// What was read for small readers beyond what they asked for, over all of them, per shard.
+const READ_AHEAD_BYTES: usize = 8 << 20;
 
 /// Files of deleted segments go one by one with this pause, so that freeing their blocks does not stall the journal.
 const UNLINK_PAUSE: Duration = Duration::from_millis(5);
@@ -52,9 +54,16 @@ pub(crate) fn is_no_space(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+struct OpenSegment {
+    file: File,
+    used: u64,
+    /// What the next append has to write again; `None` while an append has it.
+    last_block: Option<LastBlock>,
+}
+
 #[derive(Default)]
 struct FileCache {
-    files: HashMap<(u64, i64), (File, u64)>,
+    files: HashMap<(u64, i64), OpenSegment>,
     clock: u64,
 }
 
@@ -116,7 +125,8 @@ pub(crate) struct Shard {
     pub flush_lock: tokio::sync::Mutex<()>,
     open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
-    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64)>>,
+    /// In the order in which they were loaded, with how many entries each had.
+    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64, usize)>>,
     no_space: Cell<bool>,
     pub log_dir_dirty: Cell<bool>,
     /// Deleted groups with records in the os lane. These outlive the deletion's own record when only the durable lane
@@ -164,6 +174,10 @@ impl Shard {
         if !self.no_space.replace(true) {
             tracing::error!(shard = self.config.shard, doing, %error, "no space on the disk; waiting for some");
         }
+    }
+
+    pub fn is_out_of_space(&self) -> bool {
+        self.no_space.get()
     }
 
     pub fn note_space(&self) {
@@ -286,22 +300,23 @@ impl Shard {
         }
     }
 
+    /// A segment, opened past the page cache: what is read and written goes through `Disk`.
     pub fn file(&self, group: &Group, base: i64) -> io::Result<File> {
         let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         let clock = cache.clock;
-        if let Some((file, used)) = cache.files.get_mut(&(group.id, base)) {
-            *used = clock;
-            return Ok(file.clone());
+        if let Some(open) = cache.files.get_mut(&(group.id, base)) {
+            open.used = clock;
+            return Ok(open.file.clone());
         }
-        let mode = Mode { write: true, create: false, ..Mode::default() };
+        let mode = Mode { write: true, direct: true, ..Mode::default() };
         let file = self.files.open(&group.log_path(base), mode)?;
         self.remember(&mut cache, (group.id, base), file.clone());
         Ok(file)
     }
 
     pub fn create_file(&self, group: &Group, base: i64) -> io::Result<File> {
-        let mode = Mode { write: true, create: true, ..Mode::default() };
+        let mode = Mode { write: true, create: true, direct: true, ..Mode::default() };
         let file = self.files.open(&group.log_path(base), mode)?;
         let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
@@ -311,12 +326,23 @@ impl Shard {
 
     fn remember(&self, cache: &mut FileCache, key: (u64, i64), file: File) {
         if cache.files.len() >= OPEN_FILES
-            && let Some(oldest) = cache.files.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| *key)
+            && let Some(oldest) = cache.files.iter().min_by_key(|(_, open)| open.used).map(|(key, _)| *key)
         {
             cache.files.remove(&oldest);
         }
-        let clock = cache.clock;
-        cache.files.insert(key, (file, clock));
+        cache.files.insert(key, OpenSegment { file, used: cache.clock, last_block: None });
+    }
+
+    /// An append takes it and, if it succeeded, leaves it. One that is not there costs the append a read.
+    pub fn take_last_block(&self, group: GroupId, base: i64) -> LastBlock {
+        let mut cache = self.open_files.borrow_mut();
+        cache.files.get_mut(&(group, base)).and_then(|open| open.last_block.take()).unwrap_or_default()
+    }
+
+    pub fn leave_last_block(&self, group: GroupId, base: i64, last: LastBlock) {
+        if let Some(open) = self.open_files.borrow_mut().files.get_mut(&(group, base)) {
+            open.last_block = Some(last);
+        }
     }
 
     pub fn forget_file(&self, group: GroupId, base: i64) {
@@ -325,10 +351,12 @@ impl Shard {
 
     pub fn keep_read_ahead(&self, ahead: ReadAhead) {
         let mut slots = self.read_ahead.borrow_mut();
-        if slots.len() >= READ_AHEAD_SLOTS {
-            slots.pop_front();
-        }
         slots.push_back(ahead);
+        let mut bytes: usize = slots.iter().map(|slot| slot.bytes.len()).sum();
+        while slots.len() > READ_AHEAD_SLOTS || bytes > READ_AHEAD_BYTES {
+            let Some(oldest) = slots.pop_front() else { break };
+            bytes -= oldest.bytes.len();
+        }
     }
 
     /// Removes a file or directory once the commit is safe that makes it worthless. One in the directory of a partition

@@ -201,9 +201,12 @@ pub struct StoreStats {
 pub enum OpenError {
     #[error("{path}: another flumen process uses this data directory; stop it or choose another --data-dir")]
     InUse { path: String },
-    #[error("{path}: data directory has format {found:?}, this program reads and writes {want:?}")]
+    #[error(
+        "{path}: data directory has format {found:?}, this program reads and writes {want:?}; start the version of \
+         flumen that wrote it, or choose another --data-dir"
+    )]
     Format { path: String, found: String, want: &'static str },
-    #[error("{path}: not a directory")]
+    #[error("{path}: not a directory; choose another --data-dir")]
     NotADirectory { path: String },
     #[error("{path}: has files but no FORMAT file, so it is no data directory; choose an empty one")]
     NotOurs { path: String },

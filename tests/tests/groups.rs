@@ -14,8 +14,8 @@ use kafka_protocol::messages::offset_commit_request::{
 use kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic;
 use kafka_protocol::messages::sync_group_request::SyncGroupRequestAssignment;
 use kafka_protocol::messages::{
-    DeleteTopicsRequest, GroupId, HeartbeatRequest, JoinGroupRequest, JoinGroupResponse, OffsetCommitRequest,
-    OffsetFetchRequest, SyncGroupRequest,
+    DeleteTopicsRequest, GroupId, HeartbeatRequest, JoinGroupRequest, JoinGroupResponse, ListGroupsRequest,
+    OffsetCommitRequest, OffsetFetchRequest, SyncGroupRequest,
 };
 use kafka_protocol::protocol::Request;
 use serde_json::json;
@@ -228,4 +228,24 @@ fn offsets_go_with_their_topic() {
     flumen.restart().unwrap();
     let mut wire = Wire::connect(&flumen.kafka).unwrap();
     assert_eq!(committed(&mut wire, "g1", "b"), 1, "what was committed for the new topic stays");
+}
+
+#[test]
+fn the_first_question_after_a_restart_finds_every_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut flumen = Flumen::start(dir.path(), &[]).unwrap();
+    flumen.create_topic("t", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let names: BTreeSet<String> = (0..40).map(|i| format!("group-{i}")).collect();
+    for name in &names {
+        commit(&mut wire, name, "t", 1);
+    }
+    for _ in 0..3 {
+        flumen.kill_9();
+        flumen.restart().unwrap();
+        let mut wire = Wire::connect(&flumen.kafka).unwrap();
+        let listed = wire.ask(5, &ListGroupsRequest::default()).unwrap();
+        assert_eq!(listed.error_code, 0);
+        assert_eq!(listed.groups.iter().map(|g| g.group_id.to_string()).collect::<BTreeSet<_>>(), names);
+    }
 }

@@ -2,8 +2,9 @@
 
 use flumen_protocol::compression::Compression;
 use flumen_protocol::error_code::ErrorCode;
+use flumen_protocol::record::BatchBuilder;
 use flumen_tests::flumen::Flumen;
-use flumen_tests::wire::{Wire, batch, produce, topic_name};
+use flumen_tests::wire::{Wire, batch, now_ms, produce, topic_name};
 use kafka_protocol::messages::fetch_request::{FetchPartition, FetchTopic};
 use kafka_protocol::messages::fetch_response::PartitionData;
 use kafka_protocol::messages::{FetchRequest, MetadataRequest};
@@ -43,6 +44,9 @@ fn zstd_needs_versions_that_know_it() {
             b.compression(Compression::Gzip);
         })
     };
+    // Made once: what they compress to depends on the time in them.
+    let (zstd, gzip) = (zstd(), gzip());
+    let (zstd, gzip) = (|| zstd.clone(), || gzip.clone());
     let mut error = |version, records| {
         let answer = wire.ask(version, &produce("z", 0, -1, Some(records))).unwrap();
         answer.responses[0].partition_responses[0].error_code
@@ -54,16 +58,43 @@ fn zstd_needs_versions_that_know_it() {
     assert_eq!(error(7, zstd()), 0);
     assert_eq!(error(12, zstd()), 0);
 
-    for version in 4..=9 {
-        let read = fetch(&mut wire, version, "z", 20);
-        assert_eq!(read.error_code, ErrorCode::UNSUPPORTED_COMPRESSION_TYPE.0, "v{version}");
-        assert_eq!(read.high_watermark, 60);
-        // What lies before the first zstd batch can be read by anyone.
-        let read = fetch(&mut wire, version, "z", 0);
-        assert_eq!((read.error_code, read.records.map(|r| r.len())), (0, Some(gzip().len())), "v{version}");
-    }
+    // What is fetched is decided by the topic's configuration, as Kafka does it: some clients ask in old versions and
+    // read zstd all the same.
     let all = gzip().len() + 2 * zstd().len();
-    assert_eq!(fetch(&mut wire, 10, "z", 0).records.map(|r| r.len()), Some(all));
+    flumen.create_topic("told", 1, &json!({ "compression.type": "zstd" })).unwrap();
+    for version in 4..=12 {
+        assert_eq!(fetch(&mut wire, version, "z", 0).records.map(|r| r.len()), Some(all), "v{version}");
+        let code = if version < 10 { ErrorCode::UNSUPPORTED_COMPRESSION_TYPE } else { ErrorCode::NONE };
+        assert_eq!(fetch(&mut wire, version, "told", 0).error_code, code.0, "v{version}");
+    }
+}
+
+#[test]
+fn a_refused_batch_names_the_records_to_blame() {
+    let (_dir, flumen) = broker(&[]);
+    flumen.create_topic("compacted", 1, &json!({ "cleanup.policy": "compact" })).unwrap();
+    flumen.create_topic("timed", 1, &json!({ "message.timestamp.before.max.ms": "3600000" })).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let mut keys = BatchBuilder::new();
+    let mut times = BatchBuilder::new();
+    for i in 0..6i64 {
+        let now = now_ms();
+        keys.append(now, (i % 3 != 1).then_some(b"k"), Some(b"v"), &[]);
+        times.append(if i == 0 || i == 4 { now - 7_200_000 } else { now }, None, Some(b"v"), &[]);
+    }
+    for (topic, records, code, blamed) in [
+        ("compacted", keys.build(0), ErrorCode::INVALID_RECORD, [1, 4]),
+        ("timed", times.build(0), ErrorCode::INVALID_TIMESTAMP, [0, 4]),
+    ] {
+        for version in 3..=12 {
+            let request = produce(topic, 0, -1, Some(records.clone().freeze()));
+            let answer = wire.ask(version, &request).unwrap().responses[0].partition_responses[0].clone();
+            assert_eq!((answer.error_code, answer.base_offset), (code.0, -1));
+            let named: Vec<i32> = answer.record_errors.iter().map(|e| e.batch_index).collect();
+            assert_eq!(named, if version >= 8 { &blamed[..] } else { &[] }, "{topic} v{version}");
+            assert_eq!(answer.error_message.is_some(), version >= 8);
+        }
+    }
 }
 
 #[test]
@@ -80,4 +111,49 @@ fn bytes_after_a_request_do_not_end_the_connection() {
     let answer = wire.receive::<MetadataRequest>(13).unwrap();
     assert_eq!(answer.topics[0].partitions.len(), 3);
     assert_eq!(wire.ask(13, &all).unwrap().topics.len(), 1);
+}
+
+#[test]
+fn idle_connections_are_closed_and_waiting_ones_are_not() {
+    let (_dir, flumen) = broker(&["connections.max.idle.ms=300"]);
+    flumen.create_topic("t", 1, &json!({})).unwrap();
+    let mut idle = Wire::connect(&flumen.kafka).unwrap();
+    idle.ask(13, &MetadataRequest::default().with_topics(None)).unwrap();
+    // A long poll is longer than the limit and is answered all the same.
+    let mut waiting = Wire::connect(&flumen.kafka).unwrap();
+    let poll =
+        FetchRequest::default().with_min_bytes(1).with_max_wait_ms(1500).with_max_bytes(1).with_topics(vec![
+            FetchTopic::default()
+                .with_topic(topic_name("t"))
+                .with_partitions(vec![FetchPartition::default().with_partition_max_bytes(1)]),
+        ]);
+    waiting.send(12, &poll).unwrap();
+    assert!(idle.receive_frame().unwrap().is_none(), "closed without a word");
+    assert_eq!(waiting.receive::<FetchRequest>(12).unwrap().responses[0].partitions[0].error_code, 0);
+}
+
+#[test]
+fn a_deleted_topic_does_not_make_consumers_spin() {
+    let (_dir, flumen) = broker(&[]);
+    flumen.create_topic("t", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let partitions = || vec![FetchPartition::default().with_partition_max_bytes(1000)];
+    let topic = |name: &str| FetchTopic::default().with_topic(topic_name(name)).with_partitions(partitions());
+    let poll = |names: &[&str], wait_ms: i32| {
+        FetchRequest::default()
+            .with_min_bytes(1)
+            .with_max_wait_ms(wait_ms)
+            .with_max_bytes(1000)
+            .with_topics(names.iter().map(|n| topic(n)).collect())
+    };
+    // Beside a partition that is there, the missing one waits for the answer.
+    let started = std::time::Instant::now();
+    let answer = wire.ask(12, &poll(&["t", "gone"], 400)).unwrap();
+    assert!(started.elapsed().as_millis() >= 400);
+    let codes: Vec<i16> = answer.responses.iter().map(|r| r.partitions[0].error_code).collect();
+    assert_eq!(codes, [0, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION.0]);
+    // Alone there is nothing to wait for: were this to wait, the test would take an hour.
+    for names in [&["gone"][..], &[]] {
+        assert_eq!(wire.ask(12, &poll(names, 3_600_000)).unwrap().responses.len(), names.len());
+    }
 }

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use crate::broker_table::{BROKER_CONFIGS, broker_def};
 use crate::config_def::{ExtraConfig, Layers, suggestion};
@@ -95,6 +96,8 @@ pub struct BrokerConfig {
     pub group_max_size: usize,
     pub transaction_max_timeout_ms: i32,
     pub producer_id_expiration_ms: i64,
+    /// Negative: idle connections stay.
+    pub connections_max_idle_ms: i64,
     pub clickhouse_url: Option<String>,
     pub clickhouse_user: String,
     pub clickhouse_password: Option<Secret>,
@@ -165,6 +168,7 @@ impl BrokerConfig {
             group_max_size: v.number("group.max.size"),
             transaction_max_timeout_ms: v.number("transaction.max.timeout.ms"),
             producer_id_expiration_ms: v.number("producer.id.expiration.ms"),
+            connections_max_idle_ms: v.number("connections.max.idle.ms"),
             clickhouse_url: some(v.text("clickhouse.url")),
             clickhouse_user: v.text("clickhouse.user").unwrap_or("default").to_string(),
             clickhouse_password: password,
@@ -232,6 +236,11 @@ impl BrokerConfig {
             .or_else(|| image.broker_configs.get(NAME))
             .and_then(|value| value.parse().ok())
             .unwrap_or(self.auto_create_topics_enable)
+    }
+
+    /// How long a connection may be silent.
+    pub fn connections_max_idle(&self) -> Option<Duration> {
+        u64::try_from(self.connections_max_idle_ms).ok().map(Duration::from_millis)
     }
 
     /// What clients are told to connect to when the broker listens on `listening`.

@@ -42,6 +42,11 @@ pub enum Command {
     AllocateProducerIds {
         count: i64,
     },
+    /// Configurations of a consumer or share group; the group itself need not exist.
+    SetGroupConfigs {
+        group: String,
+        set: BTreeMap<String, Option<String>>,
+    },
 }
 
 impl Command {
@@ -90,6 +95,11 @@ impl Command {
                 out.u8(6);
                 out.signed(*count);
             }
+            Command::SetGroupConfigs { group, set } => {
+                out.u8(7);
+                out.string(group);
+                out.changes(set);
+            }
         }
         out.bytes
     }
@@ -124,6 +134,10 @@ impl Command {
                 Command::SetBrokerConfigs { node_id, set: input.changes("broker configs")? }
             }
             6 => Command::AllocateProducerIds { count: input.signed("producer ids")? },
+            7 => Command::SetGroupConfigs {
+                group: input.string("group")?,
+                set: input.changes("group configs")?,
+            },
             other => return Err(CodecError::UnknownCommand(other)),
         };
         input.end()?;
@@ -162,6 +176,7 @@ pub(crate) mod tests {
             (proptest::option::of(any::<i32>()), changes())
                 .prop_map(|(node_id, set)| Command::SetBrokerConfigs { node_id, set }),
             any::<i64>().prop_map(|count| Command::AllocateProducerIds { count }),
+            (text(), changes()).prop_map(|(group, set)| Command::SetGroupConfigs { group, set }),
         ]
     }
 

@@ -25,6 +25,7 @@ pub enum ConfigSource {
     DynamicDefaultBroker = 3,
     StaticBroker = 4,
     Default = 5,
+    Group = 8,
 }
 
 impl ConfigSource {
@@ -35,6 +36,7 @@ impl ConfigSource {
             ConfigSource::DynamicDefaultBroker => "dynamic_default_broker",
             ConfigSource::StaticBroker => "static_broker",
             ConfigSource::Default => "default",
+            ConfigSource::Group => "group",
         }
     }
 }
@@ -194,12 +196,13 @@ const COMPARED_BYTES_MAX: usize = 80;
 
 /// The candidate that `name` was most likely meant to be; `None` when nothing is near.
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let name: Vec<u8> = name.bytes().take(COMPARED_BYTES_MAX).map(|b| b.to_ascii_lowercase()).collect();
     candidates
         .into_iter()
-        .map(|candidate| (distance(&name, candidate.as_bytes()), candidate))
+        .map(|candidate| (distance(name, candidate), candidate))
         .min()
-        .filter(|(distance, candidate)| *distance <= candidate.len().max(name.len()) / 2)
+        .filter(|(distance, candidate)| {
+            *distance <= candidate.len().max(name.len().min(COMPARED_BYTES_MAX)) / 2
+        })
         .map(|(_, candidate)| candidate)
 }
 
@@ -208,8 +211,10 @@ pub fn suggestion<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>)
     nearest(name, candidates).map_or_else(String::new, |near| format!("; did you mean '{near}'?"))
 }
 
-/// Edits that turn one into the other.
-fn distance(a: &[u8], b: &[u8]) -> usize {
+/// Edits that turn a client's `name` into `known`, upper and lower case being the same.
+pub fn distance(name: &str, known: &str) -> usize {
+    let a: Vec<u8> = name.bytes().take(COMPARED_BYTES_MAX).map(|b| b.to_ascii_lowercase()).collect();
+    let b = known.as_bytes();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {
         let mut diagonal = i;
@@ -259,7 +264,7 @@ mod tests {
         assert_eq!(nearest("Segment.Byte", names), Some("segment.bytes"));
         assert_eq!(nearest("qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq", names), None);
         assert_eq!(nearest("", names), None);
-        assert_eq!(distance(b"kitten", b"sitting"), 3);
+        assert_eq!(distance("kitten", "sitting"), 3);
         assert_eq!(nearest(&"é".repeat(100_000), names), None);
     }
 }

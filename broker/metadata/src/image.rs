@@ -67,6 +67,8 @@ pub struct MetadataImage {
     pub broker_configs: BTreeMap<String, String>,
     /// Dynamic configurations of single brokers, over those of all.
     pub node_configs: BTreeMap<i32, BTreeMap<String, String>>,
+    /// Configurations of groups, by group id; only groups that have some.
+    pub group_configs: Arc<BTreeMap<String, BTreeMap<String, String>>>,
     /// What this node's configuration file says; defaults of topics derive from it.
     pub(crate) static_configs: Arc<BTreeMap<String, String>>,
 }
@@ -145,6 +147,7 @@ impl MetadataImage {
             next_producer_id: 0,
             broker_configs: BTreeMap::new(),
             node_configs: BTreeMap::new(),
+            group_configs: Arc::default(),
             static_configs: Arc::default(),
         }
     }
@@ -190,6 +193,7 @@ impl MetadataImage {
             Command::SetTopicConfigs { topic_id, set } => self.set_topic_configs(*topic_id, set),
             Command::SetBrokerConfigs { node_id, set } => Ok(self.set_broker_configs(*node_id, set)),
             Command::AllocateProducerIds { count } => self.allocate_producer_ids(*count),
+            Command::SetGroupConfigs { group, set } => Ok(self.set_group_configs(group, set)),
         }
     }
 
@@ -325,6 +329,16 @@ impl MetadataImage {
         }
         let topics_reconfigured = self.reconfigure_all();
         Applied { broker_configs_changed: true, topics_reconfigured, ..Applied::default() }
+    }
+
+    fn set_group_configs(&mut self, group: &str, set: &BTreeMap<String, Option<String>>) -> Applied {
+        let groups = Arc::make_mut(&mut self.group_configs);
+        let of_group = groups.entry(group.to_string()).or_default();
+        merge(of_group, set);
+        if of_group.is_empty() {
+            groups.remove(group);
+        }
+        Applied::default()
     }
 
     /// Recomputes what derives from broker-level values; returns the topics for which it matters.

@@ -159,9 +159,24 @@ fn internal_topics_are_marked() {
 }
 
 #[test]
+fn snapshots_of_the_first_version_are_read() {
+    let mut image = MetadataImage::empty(node());
+    image.apply(&create("a", 1, 1)).unwrap();
+    let mut first = image.snapshot();
+    // The second version ends with the number of groups that have configurations: none.
+    assert_eq!((first[3], first.pop()), (2, Some(0)));
+    first[3] = 1;
+    assert_eq!(MetadataImage::restore(node(), &first).unwrap().snapshot(), image.snapshot());
+    first[3] = 3;
+    assert_eq!(MetadataImage::restore(node(), &first).unwrap_err(), CodecError::UnknownVersion(3));
+}
+
+#[test]
 fn damaged_snapshots_are_refused() {
     let mut image = MetadataImage::empty(node());
     image.apply(&create("a", 1, 1)).unwrap();
+    let set = BTreeMap::from([("consumer.session.timeout.ms".to_string(), Some("50000".to_string()))]);
+    image.apply(&Command::SetGroupConfigs { group: "g".into(), set }).unwrap();
     let good = image.snapshot();
     for length in 0..good.len() {
         assert!(MetadataImage::restore(node(), &good[..length]).is_err(), "{length}");
@@ -186,6 +201,7 @@ fn step() -> impl Strategy<Value = Command> {
         proptest::option::of((0u32..9).prop_map(|n| n.to_string())),
         0..3,
     );
+    let group_changes = changes.clone();
     prop_oneof![
         (name, id.clone(), -1i32..4, 0i16..3).prop_map(|(name, id, partitions, replication_factor)| {
             Command::CreateTopic {
@@ -202,6 +218,7 @@ fn step() -> impl Strategy<Value = Command> {
         (proptest::option::of(0i32..3), changes)
             .prop_map(|(node_id, set)| Command::SetBrokerConfigs { node_id, set }),
         (-1i64..3).prop_map(|count| Command::AllocateProducerIds { count }),
+        ("[gh]", group_changes).prop_map(|(group, set)| Command::SetGroupConfigs { group, set }),
     ]
 }
 
@@ -247,10 +264,13 @@ proptest! {
     #[test]
     fn any_snapshot_bytes_are_refused_or_understood(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         let _ = MetadataImage::restore(node(), &bytes);
-        let mut marked = b"FMI\x01".to_vec();
-        marked.extend(bytes);
-        if let Ok(image) = MetadataImage::restore(node(), &marked) {
-            check_invariants(&image);
+        for version in [1, 2] {
+            let mut marked = b"FMI".to_vec();
+            marked.push(version);
+            marked.extend(&bytes);
+            if let Ok(image) = MetadataImage::restore(node(), &marked) {
+                check_invariants(&image);
+            }
         }
     }
 }

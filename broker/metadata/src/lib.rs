@@ -19,6 +19,7 @@ pub mod broker_table;
 mod codec;
 mod command;
 pub mod config_def;
+pub mod group_table;
 mod image;
 mod snapshot;
 pub mod topic_config;
@@ -30,9 +31,11 @@ pub use broker_table::{BROKER_CONFIGS, BrokerConfigDef};
 pub use codec::CodecError;
 pub use command::Command;
 pub use config_def::{ConfigKind, ConfigSource, ExtraConfig};
+pub use group_table::{GROUP_CONFIGS, GroupConfigDef};
 pub use image::{
     Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, PartitionInfo, Topic,
 };
+pub use snapshot::{SnapshotFileError, decode_snapshot_file, encode_snapshot_file};
 pub use topic_config::{CleanupPolicy, CompressionType, Durability, TimestampType, TopicConfig};
 pub use topic_name::OFFSETS_TOPIC;
 pub use topic_table::{TOPIC_CONFIGS, TopicConfigDef};

@@ -143,6 +143,8 @@ impl TopicConfig {
             retention_bytes: -1,
             max_message_bytes: i32::MAX,
             timestamp_after_max_ms: i64::MAX,
+            // What snapshots stand for goes in whole segments.
+            segment_bytes: 16 << 20,
             ..TopicConfig::default()
         }
     }

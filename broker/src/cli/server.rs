@@ -1,6 +1,7 @@
 //! `flumen server` and `flumen clickhouse`.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -47,8 +48,12 @@ pub struct ClickhouseArgs {
 fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("FLUMEN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    // Standard output belongs to the ready line.
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Standard output belongs to the ready line. Colours are for eyes: a file would keep their codes.
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
 }
 
 pub fn server(args: ServerArgs) -> Result<(), Failure> {

@@ -7,11 +7,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_protocol::compression::Compression;
+use flumen_metadata::CompressionType;
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::fetch::{FetchPartitionData, FetchTopicData, ZSTD_MIN_VERSION, encode_fetch_response};
 use flumen_protocol::produce::TopicRef;
-use flumen_protocol::record_batch;
 use kafka_protocol::messages::FetchRequest;
 use tokio::time::Instant;
 
@@ -66,10 +65,15 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             };
             let missing =
                 if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
+            // Kafka's rule: by the topic's configuration, not by what a batch holds. Clients that ask in old versions
+            // and read zstd all the same exist (rskafka).
+            let withheld = version < ZSTD_MIN_VERSION
+                && found.is_some_and(|t| t.effective.compression_type == CompressionType::Zstd);
             let mut partitions = Vec::with_capacity(topic.partitions.len());
             for p in &topic.partitions {
                 let info = found.map(|t| usize::try_from(p.partition).ok().and_then(|i| t.partitions.get(i)));
                 let error = match info {
+                    Some(Some(_)) if withheld => ErrorCode::UNSUPPORTED_COMPRESSION_TYPE,
                     Some(Some(info)) => {
                         items.push(Item {
                             slot,
@@ -89,7 +93,6 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             topics.push(FetchTopicData { topic: name, partitions });
         }
     }
-    let refused = topics.iter().flat_map(|t| &t.partitions).any(|p| p.error != ErrorCode::NONE);
     let max_bytes = usize::try_from(fetch.max_bytes).unwrap_or(0).min(RESPONSE_BYTES_MAX);
     let min_bytes = usize::try_from(fetch.min_bytes).unwrap_or(0);
     let wait = Duration::from_millis(u64::try_from(fetch.max_wait_ms).unwrap_or(0)).min(WAIT_MAX);
@@ -103,7 +106,9 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     loop {
         read = read_all(shard, &items, max_bytes).await;
         let bytes: usize = read.iter().map(|r| r.bytes).sum();
-        let errors = refused || read.iter().any(|r| r.data.error != ErrorCode::NONE);
+        // A partition that does not exist waits with the others, as in Kafka: a consumer that has not heard yet of a
+        // deleted topic must not turn into a busy loop. One that cannot be read is news.
+        let errors = items.is_empty() || read.iter().any(|r| r.data.error != ErrorCode::NONE);
         if bytes >= min_bytes || errors || Instant::now() >= deadline || shard.is_stopping() {
             break;
         }
@@ -117,10 +122,7 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     let mut sent = 0;
     let mut flat: Vec<&mut FetchPartitionData> =
         topics.iter_mut().flat_map(|t| t.partitions.iter_mut()).collect();
-    for mut r in read {
-        if version < ZSTD_MIN_VERSION {
-            withhold_zstd(&mut r.data);
-        }
+    for r in read {
         sent += r.bytes;
         if let Some(slot) = flat.get_mut(r.slot) {
             let partition = slot.partition;
@@ -147,32 +149,6 @@ fn empty(partition: i32, error: ErrorCode) -> FetchPartitionData {
         diverging_epoch: None,
         records: Vec::new(),
     }
-}
-
-/// Clients this old cannot open zstd: they get what lies before the first such batch, or the code that says why
-/// there is nothing.
-fn withhold_zstd(data: &mut FetchPartitionData) {
-    let mut kept = Vec::with_capacity(data.records.len());
-    let mut found = false;
-    for bytes in data.records.drain(..) {
-        let mut end = 0;
-        for (header, batch) in record_batch::batches(&bytes).map_while(Result::ok) {
-            found = header.compression() == Ok(Compression::Zstd);
-            if found {
-                break;
-            }
-            end += batch.len();
-        }
-        kept.push(if found { bytes.slice(..end) } else { bytes });
-        if found {
-            break;
-        }
-    }
-    kept.retain(|bytes| !bytes.is_empty());
-    if found && kept.is_empty() {
-        data.error = ErrorCode::UNSUPPORTED_COMPRESSION_TYPE;
-    }
-    data.records = kept;
 }
 
 struct ReadItem {
@@ -223,49 +199,75 @@ async fn read_all(shard: &Rc<Shard>, items: &[Item], max_bytes: usize) -> Vec<Re
     out
 }
 
+/// Partitions of one fetch that are read at one time: enough for a disk to work on several, and what a client may make the
+/// shard hold for one request beyond its answer.
+const READS_IN_FLIGHT: usize = 4;
+
+/// An answer that has room for less than this is full: each further partition would cost a read for a batch or two.
+const SCRAPS_BYTES: usize = 64 << 10;
+
+/// Reads in the client's order, a few at a time. Each gets what the ones before it left of the budget; where they did not
+/// use it, the next few get it.
 async fn read_here(shard: &Rc<Shard>, items: Vec<Item>, mut budget: usize, mut any: bool) -> Vec<ReadItem> {
     let mut out = Vec::with_capacity(items.len());
-    for item in items {
-        let mut data = empty(0, ErrorCode::NONE);
-        let mut bytes = 0;
-        match shard.partition(item.group_id) {
-            None => data.error = ErrorCode::NOT_LEADER_OR_FOLLOWER,
-            Some(partition) => {
-                // The first partition with data always gives a whole batch, so that a batch larger than
-                // every limit can still be read; later ones keep to the budget.
-                let limit = item.max_bytes.min(budget);
-                let limit = if any { limit } else { limit.max(1) };
-                let read = match partition.check_epoch(item.leader_epoch) {
-                    Ok(()) => partition.fetch(item.offset, limit).await,
-                    Err(e) => Err(e),
-                };
-                match read {
-                    Ok(slice) => {
-                        bytes = slice.records.iter().map(Bytes::len).sum();
-                        if any && bytes > limit {
-                            // Its first batch alone is over what is left: it comes first next time.
-                            bytes = 0;
-                        } else {
-                            data.records = slice.records;
-                        }
-                        data.high_watermark = slice.high_watermark;
-                        data.last_stable_offset = slice.high_watermark;
-                        data.log_start_offset = slice.log_start_offset;
-                    }
-                    Err(error) => {
-                        data.error = error.code();
-                        if data.error == ErrorCode::OFFSET_OUT_OF_RANGE {
-                            data.log_start_offset = -1;
-                        }
-                    }
-                }
+    let mut left = items.into_iter().peekable();
+    while left.peek().is_some() {
+        let mut reserved = 0;
+        let mut wave = Vec::with_capacity(READS_IN_FLIGHT);
+        while wave.len() < READS_IN_FLIGHT {
+            // With the budget reserved, those that follow wait for what this wave leaves of it.
+            if !wave.is_empty() && reserved >= budget && budget > 0 {
+                break;
             }
+            let Some(item) = left.next() else { break };
+            // The first partition with data always gives a whole batch, so that a batch larger than
+            // every limit can still be read; later ones keep to the budget.
+            let limit = item.max_bytes.min(budget - reserved);
+            reserved += limit;
+            let limit = if any || !wave.is_empty() { limit } else { limit.max(1) };
+            wave.push(read_one(shard, item, limit));
         }
-        any |= bytes > 0;
-        budget = budget.saturating_sub(bytes);
-        out.push(ReadItem { slot: item.slot, bytes, data });
+        for (mut read, limit) in futures_util::future::join_all(wave).await {
+            if any && read.bytes > limit {
+                // Its first batch alone is over what is left: it comes first next time, and the answer is full.
+                read.bytes = 0;
+                read.data.records.clear();
+                budget = 0;
+            }
+            any |= read.bytes > 0;
+            budget = budget.saturating_sub(read.bytes);
+            if any && budget < SCRAPS_BYTES {
+                budget = 0;
+            }
+            out.push(read);
+        }
     }
     out
+}
+
+async fn read_one(shard: &Rc<Shard>, item: Item, limit: usize) -> (ReadItem, usize) {
+    let mut data = empty(0, ErrorCode::NONE);
+    let mut bytes = 0;
+    match shard.partition(item.group_id) {
+        None => data.error = ErrorCode::NOT_LEADER_OR_FOLLOWER,
+        Some(partition) => {
+            let read = match partition.check_epoch(item.leader_epoch) {
+                Ok(()) => partition.fetch(item.offset, limit).await,
+                Err(e) => Err(e),
+            };
+            match read {
+                Ok(slice) => {
+                    bytes = slice.records.iter().map(Bytes::len).sum();
+                    data.records = slice.records;
+                    data.high_watermark = slice.high_watermark;
+                    data.last_stable_offset = slice.high_watermark;
+                    data.log_start_offset = slice.log_start_offset;
+                }
+                Err(error) => data.error = error.code(),
+            }
+        }
+    }
+    (ReadItem { slot: item.slot, bytes, data }, limit)
 }
 
 /// Where a waiting fetch stands: on its own shard directly, on others through a task there.

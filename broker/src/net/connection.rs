@@ -6,7 +6,8 @@
 //! those that are ready into one system call.
 //!
 //! Bounds: `PIPELINE_MAX` requests of one connection may be unanswered; beyond that the reader stops
-//! reading, and the client's TCP window closes. A partial frame costs what has arrived of it.
+//! reading, and the client's TCP window closes. A partial frame costs what has arrived of it. A connection without a
+//! request for `connections.max.idle.ms` is closed: a client that vanished without a word leaves nothing behind.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -15,6 +16,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::ready;
+use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use flumen_protocol::frame::{FrameAssembler, REQUEST_BYTES_MAX};
@@ -22,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::dispatch::{self, Answer};
 use crate::shard::Shard;
@@ -41,9 +44,26 @@ struct Shared {
     answer_sent: Notify,
     closed: Cell<bool>,
     reader_done: Cell<bool>,
+    /// When bytes last came or went.
+    last_active: Cell<Instant>,
+    /// A request is being served: a long poll is silence, but not idleness.
+    serving: Cell<bool>,
 }
 
 impl Shared {
+    /// Returns when the connection has been idle for `max_idle`. Looks at the clock once per period, not per request.
+    async fn idle(&self, max_idle: Duration) {
+        loop {
+            let seen = self.last_active.get();
+            tokio::time::sleep_until(seen + max_idle).await;
+            if self.serving.get() || !self.answers.borrow().is_empty() {
+                self.last_active.set(Instant::now());
+            } else if self.last_active.get() == seen {
+                return;
+            }
+        }
+    }
+
     fn close(&self) {
         self.closed.set(true);
         self.answer_added.notify_one();
@@ -72,6 +92,8 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
         answer_sent: Notify::new(),
         closed: Cell::new(false),
         reader_done: Cell::new(false),
+        last_active: Cell::new(Instant::now()),
+        serving: Cell::new(false),
     });
     let writer = shared.clone();
     tokio::task::spawn_local(async move {
@@ -89,6 +111,12 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
                 Err(error) => tracing::debug!(%address, %error, "connection closed"),
             },
             () = shard.stop.notified() => {}
+            () = async {
+                match shard.node.config.connections_max_idle() {
+                    Some(max_idle) => shared.idle(max_idle).await,
+                    None => std::future::pending().await,
+                }
+            } => tracing::debug!(%address, "idle connection closed"),
         }
         // Answers to requests already taken are still sent.
         shared.reader_done.set(true);
@@ -109,11 +137,14 @@ async fn read_requests(
         if read_some(shard, reads, &mut assembler, &mut frames).await? == 0 {
             return Ok(());
         }
+        shared.last_active.set(Instant::now());
         for frame in frames.drain(..) {
             while shared.answers.borrow().len() >= PIPELINE_MAX && !shared.closed.get() {
                 shared.answer_sent.notified().await;
             }
+            shared.serving.set(true);
             let answer = dispatch::handle(shard, peer, frame).await.map_err(io::Error::other)?;
+            shared.serving.set(false);
             if !matches!(answer, Answer::None) {
                 shared.answers.borrow_mut().push_back(answer);
                 shared.answer_added.notify_one();
@@ -181,6 +212,7 @@ async fn write_answers(shared: &Shared, writes: &OwnedWriteHalf) -> io::Result<(
             }
         }
         shared.answer_sent.notify_one();
+        shared.last_active.set(Instant::now());
         if batch.iter().map(Bytes::len).sum::<usize>() >= WRITE_BATCH_BYTES || batch.len() >= WRITE_SLICES_MAX
         {
             write_all(writes, &mut batch).await?;

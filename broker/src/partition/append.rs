@@ -8,14 +8,16 @@ use bytes::BytesMut;
 
 use flumen_metadata::TimestampType;
 use flumen_protocol::error_code::ErrorCode;
-use flumen_protocol::record;
+use flumen_protocol::produce::RecordError;
+use flumen_protocol::record::{self, Record};
 use flumen_protocol::record_batch::{self, BatchError, BatchHeader};
 use flumen_storage::{ProducerError, Verdict};
 
 use super::{Completion, Partition};
 
-/// Decompressed bytes looked at when a compacted topic's keys are checked; a larger batch is refused.
-const KEY_CHECK_BYTES_MAX: usize = 64 << 20;
+/// Decompressed bytes looked at when single records are checked (keys of compacted topics, timestamps that are out of
+/// bounds); a larger batch is refused.
+const DECODED_BYTES_MAX: usize = 64 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -40,13 +42,13 @@ pub enum AppendError {
     Batch(#[from] BatchError),
     #[error("the batch of {size} bytes is larger than the {max} that max.message.bytes or the log allows")]
     TooLarge { size: usize, max: usize },
-    #[error("the record timestamp {timestamp} is outside the limits of the topic")]
-    Timestamp { timestamp: i64 },
-    #[error("a record without a key on a compacted topic")]
-    KeyMissing,
+    #[error("one or more records have a timestamp outside the limits of the topic")]
+    Timestamp { records: Box<[i32]> },
+    #[error("{} records without a key, which a compacted topic does not take", .records.len())]
+    KeyMissing { records: Box<[i32]> },
     #[error("{0}")]
     Producer(#[from] ProducerError),
-    #[error("the log has no room: the disk is full")]
+    #[error("the log has no room: the disk is full, or does not keep up")]
     NoSpace,
     #[error("the log of this partition is damaged: {0}")]
     Damaged(String),
@@ -60,12 +62,26 @@ impl AppendError {
             AppendError::Batch(e) => e.code(),
             AppendError::TooLarge { .. } => ErrorCode::MESSAGE_TOO_LARGE,
             AppendError::Timestamp { .. } => ErrorCode::INVALID_TIMESTAMP,
-            AppendError::KeyMissing => ErrorCode::INVALID_RECORD,
+            AppendError::KeyMissing { .. } => ErrorCode::INVALID_RECORD,
             AppendError::Producer(ProducerError::InvalidEpoch { .. }) => ErrorCode::INVALID_PRODUCER_EPOCH,
             AppendError::Producer(_) => ErrorCode::OUT_OF_ORDER_SEQUENCE_NUMBER,
             AppendError::NoSpace | AppendError::Damaged(_) => ErrorCode::KAFKA_STORAGE_ERROR,
             AppendError::NotLeader => ErrorCode::NOT_LEADER_OR_FOLLOWER,
         }
+    }
+
+    /// Which records are to blame, where not the whole batch is.
+    pub fn record_errors(&self) -> Box<[RecordError]> {
+        let (records, message) = match self {
+            AppendError::Timestamp { records } => {
+                (records, "the timestamp is outside the limits of the topic")
+            }
+            AppendError::KeyMissing { records } => {
+                (records, "a compacted topic takes no record without a key")
+            }
+            _ => return Box::default(),
+        };
+        records.iter().map(|batch_index| RecordError { batch_index: *batch_index, message }).collect()
     }
 }
 
@@ -131,6 +147,11 @@ impl Partition {
         })
     }
 
+    /// Whether the log takes no more until some of what it has moved to segments.
+    pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
+        self.log.must_wait(total, largest, count)
+    }
+
     fn admit(&self, records: &[u8], origin: Origin, now_ms: i64) -> Result<Admitted, AppendError> {
         if let Some(reason) = self.damage() {
             return Err(AppendError::Damaged(reason.to_string()));
@@ -152,11 +173,16 @@ impl Partition {
                 let timestamp = header.max_timestamp;
                 // -1 means that the producer gave none.
                 if timestamp != -1 && (timestamp > late || header.base_timestamp < early) {
-                    return Err(AppendError::Timestamp { timestamp });
+                    let records =
+                        indexes_of(records, |record| record.timestamp > late || record.timestamp < early)?;
+                    return Err(AppendError::Timestamp { records });
                 }
             }
             if config.compacts() {
-                check_keys(records)?;
+                let records = indexes_of(records, |record| record.key.is_none())?;
+                if !records.is_empty() {
+                    return Err(AppendError::KeyMissing { records });
+                }
             }
         }
         if header.has_producer_id()
@@ -167,7 +193,8 @@ impl Partition {
             let log_append_time_ms = if stamped { timestamp } else { -1 };
             return Ok(Admitted::Duplicate { base_offset, log_append_time_ms, last_offset });
         }
-        if !self.log.has_room(records.len()) {
+        let turned_away = origin == Origin::Client && self.disk.is_low();
+        if turned_away || !self.log.has_room(records.len()) {
             return Err(AppendError::NoSpace);
         }
         Ok(Admitted::New(header))
@@ -179,14 +206,16 @@ enum Admitted {
     Duplicate { base_offset: i64, log_append_time_ms: i64, last_offset: i64 },
 }
 
-fn check_keys(batch: &[u8]) -> Result<(), AppendError> {
+/// Places in the batch of the records that are `wrong`.
+fn indexes_of(batch: &[u8], wrong: impl Fn(&Record<'_>) -> bool) -> Result<Box<[i32]>, AppendError> {
     let mut scratch = Vec::new();
-    let records = record::decode_records(batch, &mut scratch, KEY_CHECK_BYTES_MAX)
+    let records = record::decode_records(batch, &mut scratch, DECODED_BYTES_MAX)
         .map_err(|_| AppendError::Batch(BatchError::BadCrc))?;
-    for record in records {
-        if record.map_err(|_| AppendError::Batch(BatchError::BadCrc))?.key.is_none() {
-            return Err(AppendError::KeyMissing);
+    let mut indexes = Vec::new();
+    for (index, record) in (0..).zip(records) {
+        if wrong(&record.map_err(|_| AppendError::Batch(BatchError::BadCrc))?) {
+            indexes.push(index);
         }
     }
-    Ok(())
+    Ok(indexes.into())
 }

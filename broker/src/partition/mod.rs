@@ -27,6 +27,7 @@ pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
+use crate::disk_space::DiskSpace;
 use crate::shard::Shard;
 use pending::Pending;
 
@@ -47,6 +48,7 @@ pub struct Partition {
     pub group_id: u64,
     pub gauges: Arc<PartitionGauges>,
     shard: Weak<Shard>,
+    disk: Arc<DiskSpace>,
     log: GroupLog,
     config: RefCell<TopicConfig>,
     state: RefCell<State>,
@@ -106,6 +108,7 @@ impl Partition {
             group_id: spec.group_id,
             gauges,
             shard: Rc::downgrade(shard),
+            disk: shard.node.disk.clone(),
             log,
             config: RefCell::new(spec.config),
             state: RefCell::new(State {

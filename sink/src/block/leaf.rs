@@ -10,7 +10,9 @@ use crate::column_type::ColumnType;
 use crate::json::number::{Number, NumberError, parse_short_integer};
 use crate::json::time::{parse_date, parse_timestamp};
 use crate::json::{code, string_text};
+use crate::mapping::TimeUnit;
 
+const NUMBERS: &str = "what whole numbers count is flumen.clickhouse.time.unit";
 /// 1900-01-01 and 2299-12-31: the days that Date32 and DateTime64 hold.
 const DATE32_DAYS: (i32, i32) = (-25_567, 120_529);
 const DATETIME64_SECONDS: (i128, i128) = (-25_567 * 86_400, 120_530 * 86_400 - 1);
@@ -20,6 +22,7 @@ const DATETIME64_SECONDS: (i128, i128) = (-25_567 * 86_400, 120_530 * 86_400 - 1
 pub(crate) struct Rules {
     pub(crate) json_text_in_strings: bool,
     pub(crate) truncate_time_fraction: bool,
+    pub(crate) time_unit: TimeUnit,
 }
 
 /// Why a value does not fit its column. Messages never carry the value.
@@ -187,9 +190,17 @@ impl Leaf {
                     Leaf::DateTime64 { precision, .. } => *precision,
                     _ => 0,
                 };
-                let (ticks, cut) = Number::parse(text)
-                    .and_then(|n| n.scaled_floor(precision))
-                    .map_err(|e| number_error(e, ty, first))?;
+                let (ticks, cut) = match parse_short_integer(text) {
+                    Some(value) => to_ticks(value, rules.time_unit.digits(value), precision),
+                    None => {
+                        let number = Number::parse(text).map_err(|e| number_error(e, ty, first))?;
+                        // A whole number of nineteen digits or more; "1.5e3" is not one, whatever its value.
+                        let whole = text.bytes().all(|c| c == b'-' || c.is_ascii_digit());
+                        let digits = if whole { rules.time_unit.digits(i64::MAX) } else { 0 };
+                        let shifted = number.shifted(-i64::from(digits));
+                        shifted.scaled_floor(precision).map_err(|e| number_error(e, ty, first))?
+                    }
+                };
                 check_cut(cut, ty, rules)?;
                 put_ticks(self, data, ty, ticks)?;
             }
@@ -306,6 +317,18 @@ fn enumeration(width: usize, values: impl Iterator<Item = (String, i16)>) -> Lea
     Leaf::Enum { width, by_name, values }
 }
 
+/// `value` counts `10^-digits` seconds; the ticks of `10^-precision` seconds, cut towards the past.
+fn to_ticks(value: i64, digits: u8, precision: u8) -> (i128, bool) {
+    let value = i128::from(value);
+    match precision.checked_sub(digits) {
+        Some(finer) => (value * 10i128.pow(u32::from(finer)), false),
+        None => {
+            let coarser = 10i128.pow(u32::from(digits - precision));
+            (value.div_euclid(coarser), value.rem_euclid(coarser) != 0)
+        }
+    }
+}
+
 fn is_utc(tz: Option<&str>) -> bool {
     matches!(
         tz,
@@ -371,7 +394,7 @@ pub(super) fn put_ticks(
                 _ => Err(CellError::new(
                     code::OUT_OF_RANGE,
                     format!(
-                        "the time is outside {ty} (1900 to {}; numbers are seconds since 1970)",
+                        "the time is outside {ty} (1900 to {}; {NUMBERS})",
                         if *precision == 9 { 2262 } else { 2299 }
                     ),
                 )),
@@ -381,9 +404,7 @@ pub(super) fn put_ticks(
             let seconds = u32::try_from(ticks).map_err(|_| {
                 CellError::new(
                     code::OUT_OF_RANGE,
-                    format!(
-                        "the time is outside {ty} (1970-01-01 to 2106-02-07; numbers are seconds since 1970)"
-                    ),
+                    format!("the time is outside {ty} (1970-01-01 to 2106-02-07; {NUMBERS})"),
                 )
             })?;
             data.extend_from_slice(&seconds.to_le_bytes());

@@ -18,7 +18,7 @@ use crate::mapping::{MappedColumn, RowMapping, Source};
 
 pub use crate::json::RowError;
 use leaf::{Rules, put_text, put_varint};
-use node::Node;
+use node::{MAX_ROW_BYTES, Node};
 
 /// What a record brings besides its value.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +47,7 @@ impl BlockBuilder {
             rules: Rules {
                 json_text_in_strings: options.json_text_in_strings,
                 truncate_time_fraction: options.truncate_time_fraction,
+                time_unit: options.time_unit,
             },
             nodes: mapping.columns().iter().map(|column| Node::new(&column.wire)).collect(),
             order: FieldOrder::new(mapping),
@@ -63,6 +64,9 @@ impl BlockBuilder {
     pub fn push_json(&mut self, meta: &RowMeta<'_>, value: Option<&[u8]>) -> Result<(), RowError> {
         let value = value
             .ok_or_else(|| RowError::new(code::TOMBSTONE, None, "the record has no value (tombstone)"))?;
+        if value.len() > MAX_ROW_BYTES {
+            return Err(RowError::new(code::ROW_TOO_LARGE, None, "the record exceeds 64 MiB"));
+        }
         let text = std::str::from_utf8(value).map_err(|e| {
             let message = format!("the record is not UTF-8 at byte {}", e.valid_up_to());
             RowError::new(code::BAD_UTF8, None, message)

@@ -13,7 +13,7 @@ use crate::json::{code, for_each_element, for_each_entry};
 
 /// Elements of one array column in one row: guards against `FixedString(65536)` arrays of empty strings, where
 /// a small record would become gigabytes.
-const MAX_ROW_BYTES: usize = 64 << 20;
+pub(super) const MAX_ROW_BYTES: usize = 64 << 20;
 /// Kept per column between blocks, whatever the last one held: less would only be allocated again.
 const MIN_CAPACITY: usize = 4096;
 

@@ -125,6 +125,14 @@ impl Number {
         Ok(Number { negative, mantissa, exponent })
     }
 
+    /// The value times `10^by`.
+    pub(crate) fn shifted(&self, by: i64) -> Number {
+        match self.mantissa {
+            0 => *self,
+            _ => Number { exponent: self.exponent + by, ..*self },
+        }
+    }
+
     /// The value times `10^scale`, exactly.
     pub(crate) fn scaled(&self, scale: u8) -> Result<i128, NumberError> {
         if self.mantissa == 0 {

@@ -61,6 +61,25 @@ pub async fn read_at(file: &File, at: u64, len: usize) -> io::Result<Bytes> {
     .await?
 }
 
+/// Reads whole blocks into the front of `buf`; returns how much there was.
+pub async fn read_aligned(
+    file: &File,
+    mut buf: AlignedBuf,
+    len: usize,
+    at: u64,
+) -> (AlignedBuf, io::Result<usize>) {
+    let file = file.clone();
+    let done = run(move || {
+        let result = file.read_full_at(&mut buf[..len], at);
+        (buf, result)
+    })
+    .await;
+    match done {
+        Ok(done) => done,
+        Err(error) => (AlignedBuf::zeroed(len), Err(error)),
+    }
+}
+
 pub async fn fdatasync(file: &File) -> io::Result<()> {
     let file = file.clone();
     run(move || file.sync_data()).await?

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use crate::simulated::{Machine, Settings};
-use crate::{AlignedBuf, Disk, DiskKind, File, FileSystem, Mode, OpKind};
+use crate::{AlignedBuf, Disk, DiskKind, File, FileSystem, LastBlock, Mode, OpKind};
 
 /// A driver, and an empty directory that it can reach.
 struct Ground {
@@ -119,6 +119,59 @@ fn reads_are_short_at_the_end_only() {
         assert_eq!(disk.read_at(&file, 10_000, 100).await.unwrap().len(), 0);
         assert_eq!(disk.read_at(&file, 1 << 40, 100).await.unwrap().len(), 0);
         assert_eq!(disk.read_at(&file, 0, 0).await.unwrap().len(), 0);
+    });
+}
+
+#[test]
+fn direct_reads_of_any_range() {
+    each(|ground| async move {
+        let disk = ground.disk.clone();
+        let bytes: Vec<u8> = (0..700_001usize).map(|at| (at / 3) as u8).collect();
+        ground.open("a", false).write_all_at(&bytes, 0).unwrap();
+        let mode = Mode { direct: true, ..Mode::default() };
+        let file = ground.files.open(&ground.path("a"), mode).unwrap();
+        for (at, len) in
+            [(0, 1), (0, 4096), (1, 4095), (4095, 2), (5000, 300_000), (699_990, 100), (8192, 691_809)]
+        {
+            let end = (at + len).min(bytes.len());
+            let back = disk.read_at(&file, at as u64, len).await.unwrap();
+            assert!(back[..] == bytes[at..end], "{len} bytes at {at}");
+        }
+        assert!(disk.read_at(&file, 700_001, 5).await.unwrap().is_empty());
+        assert!(disk.read_at(&file, 1 << 40, 5).await.unwrap().is_empty());
+        assert!(disk.read_at(&file, 7, 0).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn appends_of_any_length() {
+    each(|ground| async move {
+        let disk = ground.disk.clone();
+        for direct in [false, true] {
+            let mode = Mode { write: true, create: true, direct, dsync: false };
+            let file = ground.files.open(&ground.path(&format!("log{direct}")), mode).unwrap();
+            file.allocate(8 << 20).unwrap();
+            let mut last = LastBlock::default();
+            let mut whole = Vec::new();
+            for (round, len) in [10usize, 4086, 1, 4095, 70_000, 0, 2_500_000, 3].into_iter().enumerate() {
+                let bufs: Vec<Bytes> = (0..len)
+                    .collect::<Vec<_>>()
+                    .chunks(1000)
+                    .map(|part| part.iter().map(|k| (k + round) as u8).collect())
+                    .collect();
+                disk.append_at(&file, &mut last, &bufs, whole.len() as u64).await.unwrap();
+                whole.extend(bufs.iter().flatten());
+                if round % 3 == 2 {
+                    // Somebody else takes over: the block is read back.
+                    last = LastBlock::default();
+                }
+            }
+            disk.fdatasync(&file).await.unwrap();
+            let back = disk.read_at(&file, 0, whole.len()).await.unwrap();
+            assert!(back[..] == whole[..]);
+            let behind = disk.read_at(&file, whole.len() as u64, 5000).await.unwrap();
+            assert!(behind.iter().all(|byte| *byte == 0));
+        }
     });
 }
 

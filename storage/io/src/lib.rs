@@ -15,9 +15,12 @@
 //! This crate and `sink/embedded` are the only ones with `unsafe`.
 
 mod aligned;
+mod append;
 mod blocking;
 mod file;
 mod file_system;
+mod pool;
+mod process;
 pub mod simulated;
 mod uring;
 
@@ -29,10 +32,13 @@ use std::path::Path;
 use std::rc::Rc;
 
 pub use aligned::{AlignedBuf, BLOCK_BYTES};
+pub use append::LastBlock;
 pub use file::{File, Mode};
 pub use file_system::{DirEntry, FileSystem, Metadata};
+pub use process::refuse_huge_pages;
 
 use bytes::Bytes;
+use pool::BufferPool;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DiskKind {
@@ -77,6 +83,7 @@ pub struct Disk {
     driver: Driver,
     description: Rc<str>,
     faults: Option<Faults>,
+    pool: BufferPool,
 }
 
 impl std::fmt::Debug for Disk {
@@ -98,7 +105,7 @@ impl Disk {
                 }
             },
         };
-        Ok(Disk { driver, description, faults: None })
+        Ok(Disk { driver, description, faults: None, pool: BufferPool::default() })
     }
 
     /// For the files of `files`: a simulated file system has a simulated disk, whatever `kind` asks for.
@@ -110,7 +117,12 @@ impl Disk {
     }
 
     pub(crate) fn simulated(sim: simulated::Simulated) -> Disk {
-        Disk { driver: Driver::Simulated(sim), description: "simulated".into(), faults: None }
+        Disk {
+            driver: Driver::Simulated(sim),
+            description: "simulated".into(),
+            faults: None,
+            pool: BufferPool::default(),
+        }
     }
 
     /// The same disk with faults in front of it, for tests of what the store does about them.
@@ -122,6 +134,10 @@ impl Disk {
     /// Which driver, and why not the other one.
     pub fn description(&self) -> &str {
         &self.description
+    }
+
+    pub(crate) fn pool(&self) -> &BufferPool {
+        &self.pool
     }
 
     fn fault(&self, kind: OpKind, file: &File, at: u64, len: usize) -> io::Result<()> {
@@ -173,14 +189,43 @@ impl Disk {
         }
     }
 
-    /// Reads `len` bytes, fewer only if the file ends before.
+    /// Reads `len` bytes, fewer only if the file ends before. A file that is opened for direct reads is read in whole
+    /// blocks into a pooled buffer, past the page cache.
     pub async fn read_at(&self, file: &File, at: u64, len: usize) -> io::Result<Bytes> {
         self.fault(OpKind::Read, file, at, len)?;
+        if file.is_direct() {
+            return self.read_blocks(file, at, len).await;
+        }
         match &self.driver {
             Driver::Uring(ring) => ring.read_at(file, at, len).await,
             Driver::Blocking => blocking::read_at(file, at, len).await,
             Driver::Simulated(sim) => sim.disk_read(file.handle()?, at, len).await,
         }
+    }
+
+    async fn read_blocks(&self, file: &File, at: u64, len: usize) -> io::Result<Bytes> {
+        // A reader may ask for more than there is; only what there is takes memory.
+        let there = file.len()?.saturating_sub(at);
+        let len = len.min(usize::try_from(there).unwrap_or(usize::MAX));
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        let before = (at % BLOCK_BYTES as u64) as usize;
+        let whole = (before + len).next_multiple_of(BLOCK_BYTES);
+        let from = at - before as u64;
+        let mut buffer = self.pool.take(whole);
+        let buf = buffer.lend();
+        let (back, read) = match &self.driver {
+            Driver::Uring(ring) => ring.read_aligned(file, buf, whole, from).await,
+            Driver::Blocking => blocking::read_aligned(file, buf, whole, from).await,
+            Driver::Simulated(sim) => match file.handle() {
+                Ok(handle) => sim.disk_read_aligned(handle, buf, whole, from).await,
+                Err(error) => (buf, Err(error)),
+            },
+        };
+        buffer.give_back(back);
+        let got = read?.saturating_sub(before).min(len);
+        Ok(buffer.freeze(before..before + got))
     }
 
     pub async fn fdatasync(&self, file: &File) -> io::Result<()> {

@@ -13,12 +13,14 @@ use super::{Refused, text};
 use crate::broker_config::BrokerConfig;
 use crate::broker_table::{BROKER_CONFIGS, BrokerConfigDef, broker_def, synonyms};
 use crate::config_def::{ConfigDef, ConfigKind, ConfigSource, Layers};
+use crate::group_table::GROUP_CONFIGS;
 use crate::image::MetadataImage;
 use crate::topic_config::broker_level;
 use crate::topic_table::{Synonym, TOPIC_CONFIGS};
 
 pub(super) const RESOURCE_TOPIC: i8 = 2;
 pub(super) const RESOURCE_BROKER: i8 = 4;
+pub(super) const RESOURCE_GROUP: i8 = 32;
 
 /// One configuration with everything that is known of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,8 +86,19 @@ fn describe(
             check_broker_name(name, image)?;
             Ok(broker_configs(image, config))
         }
+        RESOURCE_GROUP => {
+            check_group_name(name)?;
+            Ok(group_configs(name, image))
+        }
         other => Err(unsupported_resource(other)),
     }
+}
+
+pub(super) fn check_group_name(name: &str) -> Result<(), Refused> {
+    if name.is_empty() {
+        return Err(Refused::new(ErrorCode::INVALID_REQUEST, "Group name must not be empty"));
+    }
+    Ok(())
 }
 
 pub(super) fn check_broker_name(name: &str, image: &MetadataImage) -> Result<(), Refused> {
@@ -97,7 +110,8 @@ pub(super) fn check_broker_name(name: &str, image: &MetadataImage) -> Result<(),
 }
 
 pub(super) fn unsupported_resource(resource_type: i8) -> Refused {
-    let message = format!("Resource type {resource_type} is not served; topics (2) and brokers (4) are.");
+    let message =
+        format!("Resource type {resource_type} is not served; topics (2), brokers (4) and groups (32) are.");
     Refused::new(ErrorCode::INVALID_REQUEST, message)
 }
 
@@ -212,7 +226,35 @@ fn given(names: &[&'static str], layers: &Layers<'_>) -> Vec<ConfigSynonym> {
 /// Every configuration of this broker, sorted by name.
 pub fn broker_configs(image: &MetadataImage, config: &BrokerConfig) -> Vec<DescribedConfig> {
     let layers = Layers { fixed: &config.values, ..image.layers() };
-    BROKER_CONFIGS.iter().map(|row| broker_entry(row, &layers, config)).collect()
+    let mut all: Vec<DescribedConfig> =
+        BROKER_CONFIGS.iter().map(|row| broker_entry(row, &layers, config)).collect();
+    let unknown: BTreeSet<&String> =
+        layers.in_order().flat_map(|(_, map)| map.keys()).filter(|name| broker_def(name).is_none()).collect();
+    for name in unknown {
+        let given = layers.in_order().filter(|(_, map)| map.contains_key(name)).map(|(source, _)| source);
+        all.push(unknown_entry(name, given.collect()));
+    }
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all
+}
+
+/// A broker config that this broker does not know, as some plugin or tool set it. Kafka's rule: what has no definition
+/// may be a secret, so its value is not shown.
+fn unknown_entry(name: &str, given: Vec<ConfigSource>) -> DescribedConfig {
+    let synonyms: Vec<ConfigSynonym> = given
+        .into_iter()
+        .map(|source| ConfigSynonym { name: name.to_string(), value: None, source })
+        .collect();
+    DescribedConfig {
+        name: name.to_string(),
+        value: None,
+        source: synonyms.first().map_or(ConfigSource::Default, |synonym| synonym.source),
+        read_only: false,
+        sensitive: true,
+        kind: ConfigKind::String,
+        documentation: "Not known to this broker. Accepted and reported; it has no effect here.".to_string(),
+        synonyms,
+    }
 }
 
 fn broker_entry(
@@ -243,25 +285,61 @@ fn broker_entry(
     }
 }
 
+/// Every configuration that a group of this name has, sorted by name.
+fn group_configs(group: &str, image: &MetadataImage) -> Vec<DescribedConfig> {
+    let own = image.group_configs.get(group);
+    GROUP_CONFIGS
+        .iter()
+        .map(|row| {
+            let default = ConfigSynonym {
+                name: row.broker_synonym.to_string(),
+                value: row.def.default.map(str::to_string),
+                source: ConfigSource::Default,
+            };
+            let set = own.and_then(|configs| configs.get(row.def.name)).map(|value| ConfigSynonym {
+                name: row.def.name.to_string(),
+                value: Some(value.clone()),
+                source: ConfigSource::Group,
+            });
+            let synonyms: Vec<ConfigSynonym> = set.into_iter().chain([default]).collect();
+            DescribedConfig {
+                name: row.def.name.to_string(),
+                value: synonyms[0].value.clone(),
+                source: synonyms[0].source,
+                read_only: false,
+                sensitive: false,
+                kind: row.def.kind,
+                documentation: row.def.documentation(),
+                synonyms,
+            }
+        })
+        .collect()
+}
+
 /// The resource `""` of brokers: what was altered for all of them.
 fn cluster_defaults(image: &MetadataImage) -> Vec<DescribedConfig> {
     image
         .broker_configs
         .iter()
-        .filter_map(|(name, value)| broker_def(name).map(|row| (row, value)))
-        .map(|(row, value)| DescribedConfig {
-            name: row.def.name.to_string(),
-            value: Some(value.clone()),
-            source: ConfigSource::DynamicDefaultBroker,
-            read_only: !row.dynamic,
-            sensitive: false,
-            kind: row.def.kind,
-            documentation: row.def.documentation(),
-            synonyms: vec![ConfigSynonym {
-                name: row.def.name.to_string(),
-                value: Some(value.clone()),
+        .map(|(name, value)| {
+            let Some(row) = broker_def(name) else {
+                return unknown_entry(name, vec![ConfigSource::DynamicDefaultBroker]);
+            };
+            let value = if row.def.is_sensitive() { None } else { Some(value.clone()) };
+            DescribedConfig {
+                name: name.clone(),
+                value: value.clone(),
                 source: ConfigSource::DynamicDefaultBroker,
-            }],
+                read_only: !row.dynamic,
+                sensitive: row.def.is_sensitive(),
+                kind: row.def.kind,
+                documentation: row.def.documentation(),
+                synonyms: vec![ConfigSynonym {
+                    name: name.clone(),
+                    value,
+                    source: ConfigSource::DynamicDefaultBroker,
+                }],
+            }
         })
         .collect()
 }

@@ -13,6 +13,7 @@ use super::*;
 use crate::broker_config::BrokerConfig;
 use crate::broker_table::BROKER_CONFIGS;
 use crate::config_def::{ConfigKind, ExtraConfig};
+use crate::group_table::GROUP_CONFIGS;
 use crate::topic_table::TOPIC_CONFIGS;
 
 const TOPIC: i8 = 2;
@@ -170,6 +171,75 @@ fn the_broker_is_described_without_its_secrets() {
 }
 
 #[test]
+fn broker_configs_that_are_not_known_are_kept_and_not_shown() {
+    let config = config(&[]);
+    let mut image = image(&[]);
+    let set = incremental(BROKER, "1", &[("sasl.kerberos.min.time.before.relogin", SET, Some("58000"))]);
+    let plan = incremental_alter_configs(&set, &image, &config);
+    assert_eq!(plan.response.responses[0].error_code, 0);
+    commit(&mut image, &plan);
+    let described = describe_configs(&describing(BROKER, "1", None), &image, &config);
+    let unknown = entry(&described, "sasl.kerberos.min.time.before.relogin");
+    assert_eq!((unknown.value.as_ref(), unknown.is_sensitive, unknown.config_source), (None, true, 2));
+    assert!(described.results[0].configs.is_sorted_by(|a, b| a.name < b.name));
+    assert!(!config.with_dynamic(&image).values.contains_key("sasl.kerberos.min.time.before.relogin"));
+    // A letter missing is a mistake, not a plugin.
+    let set = incremental(BROKER, "1", &[("num.partition", SET, Some("3"))]);
+    let refused = incremental_alter_configs(&set, &image, &config);
+    assert_eq!(refused.response.responses[0].error_code, 40);
+    assert!(refused.response.responses[0].error_message.as_ref().unwrap().contains("num.partitions"));
+    let delete = incremental(BROKER, "1", &[("sasl.kerberos.min.time.before.relogin", DELETE, None)]);
+    let plan = incremental_alter_configs(&delete, &image, &config);
+    commit(&mut image, &plan);
+    assert!(image.node_configs.is_empty());
+}
+
+#[test]
+fn groups_have_configurations() {
+    const GROUP: i8 = 32;
+    let config = config(&[]);
+    let mut image = image(&[]);
+    let name = "consumer.session.timeout.ms";
+    let default = ("group.consumer.session.timeout.ms".to_string(), "45000".to_string(), 5);
+    for version in 1..=4 {
+        let request = wire(&describing(GROUP, "g", None), version);
+        let response = wire(&describe_configs(&request, &image, &config), version);
+        assert_eq!(response.results[0].configs.len(), GROUP_CONFIGS.len());
+        let found = entry(&response, name);
+        assert_eq!((found.value.as_deref(), found.config_source), (Some("45000"), 5));
+        assert_eq!(synonyms(found), [default.clone()]);
+    }
+    let set = incremental(
+        GROUP,
+        "g",
+        &[(name, SET, Some("50000")), ("share.auto.offset.reset", SET, Some("earliest"))],
+    );
+    let plan = incremental_alter_configs(&set, &image, &config);
+    commit(&mut image, &plan);
+    let described = describe_configs(&describing(GROUP, "g", Some(&[name])), &image, &config);
+    assert_eq!(described.results[0].configs.len(), 1);
+    assert_eq!(entry(&described, name).config_source, 8);
+    assert_eq!(synonyms(entry(&described, name)), [(name.into(), "50000".into(), 8), default]);
+    let other = describe_configs(&describing(GROUP, "h", Some(&[name])), &image, &config);
+    assert_eq!(entry(&other, name).value.as_deref(), Some("45000"));
+
+    for (group, name, value, code) in
+        [("", name, "50000", 42), ("g", "foo", "1", 40), ("g", name, "1", 40), ("g", name, "many", 40)]
+    {
+        let set = incremental(GROUP, group, &[(name, SET, Some(value))]);
+        let refused = incremental_alter_configs(&set, &image, &config);
+        assert_eq!(
+            (refused.response.responses[0].error_code, refused.commands.len()),
+            (code, 0),
+            "{name}={value}"
+        );
+    }
+    let plan = alter_configs(&replacing(GROUP, "g", &[]), &image, &config);
+    image.apply(&plan.commands[0]).unwrap();
+    assert!(image.group_configs.is_empty());
+}
+
+#[test]
 fn what_cannot_be_described_says_why() {
     let image = image(&[("a", 1, 1)]);
     for (resource_type, name, code) in [
@@ -303,12 +373,11 @@ fn resources_that_cannot_be_altered_say_why() {
         (BROKER, "2", "num.partitions", "5", 42),
         (BROKER, "1", "node.id", "5", 42),
         (BROKER, "", "clickhouse.password", "x", 42),
-        (BROKER, "1", "nope", "5", 40),
+        (BROKER, "1", "num.partitons", "5", 40),
         (BROKER, "1", "retention.ms", "5", 40),
         (BROKER, "1", "num.partitions", "0", 40),
         (BROKER, "", "log.cleaner.max.compaction.lag.ms", "0", 40),
         (8, "1", "x", "INFO", 42),
-        (32, "g", "consumer.session.timeout.ms", "50000", 42),
     ] {
         let request = incremental(resource_type, resource, &[(key, SET, Some(value))]);
         let plan = incremental_alter_configs(&request, &image, &config);

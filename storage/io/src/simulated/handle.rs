@@ -115,6 +115,18 @@ impl Simulated {
         Ok(bytes.into())
     }
 
+    pub async fn disk_read_aligned(
+        &self,
+        handle: &Handle,
+        mut buf: AlignedBuf,
+        len: usize,
+        at: u64,
+    ) -> (AlignedBuf, io::Result<usize>) {
+        self.wait().await;
+        let got = self.alive(self.read(handle.node, at, &mut buf[..len])).await;
+        (buf, got)
+    }
+
     pub async fn disk_sync(&self, handle: &Handle) -> io::Result<()> {
         let result = self.sync_later(handle.node).await;
         self.alive(result).await
