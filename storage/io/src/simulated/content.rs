@@ -94,6 +94,13 @@ pub struct Fate<'a> {
     pub stale: &'a [Page],
 }
 
+/// Whether what a sector holds is in front of what all of `since` made of it: an append that writes the last block again,
+/// as the page cache would do for it. To the disk that is the same as a write that leaves those bytes alone.
+fn grows<'a>(old: &[u8], mut since: impl Iterator<Item = &'a [u8]>) -> bool {
+    let held = old.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    held > 0 && since.all(|new| new[..held] == old[..held])
+}
+
 impl Fate<'_> {
     /// `shared`: parts of the page that a write since the last sync did not cover.
     fn page(&mut self, old: &[u8; PAGE_BYTES], since: &[&[u8; PAGE_BYTES]], shared: u8) -> Page {
@@ -113,8 +120,10 @@ impl Fate<'_> {
             };
             // Disks write a sector as one, so what a write left as it was in a sector survives; but see `Rates::ruins`.
             let parts = at / PART_BYTES..(at + self.sector_bytes) / PART_BYTES;
-            let holds_more = parts.into_iter().any(|part| shared & (1 << part) != 0)
+            let left_alone = parts.into_iter().any(|part| shared & (1 << part) != 0)
                 && old[range.clone()] != ZEROS[range.clone()];
+            let holds_more =
+                left_alone || grows(&old[range.clone()], since.iter().map(|p| &p[range.clone()]));
             let whole = !holds_more || self.random.chance(self.rates.ruins);
             let (zero, garbage) = if whole { (self.rates.zero, self.rates.garbage) } else { (0, 0) };
             let sector = &mut out[range.clone()];
