@@ -359,10 +359,29 @@ pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes:
     Ok(())
 }
 
-/// Raft replaced entries that were in segments already (recovery puts all there). Cuts the log in memory; the files are
-/// written over once the replacing entries are durable. Reads headers with plain calls: this happens at most once after
-/// a change of leader.
-pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inner, index: u64, offset: i64) {
+/// Where in its segment a cut at `offset` would be; `None` if it is between two. Reads headers with plain calls: this
+/// happens at most once after a change of leader. Changes nothing, so that a cut that cannot be made is refused.
+pub(crate) fn place_of_cut(
+    shard: &Shard,
+    group: &Group,
+    inner: &Inner,
+    offset: i64,
+) -> io::Result<Option<u64>> {
+    let Some(segment) = inner.segments.iter().rev().find(|segment| segment.base < offset) else {
+        return Ok(None);
+    };
+    let file = shard.files.open(&group.log_path(segment.base), Mode::default())?;
+    position_of(&file, segment.base, segment.bytes, offset).map(Some)
+}
+
+/// Raft replaced entries that were in segments already (recovery puts all there). Cuts the log in memory, at the place
+/// that `place_of_cut` has found; the files are written over once the replacing entries are durable.
+pub(crate) fn cut_segments(
+    shard: &Rc<Shard>,
+    group: &Rc<Group>,
+    inner: &mut Inner,
+    (index, offset, place): (u64, i64, Option<u64>),
+) {
     while inner.segments.back().is_some_and(|segment| segment.base >= offset) {
         if let Some(segment) = inner.segments.pop_back() {
             inner.dirty.retain(|base| *base != segment.base);
@@ -371,26 +390,12 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
             inner.cut_files.push(segment.base);
         }
     }
-    if let Some(segment) = inner.segments.back_mut() {
-        let position = shard
-            .files
-            .open(&group.log_path(segment.base), Mode::default())
-            .and_then(|file| position_of(&file, segment.base, segment.bytes, offset));
-        match position {
-            Ok(position) => {
-                segment.bytes = position;
-                segment.reserved = 0;
-                segment.index = None;
-                segment.max_timestamp = None;
-                let _ = shard.files.remove_file(&group.index_path(segment.base));
-            }
-            Err(error) => {
-                group.note_damage(format!(
-                    "could not cut segment {} at offset {offset}: {error}",
-                    segment.base
-                ));
-            }
-        }
+    if let (Some(segment), Some(place)) = (inner.segments.back_mut(), place) {
+        segment.bytes = place;
+        segment.reserved = 0;
+        segment.index = None;
+        segment.max_timestamp = None;
+        let _ = shard.files.remove_file(&group.index_path(segment.base));
     }
     inner.flushed_end = offset;
     inner.flushed_index = index - 1;

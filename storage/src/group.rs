@@ -385,7 +385,7 @@ impl GroupLog {
             return Ok((inner.lane, inner.last_lsn));
         }
         if let Some((index, offset)) = cut {
-            self.truncate(inner, index, offset);
+            self.truncate(inner, index, offset)?;
         }
         let wal = self.enter_lane(inner, lane);
         let mut lsn = inner.last_lsn;
@@ -534,8 +534,18 @@ impl GroupLog {
         Ok(cut)
     }
 
-    fn truncate(&self, inner: &mut Inner, index: u64, offset: i64) {
+    /// A segment in which the place of the cut cannot be found leaves everything as it was: what is counted of it must
+    /// stay what is in it.
+    fn truncate(&self, inner: &mut Inner, index: u64, offset: i64) -> Result<(), StageError> {
         let shard = &self.shard;
+        let place = if index <= inner.flushed_index {
+            crate::flush::place_of_cut(shard, &self.group, inner, offset).map_err(|error| {
+                self.group.note_damage(format!("could not cut the log at offset {offset}: {error}"));
+                StageError::Damaged
+            })?
+        } else {
+            None
+        };
         let (removed, unflushed) = inner.tail.truncate(index);
         shard.cache_bytes.set(shard.cache_bytes.get().saturating_sub(removed));
         shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
@@ -546,11 +556,12 @@ impl GroupLog {
         inner.log_end = offset;
         inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
         if index <= inner.flushed_index {
-            crate::flush::cut_segments(shard, &self.group, inner, index, offset);
+            crate::flush::cut_segments(shard, &self.group, inner, (index, offset, place));
         }
         if inner.snapshot_offset > offset {
             inner.snapshot_offset = -1;
         }
+        Ok(())
     }
 
     /// Whether a batch of `bytes` may be accepted: what `stage` is sure to take, with a margin for what is accepted at
