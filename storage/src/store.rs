@@ -151,6 +151,13 @@ impl Shard {
         self.poisoned.borrow().is_some()
     }
 
+    pub fn check_poison(&self) -> Result<(), LogPoisoned> {
+        match &*self.poisoned.borrow() {
+            Some(reason) => Err(LogPoisoned { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
     pub fn poison(&self, reason: &str) {
         if self.poisoned.borrow().is_none() {
             tracing::error!(shard = self.config.shard, reason, "the shard log failed");
@@ -240,14 +247,7 @@ impl Shard {
     /// record must not reach the disk before it.
     pub async fn wait_safe(self: &Rc<Self>, lane: Lane, lsn: Lsn) -> Result<(), LogPoisoned> {
         self.wait_durable(lane, lsn).await?;
-        if lane == Lane::Os
-            && let Err(error) = sync_os_lane(self).await
-        {
-            let reason = format!("syncing the os lane: {error}");
-            self.poison(&reason);
-            return Err(LogPoisoned { reason });
-        }
-        Ok(())
+        if lane == Lane::Os { sync_os_lane(self).await } else { Ok(()) }
     }
 
     pub fn wake_flusher(&self) {

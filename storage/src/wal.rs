@@ -27,7 +27,7 @@ use tokio::time::Instant;
 
 use crate::ring::{Class, Plan};
 use crate::store::Shard;
-use crate::types::{GroupId, Lane, Lsn};
+use crate::types::{GroupId, Lane, LogPoisoned, Lsn};
 use crate::wal_format::{
     BLOCK_HEADER_BYTES, BlockHeader, Bloom, RECORD_HEADER_BYTES, RecordHeader, block_bytes, write_record,
 };
@@ -415,8 +415,9 @@ impl Wal {
                 return Err(error);
             }
             file.sync_all()?;
-            self.file_system.sync_dir(&self.dir)?;
         }
+        // Also the name of one that was there: a run that ended before this may have made it.
+        self.file_system.sync_dir(&self.dir)?;
         let zeroed = if durable { file.written_until()?.min(self.file_bytes) } else { self.file_bytes };
         self.state.borrow_mut().slots[slot] = Some(SlotFile { file: file.clone(), zeroed });
         Ok(file)
@@ -599,8 +600,7 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
             if shard.wait_durable(Lane::Os, owed).await.is_err() {
                 return;
             }
-            if let Err(error) = sync_os_lane(&shard).await {
-                shard.poison(&format!("syncing the os lane: {error}"));
+            if sync_os_lane(&shard).await.is_err() {
                 return;
             }
         }
@@ -639,15 +639,20 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
     }
 }
 
-/// Makes everything written to the os lane so far durable.
-pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> io::Result<()> {
+/// Makes everything written to the os lane so far durable. A failure poisons the shard before anybody else gets to ask:
+/// the kernel calls the pages clean now, and the next sync would find nothing to do.
+pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> Result<(), LogPoisoned> {
     let wal = shard.wal(Lane::Os);
     let _alone = wal.syncing.lock().await;
+    shard.check_poison()?;
     if !wal.unsynced.replace(false) {
         return Ok(());
     }
     for file in wal.files() {
-        shard.disk.fdatasync(&file).await?;
+        if let Err(error) = shard.disk.fdatasync(&file).await {
+            shard.poison(&format!("syncing {}: {error}", file.path().display()));
+        }
+        shard.check_poison()?;
     }
     Ok(())
 }

@@ -102,9 +102,18 @@ pub fn matching(
     let (_, floor) = &candidates[candidates.len() - 1];
     let mut reasons = Vec::new();
     let mut matching = Vec::new();
-    for (steps, state) in &candidates {
+    // A file of one lane retires with what its partitions are by then, which may still be on its way in the other lane:
+    // vote and log start run ahead of entries then, and neither was acknowledged.
+    let ahead = partition.has_two_lanes();
+    for (at, (steps, state)) in candidates.iter().enumerate() {
         let states = if mixed {
             without_tail(state, floor, &candidates, found)
+        } else if ahead {
+            candidates[..=at]
+                .iter()
+                .rev()
+                .filter_map(|(_, head)| with_head(state.as_ref(), head.as_ref()))
+                .collect()
         } else {
             with_head(state.as_ref(), state.as_ref()).into_iter().collect()
         };
@@ -120,6 +129,8 @@ pub fn matching(
     if !matching.is_empty() {
         return Ok(matching);
     }
+    // The nearest first.
+    reasons.sort_by_key(|reason| reason.matches(", not ").count());
     reasons.truncate(6);
     Err(format!(
         "group {id} is in none of its {} possible states ({} steps, {from} must be there, {loss:?}):\n  {}",

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use flumen_protocol::record_batch;
-use flumen_storage::{HardState, Lane, Lsn};
+use flumen_storage::{HardState, LANES, Lane, Lsn};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -197,6 +197,12 @@ impl Partition {
     /// All that was staged since the last restart is to survive a loss of power.
     pub fn is_durable(&self) -> bool {
         self.steps.iter().all(|step| step.durable)
+    }
+
+    /// Since the last restart it wrote to both lanes.
+    pub fn has_two_lanes(&self) -> bool {
+        let uses = |lane| self.steps.iter().any(|step| step.commit.is_some_and(|(l, _)| l == lane));
+        LANES.into_iter().all(uses)
     }
 
     /// How many of the steps must be found.
