@@ -16,6 +16,7 @@ use flumen_protocol::record_batch;
 
 use crate::data_dir::replace_file;
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
+use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
@@ -156,7 +157,7 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
         return Ok(false);
     }
     let cut = group.inner.borrow().cut_by;
-    if let Some((lane, lsn)) = cut {
+    if let Some((lane, lsn)) = cut.filter(|_| !mutant::is(Mutant::WritesOverBeforeCutIsSafe)) {
         shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
         let left = {
             let mut inner = group.inner.borrow_mut();
@@ -530,11 +531,18 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
         }
     }
     let mut moved = [0; LANES.len()];
-    for group in groups.iter().filter(|group| !group.deleted.get() && in_file(group).is_some()) {
-        let Some((lane, lsn)) = write_again(shard, group, lane) else { return Ok(false) };
-        moved[lane as usize] = lsn;
+    // What is replaced by entries in the other lane is left behind here, so those must be there first.
+    for group in groups.iter().filter(|group| !group.deleted.get()) {
+        let inner = group.inner.borrow();
+        moved[inner.lane as usize] = inner.last_lsn.max(moved[inner.lane as usize]);
     }
-    // Those that moved to the other lane must be there before this file is said to be worthless.
+    for group in groups.iter().filter(|group| !group.deleted.get() && in_file(group).is_some()) {
+        if mutant::is(Mutant::RetiresWithEntries) {
+            continue;
+        }
+        let Some((lane, lsn)) = write_again(shard, group, lane) else { return Ok(false) };
+        moved[lane as usize] = lsn.max(moved[lane as usize]);
+    }
     for other in LANES.into_iter().filter(|other| *other != lane) {
         shard.wait_durable(other, moved[other as usize]).await.map_err(|_| FlushError::Poisoned)?;
     }
@@ -650,6 +658,12 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
     if shard.log_dir_dirty.replace(false) {
         dirs.push(shard.segments_root());
     }
+    if mutant::is(Mutant::SkipsSegmentSync) {
+        files.clear();
+    }
+    if mutant::is(Mutant::SkipsDirectorySync) {
+        dirs.clear();
+    }
     add(&shard.counters.segment_syncs, files.len() as u64);
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
@@ -658,6 +672,9 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
     } else {
         sync_each(shard, files, dirs).await
     };
+    if mutant::is(Mutant::IgnoresFailedSync) {
+        return Ok(());
+    }
     result.map_err(|error| {
         shard.poison(&format!("syncing segments: {error}"));
         FlushError::Poisoned

@@ -18,6 +18,7 @@ use flumen_protocol::record_batch;
 
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::ring::Class;
 use crate::segment_index::IndexEntry;
@@ -437,7 +438,8 @@ impl GroupLog {
         // Behind the entries: cut off in between, the entries are there and nothing that depends on them.
         if let Some(hard_state) = hard_state {
             let mut payload = [0; 16];
-            payload[..8].copy_from_slice(&hard_state.vote.to_le_bytes());
+            let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
+            payload[..8].copy_from_slice(&vote.to_le_bytes());
             payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
             let record = RecordHeader {
                 kind: HARD_STATE,
@@ -475,6 +477,7 @@ impl GroupLog {
         if lane != inner.lane {
             match lane {
                 Lane::Os => self.shard.use_os_lane(),
+                Lane::Durable if mutant::is(Mutant::LeavesOsLaneBehind) => {}
                 Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable(inner.last_lsn),
             }
             inner.lane = lane;
@@ -728,10 +731,14 @@ impl GroupLog {
             return Ok((inner.lane, inner.last_lsn));
         }
         let lane = self.next_lane(inner);
+        // Before the lane changes: it is the one of the last record.
+        if !shard.wal(lane).fits_all(0, 0, 1) {
+            return Err(StageError::NoSpace);
+        }
         let wal = self.enter_lane(inner, lane);
         let record = RecordHeader { kind: LOG_START, group: self.group.id, index: 0, term: 0, offset };
-        let (lsn, file_seq) =
-            wal.append(&shard.next_lsn, &record, &[], Class::Stage).map_err(|_| StageError::NoSpace)?;
+        let placed = wal.append(&shard.next_lsn, &record, &[], Class::Stage);
+        let (lsn, file_seq) = placed.expect("there was room for it");
         inner.touch(self.group.id, wal, file_seq);
         inner.last_lsn = lsn;
         inner.log_start_by = (lane, lsn);

@@ -13,6 +13,10 @@ mod flush;
 mod group;
 mod group_state;
 mod leader_epochs;
+#[cfg(not(feature = "mutants"))]
+mod mutant;
+#[cfg(feature = "mutants")]
+pub mod mutant;
 mod producer_state;
 mod read;
 mod recovery;

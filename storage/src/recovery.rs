@@ -15,6 +15,7 @@ use crate::codec::Cursor;
 use crate::data_dir::{boot_id, open_error, replace_file};
 use crate::flush::replace_many;
 use crate::group_state::GroupState;
+use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{Action, Position, Replayed, replay};
 pub(crate) use crate::restore::Restored;
@@ -162,7 +163,8 @@ fn read_ring(
     }
     // The os lane promises nothing over a loss of power; then it ends where the kernel had not written yet.
     let newest = found.iter().filter(|block| block.payload_ok).max_by_key(|block| block.header.sequence);
-    let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id(disk));
+    let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id(disk))
+        || mutant::is(Mutant::ForgetsPowerLoss);
     let judged = judge(&found, lane == Lane::Os && !same_boot);
     let mut ring = Ring { path: path.to_owned(), lane, empty: found.is_empty(), damage: Vec::new() };
     for (sequence, suspects) in judged.damage {
@@ -354,7 +356,7 @@ impl Work {
             state.lsn = u64::MAX;
             self.metas.push((dir.join("group.meta"), state.encode()));
         }
-        if !outcome.written.is_empty() {
+        if outcome.names_changed {
             self.dirs.insert(dir);
         }
         self.written.extend(outcome.written);
@@ -375,6 +377,9 @@ impl Work {
     }
 
     fn sync(&mut self) -> Result<(), OpenError> {
+        if mutant::is(Mutant::SkipsSyncOfRecovery) {
+            return Ok(());
+        }
         let (root, disk) = (self.root.clone(), &self.files);
         let result = if self.written.len() + self.dirs.len() > SYNC_EACH_MAX {
             disk.sync_all(&root)
@@ -523,7 +528,8 @@ pub(crate) fn recover(
         tracing::error!(ring = %kept.display(), "kept for repair");
     }
     // From here on the old blocks do not count.
-    let wal_id = files.random_id();
+    let wal_id = if mutant::is(Mutant::KeepsWalId) { former } else { None };
+    let wal_id = wal_id.unwrap_or_else(|| files.random_id());
     let line = format!("{wal_id:016x} {:08x}\n", crc32c::crc32c(&wal_id.to_le_bytes()));
     replace_file(files, &current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
     for step in work.afterwards {

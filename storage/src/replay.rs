@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::flush::is_one_batch;
 use crate::group_state::GroupState;
+use crate::mutant::{self, Mutant};
 use crate::types::HardState;
 
 /// Where a record stands: commit, and number of the record in it.
@@ -76,6 +77,7 @@ pub fn replay(
     for (position, action) in records {
         match action {
             Action::State(_) | Action::Delete => {}
+            Action::LogStart(_) if mutant::is(Mutant::ForgetsLogStart) => {}
             Action::Hard(hard) => {
                 if *position > base_at {
                     state.hard_state = *hard;
@@ -145,13 +147,14 @@ pub fn replay(
     }
     let (last_index, end) =
         entries.back().map_or((state.flushed_index, state.flushed_end), |e| (e.index, e.next_offset));
-    if let Some((ahead, _)) = ahead.filter(|(at, _)| *at > last_index) {
+    // What the kernel alone had may be gone with the machine's power, and with it what replaced the entries in between.
+    if let Some((ahead, _)) = ahead.filter(|(at, _)| *at > last_index && !state.os) {
         return Err(match ahead - last_index {
             1 => format!("entry {ahead} is not the one for offset {end}, where the log ends"),
             _ => format!("entries {} to {} are missing", last_index + 1, ahead - 1),
         });
     }
-    for entry in entries.iter().filter(|entry| entry.is_batch) {
+    for entry in entries.iter().filter(|entry| entry.is_batch && !mutant::is(Mutant::ForgetsEpochs)) {
         if let Some(header) = is_one_batch(&entry.payload) {
             // Entries that were replaced may have left their epoch; offsets decide.
             state.epochs.truncate_end(entry.offset);

@@ -14,6 +14,7 @@ use flumen_io::{FileSystem, Mode};
 use crate::flush::{position_of, snapshots, write_snapshot};
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{LogEntry, Replayed};
 use crate::segment_index::{self, IndexBuilder, IndexEntry, encode_entry, encode_header};
@@ -58,6 +59,8 @@ pub(crate) struct Outcome {
     pub written: Vec<PathBuf>,
     pub afterwards: Vec<Afterwards>,
     pub changed: bool,
+    /// The directory has names to sync before the state is written.
+    pub names_changed: bool,
 }
 
 fn log_path(dir: &Path, base: i64) -> PathBuf {
@@ -140,7 +143,7 @@ fn load_index(
     let (position, offset, max) =
         last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
     let mut builder = IndexBuilder::resume(max, position);
-    if position == bytes && offset == end {
+    if position == bytes && offset == end || mutant::is(Mutant::TrustsIndex) {
         return Ok(Index { entries, builder, rebuilt: false });
     }
     let path = log_path(dir, base);
@@ -184,21 +187,34 @@ fn restore_producers(
     flushed_end: i64,
     entries: &[LogEntry],
     (log_end, epochs): (i64, &LeaderEpochs),
+    names_changed: &mut bool,
 ) -> Result<(ProducerState, i64), RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let mut state = ProducerState::new();
     let mut from = i64::MIN;
     let first = segments.first().map_or(flushed_end, |segment| segment.0);
     for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
+        // Of a log that the kernel lost the end of. Another could grow to there with the same terms, which were lost too.
+        if offset > log_end {
+            files.remove_file(&path).map_err(io)?;
+            *names_changed = true;
+            continue;
+        }
         // Between an older one and the first segment that is left, producers may have gone on.
-        if offset > log_end || offset < first {
+        if offset < first {
             continue;
         }
         let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
         match decoded {
             // One that was taken before the log was cut, and should be gone, knows of another leader.
-            Some((found, at, epoch)) if at == offset && epoch == epochs.epoch_at(offset - 1) => {
+            Some((found, at, epoch))
+                if at == offset
+                    && (epoch == epochs.epoch_at(offset - 1) || mutant::is(Mutant::TakesForeignSnapshot)) =>
+            {
                 (state, from) = (found, offset);
+                if mutant::is(Mutant::LosesProducerSnapshot) {
+                    state = ProducerState::new();
+                }
                 break;
             }
             _ => {
@@ -330,19 +346,25 @@ pub(crate) fn restore(
             changed = true;
         }
         Some(offset) => {
-            if let Some((base, bytes)) = segments.last_mut() {
+            if let Some((base, bytes)) = segments.last_mut()
+                && !mutant::is(Mutant::CutsInTheWrongPlace)
+            {
                 let path = log_path(dir, *base);
                 *bytes = files
                     .open(&path, Mode::default())
                     .and_then(|file| position_of(&file, *base, *bytes, offset))
-                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
+                    .map_err(|error| match error.raw_os_error() {
+                        // The disk did not read it this time, which says nothing about what is there.
+                        Some(_) => RestoreError::Io(path.clone(), error),
+                        None => RestoreError::Damaged(format!("{}: {error}", path.display())),
+                    })?;
             }
             changed = true;
         }
         None if state.active_base < 0 => {}
         None => match segments.last_mut().filter(|segment| is_active(segment)) {
             Some((_, bytes)) if *bytes >= state.active_bytes => {
-                if *bytes > state.active_bytes {
+                if *bytes > state.active_bytes && !mutant::is(Mutant::KeepsUncountedEnd) {
                     let file = files.open(&shown, Mode { write: true, ..Mode::default() });
                     file.and_then(|file| file.set_len(state.active_bytes)).map_err(io)?;
                     *bytes = state.active_bytes;
@@ -379,8 +401,16 @@ pub(crate) fn restore(
         }
     }
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
-    let (producers, snapshot_from) =
-        restore_producers(files, dir, &segments, state.flushed_end, &entries, (log_end, &state.epochs))?;
+    let mut names_changed = false;
+    let (producers, snapshot_from) = restore_producers(
+        files,
+        dir,
+        &segments,
+        state.flushed_end,
+        &entries,
+        (log_end, &state.epochs),
+        &mut names_changed,
+    )?;
     let mut written = Vec::new();
     let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
     let mut appender = Appender {
@@ -447,7 +477,19 @@ pub(crate) fn restore(
     state.epochs.truncate_start(state.log_start);
     let restored =
         Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
-    Ok(Outcome { state, producers, restored, last_index, last_term, log_end, written, afterwards, changed })
+    let names_changed = names_changed || !written.is_empty();
+    Ok(Outcome {
+        state,
+        producers,
+        restored,
+        last_index,
+        last_term,
+        log_end,
+        written,
+        afterwards,
+        changed,
+        names_changed,
+    })
 }
 
 /// The newest entries, copied out of the WAL's pages, as far as the budget goes.

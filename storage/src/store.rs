@@ -25,6 +25,7 @@ use crate::data_dir::{DataDir, Lock};
 use crate::flush;
 use crate::group::{Group, GroupLog};
 use crate::group_state::{GroupState, valid_dir_name};
+use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::types::{
     COMMIT_BUCKETS_US, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
@@ -369,6 +370,9 @@ impl Shard {
     /// `None`: the ring is full to its last reserve.
     pub fn record_deletion(&self, group: GroupId) -> Option<Lsn> {
         let record = RecordHeader { kind: GROUP_DELETE, group, index: 0, term: 0, offset: 0 };
+        if mutant::is(Mutant::ForgetsDeletion) {
+            return Some(self.durable_lsn(Lane::Durable));
+        }
         let placed = self.wal(Lane::Durable).append(&self.next_lsn, &record, &[], Class::System);
         placed.ok().map(|(lsn, _)| lsn)
     }
@@ -384,7 +388,7 @@ async fn empty_trash(shard: Rc<Shard>) {
             shard.trash_wake.notified().await;
             continue;
         };
-        if shard.wait_safe(lane, lsn).await.is_err() {
+        if !mutant::is(Mutant::RemovesBeforeRecordIsSafe) && shard.wait_safe(lane, lsn).await.is_err() {
             return;
         }
         let alone = shard.removing.lock().await;

@@ -25,6 +25,7 @@ use flumen_io::{AlignedBuf, File, FileSystem, Mode};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::mutant::{self, Mutant};
 use crate::ring::{Class, Plan};
 use crate::store::Shard;
 use crate::types::{GroupId, Lane, LogPoisoned, Lsn};
@@ -417,7 +418,9 @@ impl Wal {
             file.sync_all()?;
         }
         // Also the name of one that was there: a run that ended before this may have made it.
-        self.file_system.sync_dir(&self.dir)?;
+        if !mutant::is(Mutant::SkipsNameOfFormerRun) {
+            self.file_system.sync_dir(&self.dir)?;
+        }
         let zeroed = if durable { file.written_until()?.min(self.file_bytes) } else { self.file_bytes };
         self.state.borrow_mut().slots[slot] = Some(SlotFile { file: file.clone(), zeroed });
         Ok(file)
@@ -606,6 +609,9 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
         }
         let start = Instant::now();
         last_start = Some(start);
+        if mutant::is(Mutant::AcknowledgesEarly) {
+            shard.note_commit(lane, block.lsn, 0, Duration::ZERO);
+        }
         let result = match lane {
             Lane::Os => {
                 wal.unsynced.set(true);
@@ -617,7 +623,9 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
                 result
             }
         };
-        if let Err(error) = result {
+        if let Err(error) = result
+            && !mutant::is(Mutant::IgnoresFailedWrite)
+        {
             shard.poison(&format!("writing {}: {error}", file.path().display()));
             return;
         }
@@ -650,6 +658,9 @@ pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> Result<(), LogPoisoned> {
     }
     for file in wal.files() {
         if let Err(error) = shard.disk.fdatasync(&file).await {
+            if mutant::is(Mutant::RetriesFailedSync) && shard.disk.fdatasync(&file).await.is_ok() {
+                continue;
+            }
             shard.poison(&format!("syncing {}: {error}", file.path().display()));
         }
         shard.check_poison()?;
