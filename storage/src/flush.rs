@@ -200,6 +200,10 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
             }
             if is_no_space(&error) {
                 shard.note_no_space(doing, &error);
+                // The next try may go on in the segment before, and then this file must not stand among the segments.
+                if run.new_segment && !abandon(shard, group, run.base) {
+                    return FlushError::Poisoned;
+                }
                 return FlushError::NoSpace;
             }
             shard.poison(&format!("{doing} {}: {error}", group.log_path(run.base).display()));
@@ -287,6 +291,19 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
     }
     shard.evict();
     Ok(())
+}
+
+/// Removes a segment that was begun and has nothing that counts. `false`: the shard is poisoned.
+fn abandon(shard: &Shard, group: &Group, base: i64) -> bool {
+    shard.forget_file(group.id, base);
+    let path = group.log_path(base);
+    match shard.files.remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            shard.poison(&format!("removing {}: {error}", path.display()));
+            false
+        }
+        _ => true,
+    }
 }
 
 /// The length to which a segment's file should grow before an append that ends at `end`; `None` when there is room. Grows
@@ -691,7 +708,10 @@ async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<Pa
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 Err(error) => return Err(error),
             };
-            shard.disk.fdatasync(&file).await
+            match shard.disk.fdatasync(&file).await {
+                Err(_) if mutant::is(Mutant::RetriesFailedSync) => shard.disk.fdatasync(&file).await,
+                result => result,
+            }
         })
         .buffer_unordered(SYNCS_IN_FLIGHT);
     while let Some(result) = syncs.next().await {

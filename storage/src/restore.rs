@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use flumen_io::{FileSystem, Mode};
+use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::flush::{position_of, snapshots, write_snapshot};
 use crate::group_state::GroupState;
@@ -85,7 +86,7 @@ fn scan(
     path: &Path,
     bytes: u64,
     (mut position, mut offset): (u64, i64),
-    mut each: impl FnMut(&flumen_protocol::record_batch::BatchHeader, u64),
+    mut each: impl FnMut(&BatchHeader, u64, &[u8]) -> Result<(), String>,
 ) -> Result<i64, RestoreError> {
     let io = |error| RestoreError::Io(path.to_owned(), error);
     let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
@@ -98,7 +99,10 @@ fn scan(
         let mut need = 0;
         loop {
             match walk.step() {
-                Step::Batch(header, at) => each(&header, position + at as u64),
+                Step::Batch(header, at) => {
+                    let batch = &piece[at..at + header.total_bytes()];
+                    each(&header, position + at as u64, batch).map_err(damaged)?;
+                }
                 Step::End => break,
                 Step::Short(bytes) => {
                     need = bytes;
@@ -150,9 +154,10 @@ fn load_index(
     let mut term = 0;
     let walk =
         |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
-            scan(files, &path, bytes, from, |header, position| {
+            scan(files, &path, bytes, from, |header, position, _| {
                 *term = u32::try_from(header.leader_epoch).unwrap_or(0);
                 entries.extend(builder.batch(header.base_offset, position, *term, 0, header.max_timestamp));
+                Ok(())
             })
         };
     let mut reached = walk((position, offset), &mut builder, &mut entries, &mut term);
@@ -235,10 +240,15 @@ fn restore_producers(
             let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
             segment_index::seek_offset(&entries, *base, from)
         };
-        scan(files, &log_path(dir, *base), *bytes, start, |header, _| {
+        scan(files, &log_path(dir, *base), *bytes, start, |header, _, batch| {
             if header.base_offset >= from {
+                // What duplicates are told by is not taken from bytes that nobody vouches for.
+                if header.has_producer_id() && !record_batch::crc_ok(batch) {
+                    return Err(format!("wrong checksum of the batch at offset {}", header.base_offset));
+                }
                 state.apply(header);
             }
+            Ok(())
         })?;
     }
     for entry in entries.iter().filter(|entry| entry.is_batch && entry.offset >= from) {

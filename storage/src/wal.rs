@@ -658,9 +658,6 @@ pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> Result<(), LogPoisoned> {
     }
     for file in wal.files() {
         if let Err(error) = shard.disk.fdatasync(&file).await {
-            if mutant::is(Mutant::RetriesFailedSync) && shard.disk.fdatasync(&file).await.is_ok() {
-                continue;
-            }
             shard.poison(&format!("syncing {}: {error}", file.path().display()));
         }
         shard.check_poison()?;
