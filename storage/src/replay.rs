@@ -288,6 +288,16 @@ mod tests {
         assert_eq!(indexes(&replay(None, &shorter).unwrap().unwrap()), [(4, 2)]);
     }
 
+    /// The replacement of 4 and 5 was in the os lane and is gone with the machine's power; the file with 4 and 5 has retired.
+    #[test]
+    fn a_hole_that_the_kernel_left_is_where_the_log_ends() {
+        let mut state = GroupState::new(5, "t-0");
+        (state.flushed_index, state.flushed_end, state.os) = (3, 3, true);
+        let records = at(vec![entry(6, 1, 5, 1), Action::State(Box::new(state))]);
+        let out = replay(None, &records).unwrap().unwrap();
+        assert!(out.entries.is_empty() && out.state.flushed_end == 3);
+    }
+
     #[test]
     fn holes_are_errors() {
         assert!(replay(None, &at(vec![fresh(), entry(2, 1, 0, 1)])).unwrap_err().contains("missing"));

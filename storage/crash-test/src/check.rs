@@ -107,7 +107,7 @@ pub fn matching(
     let ahead = partition.has_two_lanes();
     for (at, (steps, state)) in candidates.iter().enumerate() {
         let states = if mixed {
-            without_tail(state, floor, &candidates, found)
+            without_tail(state, floor, &candidates, found, loss)
         } else if ahead {
             candidates[..=at]
                 .iter()
@@ -147,15 +147,24 @@ fn without_tail(
     floor: &Option<Log>,
     heads: &[(usize, Option<Log>)],
     found: Option<&RecoveredGroup>,
+    loss: Loss,
 ) -> Vec<Option<Log>> {
     let mut entries = state.clone();
+    // Where the os lane ends at damage in its middle, the durable one can have a log start of after that.
+    let start = found.map(|found| found.log_start_offset).filter(|start| {
+        loss == Loss::DamagedEnd
+            && heads.iter().any(|(_, head)| head.as_ref().is_some_and(|h| h.log_start == *start))
+    });
     if let (Some(log), Some(found)) = (&mut entries, found) {
         let kept = floor.as_ref().map_or(0, |floor| floor.common(log));
         if found.last_index >= kept {
             log.entries.truncate(usize::try_from(found.last_index).unwrap_or(usize::MAX));
         }
     }
-    heads.iter().filter_map(|(_, head)| with_head(entries.as_ref(), head.as_ref())).collect()
+    let moved = |head: &Option<Log>| {
+        head.as_ref().map(|head| Log { log_start: start.unwrap_or(head.log_start), ..head.clone() })
+    };
+    heads.iter().filter_map(|(_, head)| with_head(entries.as_ref(), moved(head).as_ref())).collect()
 }
 
 /// Entries of one state, the rest of another, cut to what the entries allow. `None`: they do not go together.
