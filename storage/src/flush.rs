@@ -415,6 +415,7 @@ pub(crate) fn cut_segments(
         segment.max_timestamp = None;
         let _ = shard.files.remove_file(&group.index_path(segment.base));
     }
+    inner.cuts += 1;
     inner.flushed_end = offset;
     inner.flushed_index = index - 1;
     inner.flushed_term = inner.last_term;

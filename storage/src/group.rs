@@ -84,6 +84,8 @@ pub(crate) struct Inner {
     pub dir_dirty: bool,
     /// Segments were cut; nothing is written to them before this commit is done. `Lsn::MAX`: it is being staged.
     pub cut_by: Option<(Lane, Lsn)>,
+    /// How often segments were cut: who began to read before that must not believe what it sees behind.
+    pub cuts: u64,
     /// Segments that the cut left without a place in the log; removed when it is durable.
     pub cut_files: Vec<i64>,
     /// (index, log end before it) of entries recovered above the commit index.
@@ -154,6 +156,7 @@ impl Group {
                 dirty: Vec::new(),
                 dir_dirty: false,
                 cut_by: None,
+                cuts: 0,
                 cut_files: Vec::new(),
                 recovered_tail: Vec::new(),
                 last_lsn: 0,
