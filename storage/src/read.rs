@@ -13,7 +13,7 @@ use bytes::Bytes;
 use flumen_protocol::record::decode_records;
 use flumen_protocol::record_batch::{self, BatchHeader};
 
-use crate::group::{Group, GroupLog};
+use crate::group::{Group, GroupLog, Inner};
 use crate::segment_index::{self, IndexBuilder, IndexEntry};
 use crate::store::{ReadAhead, Shard};
 use crate::types::ReadError;
@@ -61,11 +61,12 @@ fn select(piece: &[u8], first: i64, from: i64, upper: i64, max_bytes: usize) -> 
         match (step, chosen) {
             (Step::Batch(header, _), _) if header.next_offset() <= from => {}
             (Step::Batch(header, at), None) => {
-                if header.next_offset() > upper {
-                    return Selected::Range { start: at, end: at, next: offset };
-                }
+                // First, so that nobody waits for an offset that only a flipped bit puts above the limit.
                 if !record_batch::crc_ok(&piece[at..walk.at()]) {
                     return Selected::Damaged(format!("wrong checksum of the batch at offset {offset}"));
+                }
+                if header.next_offset() > upper {
+                    return Selected::Range { start: at, end: at, next: offset };
                 }
                 chosen = Some((at, walk.at(), header.next_offset()));
             }
@@ -90,6 +91,33 @@ struct Place {
     base: i64,
     bytes: u64,
     end: i64,
+    /// Of the group, when this was true.
+    cuts: u64,
+}
+
+impl Place {
+    fn of(inner: &Inner, at: usize) -> Place {
+        let segment = &inner.segments[at];
+        Place { base: segment.base, bytes: segment.bytes, end: inner.segment_end(at), cuts: inner.cuts }
+    }
+
+    /// Raft has not cut the segments since; their files are shortened and written over after that.
+    fn holds(&self, group: &Group) -> bool {
+        self.cuts == group.inner.borrow().cuts
+    }
+}
+
+/// What a reader gets that was overtaken by a cut; it looks again.
+fn overtaken() -> ReadError {
+    ReadError::Io(io::ErrorKind::Interrupted.into())
+}
+
+fn is_overtaken(error: &ReadError) -> bool {
+    matches!(error, ReadError::Io(error) if error.kind() == io::ErrorKind::Interrupted)
+}
+
+fn damaged_at(group: &Group, place: Place, reason: String) -> ReadError {
+    if place.holds(group) { damaged(group, place.base, reason) } else { overtaken() }
 }
 
 fn damaged(group: &Group, base: i64, reason: String) -> ReadError {
@@ -145,6 +173,9 @@ async fn index_of(
         entries.extend(found);
     }
     let index = Rc::new(RefCell::new(entries));
+    if !place.holds(group) {
+        return Err(overtaken());
+    }
     let mut inner = group.inner.borrow_mut();
     if let Some(segment) = inner.segments.iter_mut().find(|s| s.base == place.base) {
         segment.index = Some(Rc::clone(&index));
@@ -190,13 +221,13 @@ async fn scan(
                 Step::End => break,
                 Step::Short(bytes) if walk.at() == 0 => {
                     if piece.len() < len || bytes <= len {
-                        return Err(damaged(group, place.base, format!("ends inside of offset {offset}")));
+                        return Err(damaged_at(group, place, format!("ends inside of offset {offset}")));
                     }
                     want = bytes;
                     break;
                 }
                 Step::Short(_) => break,
-                Step::Damaged(reason) => return Err(damaged(group, place.base, reason)),
+                Step::Damaged(reason) => return Err(damaged_at(group, place, reason)),
             }
         }
         position += walk.at() as u64;
@@ -207,30 +238,37 @@ async fn scan(
 
 /// First and largest timestamp of a segment, for its index and for retention.
 pub(crate) async fn learn_timestamps(shard: &Rc<Shard>, group: &Rc<Group>, base: i64) {
-    let place = {
-        let inner = group.inner.borrow();
-        let Some(at) = inner.segments.iter().position(|segment| segment.base == base) else { return };
-        Place { base, bytes: inner.segments[at].bytes, end: inner.segment_end(at) }
-    };
-    let max = match index_of(shard, group, place).await {
-        Ok(index) => index.borrow().last().map_or(i64::MIN, |entry| entry.max_timestamp_before),
-        Err(error) => {
-            tracing::warn!(group = group.id, segment = base, %error, "timestamps unknown");
-            -1
+    // Again only when Raft cut the segments meanwhile.
+    loop {
+        let place = {
+            let inner = group.inner.borrow();
+            let Some(at) = inner.segments.iter().position(|segment| segment.base == base) else { return };
+            Place::of(&inner, at)
+        };
+        let max = match index_of(shard, group, place).await {
+            Ok(index) => index.borrow().last().map_or(i64::MIN, |entry| entry.max_timestamp_before),
+            Err(error) if is_overtaken(&error) => continue,
+            Err(error) => {
+                tracing::warn!(group = group.id, segment = base, %error, "timestamps unknown");
+                -1
+            }
+        };
+        let mut first = -1;
+        // Only the first batch; an unreadable one has been reported above.
+        let _ = scan(shard, group, place, (0, base), |header, _, _| {
+            first = header.max_timestamp;
+            true
+        })
+        .await;
+        if !place.holds(group) {
+            continue;
         }
-    };
-    let mut first = -1;
-    // Only the first batch; an unreadable one has been reported above.
-    let one = Place { bytes: place.bytes, ..place };
-    let _ = scan(shard, group, one, (0, base), |header, _, _| {
-        first = header.max_timestamp;
-        true
-    })
-    .await;
-    let mut inner = group.inner.borrow_mut();
-    if let Some(segment) = inner.segments.iter_mut().find(|segment| segment.base == base) {
-        segment.max_timestamp.get_or_insert(max);
-        segment.first_timestamp.get_or_insert(first);
+        let mut inner = group.inner.borrow_mut();
+        if let Some(segment) = inner.segments.iter_mut().find(|segment| segment.base == base) {
+            segment.max_timestamp.get_or_insert(max);
+            segment.first_timestamp.get_or_insert(first);
+        }
+        return;
     }
 }
 
@@ -250,7 +288,7 @@ impl GroupLog {
         let after = inner.segments.partition_point(|segment| segment.base <= from);
         let at = after.checked_sub(1)?;
         let end = inner.segment_end(at);
-        (from < end).then(|| Place { base: inner.segments[at].base, bytes: inner.segments[at].bytes, end })
+        (from < end).then(|| Place::of(&inner, at))
     }
 
     fn readable(&self, from: i64) -> Result<(), ReadError> {
@@ -281,11 +319,13 @@ impl GroupLog {
                 return Err(damaged(group, from, format!("no segment holds offset {from}")));
             };
             match self.read_segment(place, from, upper, max_bytes).await {
+                // Bounded by how often Raft cuts.
+                Err(error) if is_overtaken(&error) => {}
                 // Retention took the segment away meanwhile: the log start has moved, look again.
                 Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
                     let still = self.place_of(from).is_some_and(|now| now.base == place.base);
                     if still && !group.deleting.get() && from >= self.log_start_offset() {
-                        return Err(damaged(group, place.base, "the segment is missing".to_owned()));
+                        return Err(damaged_at(group, place, "the segment is missing".to_owned()));
                     }
                     if group.deleting.get() {
                         return Err(ReadError::Io(error));
@@ -330,25 +370,26 @@ impl GroupLog {
         loop {
             if piece.is_empty() {
                 if position >= place.bytes {
-                    return Err(damaged(group, place.base, format!("ends before offset {from}")));
+                    return Err(damaged_at(group, place, format!("ends before offset {from}")));
                 }
                 let file = shard.file(group, place.base)?;
                 let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
                 piece = shard.disk.read_at(&file, position, len).await?;
                 if piece.len() < len {
-                    return Err(damaged(
-                        group,
-                        place.base,
-                        format!("shorter than its {} bytes", place.bytes),
-                    ));
+                    return Err(damaged_at(group, place, format!("shorter than its {} bytes", place.bytes)));
                 }
             }
             match select(&piece, offset, from, upper, max_bytes) {
                 Selected::Range { start, end, next } => {
+                    let first = record_batch::parse_header(&piece[start..]);
+                    if end == start && first.is_ok_and(|header| header.next_offset() > place.end) {
+                        let reason = format!("the batch at offset {next} reaches over the end");
+                        return Err(damaged_at(group, place, reason));
+                    }
                     let rest = piece.slice(end..);
                     // Only what small readers leave is worth keeping; large ones read again from where they stopped.
                     let keep = if piece.len() <= READ_MIN_BYTES { rest } else { Bytes::new() };
-                    if end > start && next < place.end {
+                    if end > start && next < place.end && place.holds(group) {
                         shard.keep_read_ahead(ReadAhead {
                             group: group.id,
                             base: place.base,
@@ -361,18 +402,14 @@ impl GroupLog {
                 }
                 Selected::Short { at, offset: reached, bytes } => {
                     if at == 0 && bytes <= piece.len() {
-                        return Err(damaged(
-                            group,
-                            place.base,
-                            format!("no whole batch at offset {reached}"),
-                        ));
+                        return Err(damaged_at(group, place, format!("no whole batch at offset {reached}")));
                     }
                     position += at as u64;
                     offset = reached;
                     if position + bytes as u64 > place.bytes {
-                        return Err(damaged(
+                        return Err(damaged_at(
                             group,
-                            place.base,
+                            place,
                             format!("offset {reached} reaches over the end"),
                         ));
                     }
@@ -384,20 +421,14 @@ impl GroupLog {
                     offset = reached;
                     piece = Bytes::new();
                 }
-                Selected::Damaged(reason) => return Err(damaged(group, place.base, reason)),
+                Selected::Damaged(reason) => return Err(damaged_at(group, place, reason)),
             }
         }
     }
 
     fn places(&self) -> Vec<Place> {
         let inner = self.group.inner.borrow();
-        (0..inner.segments.len())
-            .map(|at| Place {
-                base: inner.segments[at].base,
-                bytes: inner.segments[at].bytes,
-                end: inner.segment_end(at),
-            })
-            .collect()
+        (0..inner.segments.len()).map(|at| Place::of(&inner, at)).collect()
     }
 
     async fn newest_in(&self, base: i64) -> i64 {
@@ -533,6 +564,10 @@ mod tests {
         assert_eq!(select(&rotten, 10, 10, 99, 1 << 20), range(0, 1, 12));
         assert!(matches!(select(&rotten, 10, 12, 99, 1 << 20), Selected::Damaged(_)));
         assert_eq!(select(&rotten, 10, 14, 99, 1 << 20), range(2, 3, 16));
+        // Regression: one that a flipped bit makes end above the limit is damage, not something to wait for.
+        let mut far = piece.clone();
+        far[one + 23] ^= 0x40;
+        assert!(matches!(select(&far, 10, 12, 99, 1 << 20), Selected::Damaged(_)));
         assert_eq!(record_at(&piece[one..2 * one], 1013, 0), Some((1013, 13)));
         assert_eq!(record_at(&piece[one..2 * one], 1014, 0), None);
         assert_eq!(record_at(&piece[one..2 * one], 0, 13), Some((1013, 13)));
