@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Apache Kafka, one node, as the peer of a measurement.
 #   kafka.sh fetch                        get the jars (Maven, once, into .cache/kafka)
-#   kafka.sh start [--port N] [--data DIR] [--set key=value]...   prints "pid=N kafka=HOST:PORT took=SECONDS data=DIR"
+#   kafka.sh start [--port N] [--data DIR] [--node-id N] [--set key=value]...   prints "pid=N kafka=HOST:PORT took=SECONDS data=DIR"
 #   kafka.sh run [same arguments]         become the broker: prints "launching kafka=HOST:PORT", logs to DIR/server.log
 #   kafka.sh stop DIR                     stop the node of that data directory
 #   kafka.sh kill DIR                     the same with -9
@@ -16,7 +16,7 @@ free_port() {
         || echo $((20000 + RANDOM % 10000))
 }
 
-port="" data="" format_began="" launch=()
+port="" data="" node_id=1 format_began="" launch=()
 
 # Reads the arguments, writes the properties, formats the directory, and leaves the command in `launch`.
 prepare() {
@@ -25,6 +25,7 @@ prepare() {
         case $1 in
             --port) port=$2; shift 2 ;;
             --data) data=$2; shift 2 ;;
+            --node-id) node_id=$2; shift 2 ;;
             --set) sets+=("$2"); shift 2 ;;
             *) kafka_fail "unknown argument $1" ;;
         esac
@@ -38,8 +39,8 @@ prepare() {
     {
         cat <<P
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:$controller
+node.id=$node_id
+controller.quorum.voters=$node_id@127.0.0.1:$controller
 listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$controller
 advertised.listeners=PLAINTEXT://127.0.0.1:$port
 controller.listener.names=CONTROLLER

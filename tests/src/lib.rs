@@ -4,5 +4,6 @@
 
 pub mod clickhouse;
 pub mod flumen;
+pub mod probe;
 pub mod process;
 pub mod wire;
