@@ -26,6 +26,10 @@ SIZES = re.compile(r"((?:partition_size|total_bytes|usable_bytes|offset_lag): )-
 DIRECTORY = re.compile(r'(log_dir: )"[^"]*"')
 HOST = re.compile(r'(client_host: )"[^"]*"')
 EPOCH = re.compile(r"((?:finalized_features_epoch|leader_epoch): )\d+")
+# Configurations that only we have, whole entries of a list.
+OWN_CONFIGS = re.compile(r'^( *)\w+ \{\n *name: "flumen\.[^"]*",\n.*?^\1\},\n', re.S | re.M)
+# The leader epoch inside a batch of fetched records, between length and magic 2.
+RECORD_EPOCH = re.compile(r"(`\\0\\0\\0)(?:\\0|\\x01)(\\x02)")
 EMPTY_LIST = re.compile(r"(aborted_transactions: )Some\(\s*\[\],\s*\)", re.S)
 
 
@@ -47,6 +51,10 @@ def with_any_text(answer):
 
 def normalise(answer):
     answer = UUID.sub(uuid, answer)
+    # Kafka sends empty texts where nothing is to be said.
+    answer = re.sub(r'(error_message: )Some\(\s*"(?:NONE)?",\s*\)', r"\1None", answer)
+    answer = OWN_CONFIGS.sub("", answer)
+    answer = RECORD_EPOCH.sub(r"\1<epoch>\2", answer)
     answer = EMPTY_LIST.sub(r"\1None", answer)
     answer = with_any_text(TEXTS.sub(r"\1Some(<text>)", answer))
     for pattern, name in ((PORT, "port"), (APPEND_TIME, "time"), (SIZES, "size"), (EPOCH, "epoch")):

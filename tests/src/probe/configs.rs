@@ -76,10 +76,25 @@ fn change(resources: &[(i8, &str, &[Change<'_>])]) -> IncrementalAlterConfigsReq
     IncrementalAlterConfigsRequest::default().with_validate_only(true).with_resources(resources)
 }
 
+/// DescribeConfigs with the entries of each resource in one order: Kafka gives them in none.
+fn described(probes: &mut Probes, name: &str, build: impl Fn() -> DescribeConfigsRequest + 'static) {
+    probes.exchange(&format!("DescribeConfigs/{name}"), DESCRIBE, move |bed, version| {
+        let mut wire = bed.wire()?;
+        wire.send(version, &build())?;
+        let Some(mut answer) = wire.receive_or_closed::<DescribeConfigsRequest>(version)? else {
+            return Ok("closed".into());
+        };
+        for result in &mut answer.results {
+            result.configs.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        Ok(format!("{answer:#?}"))
+    });
+}
+
 pub fn add(probes: &mut Probes) {
     let keys: Option<&[&str]> = Some(&["retention.ms", "max.message.bytes", "cleanup.policy"]);
-    probes.one("DescribeConfigs/topic", DESCRIBE, move |_, _| describe(&[(TOPIC, "compacted", keys)]));
-    probes.one("DescribeConfigs/synonyms", DESCRIBE, move |_, _| {
+    described(probes, "topic", move || describe(&[(TOPIC, "compacted", keys)]));
+    described(probes, "synonyms", move || {
         describe(&[(TOPIC, "compacted", keys)]).with_include_synonyms(true)
     });
     probes.exchange("DescribeConfigs/documentation", (3, 4), move |bed, version| {
@@ -99,40 +114,28 @@ pub fn add(probes: &mut Probes) {
         names.sort();
         Ok(names.join("\n"))
     });
-    probes.one("DescribeConfigs/no keys", DESCRIBE, |_, _| describe(&[(TOPIC, "plain", Some(&[]))]));
-    probes.one("DescribeConfigs/unknown keys", DESCRIBE, |_, _| {
-        describe(&[(TOPIC, "plain", Some(&["no.such"]))])
-    });
-    probes.one("DescribeConfigs/unknown topic", DESCRIBE, |_, _| describe(&[(TOPIC, "nowhere", None)]));
-    probes.one("DescribeConfigs/bad topic name", DESCRIBE, |_, _| describe(&[(TOPIC, "no name!", None)]));
-    probes.one("DescribeConfigs/empty topic name", DESCRIBE, |_, _| describe(&[(TOPIC, "", None)]));
-    probes.one("DescribeConfigs/no resources", DESCRIBE, |_, _| describe(&[]));
-    probes.one("DescribeConfigs/twice", DESCRIBE, move |_, _| {
+    described(probes, "no keys", || describe(&[(TOPIC, "plain", Some(&[]))]));
+    described(probes, "unknown keys", || describe(&[(TOPIC, "plain", Some(&["no.such"]))]));
+    described(probes, "unknown topic", || describe(&[(TOPIC, "nowhere", None)]));
+    described(probes, "bad topic name", || describe(&[(TOPIC, "no name!", None)]));
+    described(probes, "empty topic name", || describe(&[(TOPIC, "", None)]));
+    described(probes, "no resources", || describe(&[]));
+    described(probes, "twice", move || {
         describe(&[(TOPIC, "plain", keys), (TOPIC, "plain", Some(&["retention.ms"]))])
     });
-    probes.one("DescribeConfigs/broker", DESCRIBE, |_, _| {
-        describe(&[(BROKER, "1", Some(&["message.max.bytes"]))])
-    });
-    probes.one("DescribeConfigs/brokers by default", DESCRIBE, |_, _| {
-        describe(&[(BROKER, "", Some(&["message.max.bytes"]))])
-    });
+    described(probes, "broker", || describe(&[(BROKER, "1", Some(&["message.max.bytes"]))]));
+    described(probes, "brokers by default", || describe(&[(BROKER, "", Some(&["message.max.bytes"]))]));
     for name in ["77", "x", "-1"] {
-        probes.one(&format!("DescribeConfigs/broker {name}"), DESCRIBE, move |_, _| {
-            describe(&[(BROKER, name, None)])
-        });
+        described(probes, &format!("broker {name}"), move || describe(&[(BROKER, name, None)]));
     }
-    probes.one("DescribeConfigs/group", DESCRIBE, |_, _| {
+    described(probes, "group", || {
         describe(&[(GROUP, "g", Some(&["consumer.session.timeout.ms"]))]).with_include_synonyms(true)
     });
-    probes.one("DescribeConfigs/empty group name", DESCRIBE, |_, _| describe(&[(GROUP, "", None)]));
+    described(probes, "empty group name", || describe(&[(GROUP, "", None)]));
     for kind in [0, 3, 99] {
-        probes.one(&format!("DescribeConfigs/resource type {kind}"), DESCRIBE, move |_, _| {
-            describe(&[(kind, "x", None)])
-        });
+        described(probes, &format!("resource type {kind}"), move || describe(&[(kind, "x", None)]));
     }
-    probes.one("DescribeConfigs/loggers of another broker", DESCRIBE, |_, _| {
-        describe(&[(BROKER_LOGGER, "77", None)])
-    });
+    described(probes, "loggers of another broker", || describe(&[(BROKER_LOGGER, "77", None)]));
 
     for (what, kind, name, key, value) in [
         ("good", TOPIC, "plain", "retention.ms", Some("5000")),

@@ -75,11 +75,9 @@ pub fn add(probes: &mut Probes) {
         let partitions = vec![partition(1, 0), partition(0, 6), partition(7, 0), partition(2, 5)];
         request(version, vec![topic(bed, version, "plain", partitions)])
     });
-    for (what, shift) in [("right", 0), ("ahead", 5), ("old", -1)] {
+    for (what, shift) in [("right", 0), ("ahead", 5)] {
         probes.one(&format!("Fetch/leader epoch {what}"), (9, 18), move |bed, version| {
-            // An epoch of -1 would skip the check.
-            let epoch = if bed.epoch + shift == -1 { -2 } else { bed.epoch + shift };
-            let partition = partition(0, 0).with_current_leader_epoch(epoch);
+            let partition = partition(0, 0).with_current_leader_epoch(bed.epoch + shift);
             request(version, vec![topic(bed, version, "plain", vec![partition])])
         });
     }

@@ -113,6 +113,7 @@ impl Bed {
             ("compacted", 1, &[("cleanup.policy", "compact")]),
             ("small", 1, &[("max.message.bytes", "1000")]),
             ("timed", 1, &[("message.timestamp.before.max.ms", "3600000")]),
+            ("poisoned", 1, &[]),
             ("stamped", 1, &[("message.timestamp.type", "LogAppendTime")]),
             ("idempotent", 20, &[]),
             ("trimmed", 1, &[("retention.ms", "-1")]),

@@ -85,13 +85,12 @@ pub fn add(probes: &mut Probes) {
         });
     }
     probes.one("ListOffsets/same partition twice", ALL, |_, v| list("plain", &[(0, -1, -1), (0, -2, -1)], v));
-    for (what, shift) in [("right", 0), ("ahead", 5), ("old", -1)] {
+    for (what, shift) in [("right", 0), ("ahead", 5)] {
         probes.one(&format!("ListOffsets/leader epoch {what}"), (4, 10), move |bed, v| {
-            // An epoch of -1 would skip the check.
-            let epoch = if bed.epoch + shift == -1 { -2 } else { bed.epoch + shift };
-            list("plain", &[(0, -1, epoch)], v)
+            list("plain", &[(0, -1, bed.epoch + shift)], v)
         });
     }
+    probes.one("ListOffsets/leader epoch -2", (4, 10), |_, v| list("plain", &[(0, -1, -2)], v));
     probes.one("ListOffsets/isolation level 1", (2, 10), |_, v| {
         list("plain", &[(0, -1, -1)], v).with_isolation_level(1)
     });

@@ -189,7 +189,7 @@ pub fn add(probes: &mut Probes) {
         to(
             bed,
             version,
-            "stamped",
+            "poisoned",
             tampered(
                 |b| {
                     b[60] = 9;
@@ -206,7 +206,7 @@ pub fn add(probes: &mut Probes) {
         to(
             bed,
             version,
-            "stamped",
+            "poisoned",
             batch(&["x"], |b| {
                 b.producer(5, -1, 0);
             }),
