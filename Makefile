@@ -3,7 +3,7 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo test test-full lint bench-smoke clean
+.PHONY: build engine setup demo test test-full lint conformance bench-smoke bench-log bench-instructions clean
 
 build:
 	cargo build --release -p flumen-broker
@@ -34,6 +34,20 @@ bench-smoke: engine
 	cargo build --release -p flumen-broker -p flumen-bench
 	bash bench/kafka.sh fetch
 	target/release/flumen-bench smoke --flumen target/release/flumen
+
+# The log against Apache Kafka, about 40 minutes; BENCH_ARGS="--only 1,4,10", "--quick", "--list".
+bench-log:
+	cargo build --release -p flumen-broker -p flumen-bench
+	bash bench/kafka.sh fetch
+	bash bench/log.sh $(BENCH_ARGS)
+
+# Instructions of the hot paths by valgrind, compared with bench/results/instructions.json.
+bench-instructions:
+	bash bench/callgrind.sh
+
+# Other people's suites (franz-go, librdkafka, rdkafka, rskafka) against a flumen process; about an hour.
+conformance: build
+	bash tests/conformance/run.sh
 
 clean:
 	cargo clean

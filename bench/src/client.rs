@@ -7,12 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::{BufMut, Bytes, BytesMut};
 use kafka_protocol::ResponseError;
+use kafka_protocol::messages::create_partitions_request::CreatePartitionsTopic;
 use kafka_protocol::messages::create_topics_request::{CreatableTopic, CreatableTopicConfig};
 use kafka_protocol::messages::list_offsets_request::{ListOffsetsPartition, ListOffsetsTopic};
 use kafka_protocol::messages::metadata_request::MetadataRequestTopic;
 use kafka_protocol::messages::{
-    BrokerId, CreateTopicsRequest, InitProducerIdRequest, ListOffsetsRequest, MetadataRequest, RequestHeader,
-    ResponseHeader, TopicName,
+    BrokerId, CreatePartitionsRequest, CreateTopicsRequest, InitProducerIdRequest, ListOffsetsRequest,
+    MetadataRequest, RequestHeader, ResponseHeader, TopicName,
 };
 use kafka_protocol::protocol::{Decodable, Encodable, HeaderVersion, Request, StrBytes};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,13 +21,18 @@ use tokio::net::TcpStream;
 
 const METADATA_VERSION: i16 = 12;
 const CREATE_TOPICS_VERSION: i16 = 7;
+const CREATE_PARTITIONS_VERSION: i16 = 3;
+/// Kafka's controller refuses 10,000 records in one operation, and a partition is one of them.
+const PARTITIONS_AT_ONCE: usize = 5_000;
 const INIT_PRODUCER_ID_VERSION: i16 = 4;
 const LIST_OFFSETS_VERSION: i16 = 7;
 
 /// No honest answer to these requests is larger; a larger length means the peer does not speak Kafka.
 const FRAME_BYTES_MAX: usize = 64 << 20;
-/// How often a fresh topic is asked for its leaders, 20 ms apart, before the broker is called broken.
-const LEADER_TRIES_MAX: u32 = 1_500;
+/// How often a fresh topic is asked for its leaders, 20 ms apart, before the broker is called broken: two minutes, since
+/// ten thousand partitions take a while.
+const LEADER_TRIES_MAX: u32 = 6_000;
+const CREATE_TIMEOUT_MS: i32 = 60_000;
 const LEADER_WAIT: Duration = Duration::from_millis(20);
 
 pub const CLIENT_ID: &str = "flumen-bench";
@@ -43,6 +49,11 @@ pub fn error_name(code: i16) -> String {
         Some(e) => format!("{code} {e:?}"),
         None => format!("{code}"),
     }
+}
+
+/// Between two questions about so many partitions: an answer names them all, and asking must not become the load.
+fn leader_wait(partitions: usize) -> Duration {
+    LEADER_WAIT.max(Duration::from_micros(50) * partitions as u32)
 }
 
 fn topic_name(name: &str) -> TopicName {
@@ -121,11 +132,11 @@ impl Client {
                 .with_topics(vec![
                     CreatableTopic::default()
                         .with_name(topic_name(topic))
-                        .with_num_partitions(partitions as i32)
+                        .with_num_partitions(partitions.min(PARTITIONS_AT_ONCE) as i32)
                         .with_replication_factor(1)
                         .with_configs(configs),
                 ])
-                .with_timeout_ms(30_000);
+                .with_timeout_ms(CREATE_TIMEOUT_MS);
             let mut tries = 0;
             loop {
                 let response = self.call(&request, CREATE_TOPICS_VERSION).await?;
@@ -145,15 +156,48 @@ impl Client {
                 }
             }
         }
+        let mut made = partitions.min(PARTITIONS_AT_ONCE);
+        loop {
+            self.await_leaders(topic, made).await?;
+            if made == partitions {
+                break;
+            }
+            made = (made + PARTITIONS_AT_ONCE).min(partitions);
+            self.grow_topic(topic, made).await?;
+        }
+        // Metadata can name a leader before that leader knows; only an answer from it proves it.
+        self.offsets(topic, partitions, LATEST).await?;
+        Ok(())
+    }
+
+    async fn await_leaders(&mut self, topic: &str, partitions: usize) -> Result<()> {
         for _ in 0..LEADER_TRIES_MAX {
             if self.led_partitions(topic).await?.is_some_and(|led| led >= partitions) {
-                // Metadata can name a leader before that leader knows; only an answer from it proves it.
-                self.offsets(topic, partitions, LATEST).await?;
                 return Ok(());
             }
-            tokio::time::sleep(LEADER_WAIT).await;
+            tokio::time::sleep(leader_wait(partitions)).await;
         }
         bail!("{topic} did not get {partitions} led partitions in time (a topic of another size may exist)")
+    }
+
+    async fn grow_topic(&mut self, topic: &str, partitions: usize) -> Result<()> {
+        let wanted = CreatePartitionsTopic::default()
+            .with_name(topic_name(topic))
+            .with_count(partitions as i32)
+            .with_assignments(None);
+        let request =
+            CreatePartitionsRequest::default().with_topics(vec![wanted]).with_timeout_ms(CREATE_TIMEOUT_MS);
+        for _ in 0..LEADER_TRIES_MAX {
+            let response = self.call(&request, CREATE_PARTITIONS_VERSION).await?;
+            let t = response.results.first().context("CreatePartitions answered no topic")?;
+            match t.error_code {
+                // 37: there are as many already, from a try that had timed out.
+                0 | 37 => return Ok(()),
+                7 | 38 | 41 => tokio::time::sleep(LEADER_WAIT).await,
+                code => bail!("CreatePartitions {topic}: {}", error_name(code)),
+            }
+        }
+        bail!("CreatePartitions {topic}: not in time")
     }
 
     pub async fn producer_id(&mut self) -> Result<(i64, i16)> {
@@ -207,7 +251,7 @@ impl Client {
             if last == 0 {
                 return Ok(out);
             }
-            tokio::time::sleep(LEADER_WAIT).await;
+            tokio::time::sleep(leader_wait(partitions)).await;
         }
         bail!("ListOffsets of {topic}: {}", error_name(last))
     }

@@ -23,6 +23,10 @@ use crate::wire::{self, Reader};
 const FETCH_VERSION: i16 = 12;
 /// A frame beyond what was asked for by this much means the peer does not speak Kafka.
 const FRAME_SLACK_BYTES: usize = 128 << 20;
+/// An answer that takes longer never comes: `max_wait_ms` asks for one after a fraction of a second.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
+/// Distance of the points of a drain's progress.
+const PROGRESS_STEP: Duration = Duration::from_millis(25);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -46,6 +50,9 @@ pub struct ConsumeConfig {
     /// Stop at the offsets that were the end when this began, instead of by time.
     #[arg(long)]
     pub until_end: bool,
+    /// Stop when no more than this many records are left to the moving end.
+    #[arg(long, conflicts_with = "until_end")]
+    pub until_lag: Option<u64>,
     #[arg(long, value_enum, default_value = "earliest")]
     pub from: From,
     #[arg(long, default_value_t = 1 << 20)]
@@ -68,6 +75,17 @@ pub struct ConsumeResult {
     pub mean_fetch_bytes: f64,
     pub broker_cpu_s_per_gb: Option<f64>,
     pub broker_cpu: Option<Cpu>,
+    /// Whether `until_end` or `until_lag` was reached before time was up.
+    pub reached: bool,
+    /// How the first connection got on.
+    pub progress: Vec<Progress>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Progress {
+    pub seconds: f64,
+    pub bytes: u64,
+    pub lag_records: u64,
 }
 
 #[derive(Default)]
@@ -97,23 +115,38 @@ pub fn run(config: &ConsumeConfig, stop: Option<Arc<AtomicBool>>) -> Result<Cons
         for c in 0..config.connections.min(config.partitions) {
             let mine: Vec<Position> = (c..config.partitions)
                 .step_by(config.connections)
-                .map(|p| Position { partition: p as i32, offset: begin[p], end: ends.as_ref().map(|e| e[p]) })
+                .map(|p| Position {
+                    partition: p as i32,
+                    offset: begin[p],
+                    end: ends.as_ref().map(|e| e[p]),
+                    high_watermark: i64::MAX,
+                })
                 .collect();
             let (config, stop) = (config.clone(), stop.clone());
             tasks.push(tokio::task::spawn_local(async move {
                 let mut f = Fetcher::connect(&config, mine).await?;
+                let lag_max = config.until_lag.map(|lag| lag / config.connections as u64);
                 while !stop.load(Ordering::Acquire) {
-                    if if config.until_end { f.at_end() } else { Instant::now() >= end } {
+                    f.reached = config.until_end && f.at_end() || lag_max.is_some_and(|max| f.lag() <= max);
+                    if f.reached || !config.until_end && Instant::now() >= end {
                         break;
                     }
-                    f.fetch(&config).await?;
+                    tokio::time::timeout(ANSWER_MAX, f.fetch(&config))
+                        .await
+                        .context("a Fetch was never answered")??;
+                    f.note_progress(start, PROGRESS_STEP);
                 }
-                anyhow::Ok(f.count)
+                f.note_progress(start, Duration::ZERO);
+                anyhow::Ok((f.count, f.reached, f.progress))
             }));
         }
         let mut sum = Count::default();
+        let mut all_reached = true;
+        let mut first_progress = None;
         for task in tasks {
-            let c = task.await.context("a consumer's task failed")??;
+            let (c, reached, progress) = task.await.context("a consumer's task failed")??;
+            all_reached &= reached;
+            first_progress.get_or_insert(progress);
             sum.bytes += c.bytes;
             sum.records += c.records;
             sum.fetches += c.fetches;
@@ -132,6 +165,8 @@ pub fn run(config: &ConsumeConfig, stop: Option<Arc<AtomicBool>>) -> Result<Cons
             mean_fetch_bytes: sum.bytes as f64 / sum.fetches.max(1) as f64,
             broker_cpu_s_per_gb: cpu.map(|c| c.total() * 1e9 / sum.bytes.max(1) as f64),
             broker_cpu: cpu,
+            reached: all_reached,
+            progress: first_progress.unwrap_or_default(),
         })
     })
 }
@@ -140,6 +175,8 @@ struct Position {
     partition: i32,
     offset: i64,
     end: Option<i64>,
+    /// As of the last answer; unknown (and so far away) before the first.
+    high_watermark: i64,
 }
 
 struct Fetcher {
@@ -150,6 +187,8 @@ struct Fetcher {
     correlation_id: i32,
     input: BytesMut,
     count: Count,
+    reached: bool,
+    progress: Vec<Progress>,
 }
 
 impl Fetcher {
@@ -163,7 +202,24 @@ impl Fetcher {
             correlation_id: 0,
             input: BytesMut::new(),
             count: Count::default(),
+            reached: false,
+            progress: Vec::new(),
         })
+    }
+
+    /// Records between the positions and the ends as the last answers named them.
+    fn lag(&self) -> u64 {
+        let behind = |p: &Position| p.high_watermark.saturating_sub(p.offset).max(0) as u64;
+        self.positions.iter().map(behind).fold(0, u64::saturating_add)
+    }
+
+    fn note_progress(&mut self, start: Instant, step: Duration) {
+        let at = start.elapsed();
+        let last = self.progress.last().map_or(0.0, |p| p.seconds);
+        if at.as_secs_f64() - last >= step.as_secs_f64() {
+            let (bytes, lag_records) = (self.count.bytes, self.lag());
+            self.progress.push(Progress { seconds: at.as_secs_f64(), bytes, lag_records });
+        }
     }
 
     fn at_end(&self) -> bool {
@@ -237,7 +293,8 @@ impl Fetcher {
                 let partition = r.i32()?;
                 let code = r.i16()?;
                 ensure!(code == 0, "Fetch of partition {partition}: {}", error_name(code));
-                r.take(24)?;
+                let high_watermark = r.i64()?;
+                r.take(16)?;
                 for _ in 0..r.compact_len()?.unwrap_or(0) {
                     r.take(16)?;
                     r.tags()?;
@@ -245,19 +302,20 @@ impl Fetcher {
                 r.i32()?;
                 let records = r.compact_bytes()?.unwrap_or_default();
                 r.tags()?;
-                self.take(partition, records)?;
+                self.take(partition, high_watermark, records)?;
             }
             r.tags()?;
         }
         Ok(())
     }
 
-    fn take(&mut self, partition: i32, mut records: &[u8]) -> Result<()> {
+    fn take(&mut self, partition: i32, high_watermark: i64, mut records: &[u8]) -> Result<()> {
         let position = self
             .positions
             .iter_mut()
             .find(|p| p.partition == partition)
             .with_context(|| format!("partition {partition} was not asked for"))?;
+        position.high_watermark = high_watermark;
         while let Some(h) = batch::header(records) {
             // Kafka may cut the last batch short at the byte limit.
             let Some((_, rest)) = records.split_at_checked(h.total_bytes) else { break };

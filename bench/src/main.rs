@@ -8,6 +8,7 @@ mod client;
 mod consume;
 mod export;
 mod load;
+mod log;
 mod null;
 mod outbox;
 mod pace;
@@ -15,6 +16,7 @@ mod peer;
 mod plan;
 mod smoke;
 mod stats;
+mod tail;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -63,6 +65,8 @@ enum Command {
     },
     /// Flumen, Apache Kafka and the null broker in one session, and one table.
     Smoke(smoke::SmokeConfig),
+    /// The log against Apache Kafka, row by row, with goals.
+    Log(log::LogConfig),
 }
 
 fn write_json(path: Option<&Path>, value: &impl Serialize) -> Result<()> {
@@ -107,6 +111,7 @@ fn run() -> Result<ExitCode> {
             write_json(json.as_deref(), &r)?;
         }
         Command::Smoke(config) => return smoke::run(&config),
+        Command::Log(config) => return log::run(&config),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -10,21 +10,36 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bytes::{BufMut, BytesMut};
+use serde::Serialize;
 
 use crate::batch;
 use crate::client::{CLIENT_ID, Client, error_name};
 use crate::load;
 use crate::wire;
 
-/// How long a broker may take to its first answer before it is called broken.
-const START_MAX: Duration = Duration::from_secs(120);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    Flumen,
+    Kafka,
+    Null,
+}
+
+/// How long a broker may take to its first answer before it is called broken. Apache Kafka that was killed looks at all of
+/// its open segments again: minutes, with 10,000 partitions.
+const START_MAX: Duration = Duration::from_secs(600);
 /// Fine enough that the poll does not show in the start time.
 const CONNECT_POLL: Duration = Duration::from_millis(2);
+
+/// Printed by kafka.sh when the properties are written and the JVM comes next.
+const KAFKA_LAUNCHING: &str = "launching kafka=";
 
 pub struct Peer {
     pub child: Child,
     pub kafka: String,
     pub admin: Option<String>,
+    command: Command,
+    ready: Option<&'static str>,
     data: PathBuf,
     log: PathBuf,
     pub spawned: Instant,
@@ -33,6 +48,10 @@ pub struct Peer {
 /// A port that was free a moment ago.
 pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+fn launch(command: &mut Command) -> Result<Child> {
+    command.spawn().with_context(|| format!("cannot run {}", command.get_program().to_string_lossy()))
 }
 
 impl Peer {
@@ -44,7 +63,7 @@ impl Peer {
         mut command: Command,
         data: PathBuf,
         kafka: String,
-        ready: Option<&str>,
+        ready: Option<&'static str>,
     ) -> Result<(Self, String)> {
         if let Some(parent) = data.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
@@ -56,28 +75,46 @@ impl Peer {
         let log = data.with_extension("log");
         let errors =
             std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
         let spawned = Instant::now();
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(errors)
-            .spawn()
-            .with_context(|| format!("cannot run {}", command.get_program().to_string_lossy()))?;
-        let mut peer = Self { child, kafka, admin: None, data, log, spawned };
+        let child = launch(&mut command)?;
+        let mut peer = Self { child, kafka, admin: None, command, ready, data, log, spawned };
+        let line = peer.await_ready()?;
+        Ok((peer, line))
+    }
+
+    fn await_ready(&mut self) -> Result<String> {
         let mut line = String::new();
-        if let Some(prefix) = ready {
-            let out = peer.child.stdout.take().context("no stdout")?;
+        if let Some(prefix) = self.ready {
+            let out = self.child.stdout.take().context("no stdout")?;
             let mut out = BufReader::new(out);
             while !line.starts_with(prefix) {
                 line.clear();
                 if out.read_line(&mut line)? == 0 {
-                    bail!("the process ended before it was ready:\n{}", peer.log_tail());
+                    bail!("the process ended before it was ready:\n{}", self.log_tail());
                 }
             }
             // Left open and drained, so that a later line neither blocks nor breaks the process.
             std::thread::spawn(move || std::io::copy(&mut out, &mut std::io::sink()));
         }
-        Ok((peer, line))
+        Ok(line)
+    }
+
+    /// Kills the process with -9 and starts it again on what it left.
+    pub fn crash_and_restart(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.spawned = Instant::now();
+        self.child = launch(&mut self.command)?;
+        let line = self.await_ready()?;
+        if line.starts_with(KAFKA_LAUNCHING) {
+            self.spawned = Instant::now();
+        }
+        Ok(())
+    }
+
+    pub fn data(&self) -> &Path {
+        &self.data
     }
 
     pub fn log_tail(&self) -> String {
@@ -122,7 +159,7 @@ impl Peer {
             command.env("KAFKA_DIR", jars);
         }
         let server_log = data.join("server.log");
-        let (mut peer, _) = Self::spawn(command, data, kafka, Some("launching kafka="))?;
+        let (mut peer, _) = Self::spawn(command, data, kafka, Some(KAFKA_LAUNCHING))?;
         // Formatting the directory is not starting: the clock runs from the moment the JVM is launched.
         peer.spawned = Instant::now();
         peer.log = server_log;
@@ -138,6 +175,32 @@ impl Peer {
 
     /// From spawn to the acknowledgement of one record in a new topic.
     pub fn first_ack(&mut self) -> Result<Duration> {
+        self.until_answering(async |client| {
+            client.ensure_topic("first-ack", 1, &[]).await?;
+            let batch = batch::encode_filler(1, 100, None, load::now_ms());
+            produce_one(client, "first-ack", 0, &batch).await
+        })
+    }
+
+    /// From spawn to the acknowledgement of one record in a partition that was there before.
+    pub fn first_ack_in(&mut self, topic: &str, partition: i32) -> Result<Duration> {
+        let spawned = self.spawned;
+        self.until_answering(async |client| {
+            let batch = batch::encode_filler(1, 100, None, load::now_ms());
+            loop {
+                match produce_code(client, topic, partition, &batch).await? {
+                    0 => return Ok(()),
+                    // Unknown, no leader, loading: what a broker says before it has everything open again.
+                    3 | 5 | 6 | 14 | 15 | 16 if spawned.elapsed() < START_MAX => {
+                        tokio::time::sleep(CONNECT_POLL).await;
+                    }
+                    code => bail!("Produce to {topic}-{partition}: {}", error_name(code)),
+                }
+            }
+        })
+    }
+
+    fn until_answering(&mut self, work: impl AsyncFnOnce(&mut Client) -> Result<()>) -> Result<Duration> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let mut client = loop {
@@ -152,9 +215,7 @@ impl Peer {
                 }
                 tokio::time::sleep(CONNECT_POLL).await;
             };
-            client.ensure_topic("first-ack", 1, &[]).await?;
-            let batch = batch::encode_filler(1, 100, None, load::now_ms());
-            produce_one(&mut client, "first-ack", 0, &batch).await?;
+            work(&mut client).await?;
             Ok(self.spawned.elapsed())
         })
     }
@@ -171,6 +232,13 @@ impl Drop for Peer {
 
 /// One batch, one answer.
 pub async fn produce_one(client: &mut Client, topic: &str, partition: i32, batch: &[u8]) -> Result<()> {
+    match produce_code(client, topic, partition, batch).await? {
+        0 => Ok(()),
+        code => bail!("Produce to {topic}-{partition}: {}", error_name(code)),
+    }
+}
+
+async fn produce_code(client: &mut Client, topic: &str, partition: i32, batch: &[u8]) -> Result<i16> {
     const VERSION: i16 = 12;
     let mut frame = BytesMut::with_capacity(batch.len() + 128);
     wire::start_request(&mut frame, wire::PRODUCE, VERSION, 0, CLIENT_ID);
@@ -186,10 +254,7 @@ pub async fn produce_one(client: &mut Client, topic: &str, partition: i32, batch
     frame.put_slice(&[0, 0, 0]);
     wire::finish_frame(&mut frame, 0, 0);
     let answer = client.exchange(&frame).await?;
-    let mut failed = 0;
-    load::parse_answer(&answer, 0, VERSION, |code| failed = code)?;
-    if failed != 0 {
-        bail!("Produce to {topic}-{partition}: {}", error_name(failed));
-    }
-    Ok(())
+    let mut answered = 0;
+    load::parse_answer(&answer, 0, VERSION, |code| answered = code)?;
+    Ok(answered)
 }

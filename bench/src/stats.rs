@@ -9,6 +9,9 @@ use serde::Serialize;
 /// `USER_HZ`, fixed at 100 on every Linux this runs on (x86-64 and arm64).
 const TICKS_PER_SECOND: f64 = 100.0;
 
+/// The share of the machine that something else may use before a figure is called disturbed.
+pub const NOISE_MAX: f64 = 0.05;
+
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Cpu {
     pub user_s: f64,
@@ -53,6 +56,34 @@ pub fn rss_mib(pid: u32) -> Result<f64> {
 pub fn written_bytes(pid: u32) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
     text.lines().find_map(|l| l.strip_prefix("write_bytes: "))?.trim().parse().ok()
+}
+
+/// Open file descriptors of a process.
+pub fn open_files(pid: u32) -> Option<usize> {
+    Some(std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
+}
+
+/// Set for the kernel's own threads in the flags of `/proc/PID/stat`.
+const PF_KTHREAD: u64 = 0x0020_0000;
+
+/// CPU seconds of all kernel threads since boot: write-back, block device, timers. They work for whoever wrote, so they
+/// are neither a broker's CPU nor a disturbance. 0 where a container hides them.
+pub fn kernel_threads_cpu_s() -> f64 {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return 0.0 };
+    processes
+        .flatten()
+        .filter(|p| p.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit))
+        // A process that has ended since the listing.
+        .filter_map(|p| std::fs::read_to_string(p.path().join("stat")).ok())
+        .filter(|text| is_kernel_thread(text))
+        .filter_map(|text| parse_cpu(&text))
+        .map(Cpu::total)
+        .sum()
+}
+
+fn is_kernel_thread(stat: &str) -> bool {
+    let flags = stat.rfind(')').and_then(|at| stat[at + 1..].split_ascii_whitespace().nth(6));
+    flags.and_then(|f| f.parse::<u64>().ok()).is_some_and(|f| f & PF_KTHREAD != 0)
 }
 
 /// Seconds of all cores together since boot.
@@ -137,6 +168,14 @@ mod tests {
         let line = "42 (a) b (c)) S 1 42 42 0 -1 4194304 1 2 3 4 250 50 0 0 20 0 1 0 1 1 1";
         let c = parse_cpu(line).unwrap();
         assert_eq!((c.user_s, c.system_s), (2.5, 0.5));
+    }
+
+    #[test]
+    fn kernel_threads_are_told_by_their_flag() {
+        let kthreadd = "2 (kthreadd) S 0 0 0 0 -1 2129984 0 0 0 0 0 1 0 0 20 0 1 0 24 0 0";
+        let ours = std::fs::read_to_string("/proc/self/stat").unwrap();
+        assert!(is_kernel_thread(kthreadd));
+        assert!(!is_kernel_thread(&ours));
     }
 
     #[test]

@@ -16,6 +16,12 @@ use axum::{Json, Router};
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
+use flumen_metadata::Command;
+use flumen_sink::admission::Admission;
+use flumen_sink::config::redact_url;
+use flumen_sink::exporter::{ResetError, ResetTo};
+
+use crate::export::{CONFIG_PREFIX, ENABLE, ENDPOINT, NotAdmitted, PAUSED, ResetRefused};
 use crate::metrics_text;
 use crate::node::Node;
 use crate::topic_admin::{self, TopicError};
@@ -93,6 +99,41 @@ impl From<TopicError> for Problem {
             _ => StatusCode::BAD_REQUEST,
         };
         Problem { status, code: error.code.name(), detail: error.message, fix: None }
+    }
+}
+
+impl From<NotAdmitted> for Problem {
+    fn from(refusal: NotAdmitted) -> Problem {
+        let problem = |status, code, detail, fix| Problem { status, code, detail, fix };
+        match refusal {
+            NotAdmitted::Settings { message, fix } => {
+                problem(StatusCode::BAD_REQUEST, "INVALID_REQUEST", message, fix)
+            }
+            NotAdmitted::Table { reasons, fixes } => {
+                let fix = (!fixes.is_empty()).then(|| fixes.join("; "));
+                problem(StatusCode::CONFLICT, "EXPORT_REFUSED", reasons.join("; "), fix)
+            }
+            NotAdmitted::Answer { message, fix } => {
+                problem(StatusCode::BAD_GATEWAY, "CLICKHOUSE_REFUSED", message, Some(fix))
+            }
+            NotAdmitted::Away { message, fix } => {
+                problem(StatusCode::BAD_GATEWAY, "CLICKHOUSE_AWAY", message, Some(fix))
+            }
+        }
+    }
+}
+
+impl From<ResetRefused> for Problem {
+    fn from(refused: ResetRefused) -> Problem {
+        let (status, code) = match &refused {
+            ResetRefused::NotExported | ResetRefused::Reset(ResetError::NoPartition(_)) => {
+                (StatusCode::NOT_FOUND, "NOT_FOUND")
+            }
+            ResetRefused::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "STOPPING"),
+            ResetRefused::Reset(ResetError::OutOfRange { .. }) => (StatusCode::BAD_REQUEST, "OUT_OF_RANGE"),
+            ResetRefused::Reset(_) => (StatusCode::CONFLICT, "RESET_REFUSED"),
+        };
+        Problem { status, code, detail: refused.to_string(), fix: None }
     }
 }
 
@@ -222,6 +263,19 @@ async fn create_topic(
         .flatten()
         .filter_map(|(k, v)| config_text(v).map(|v| (k.clone(), v)))
         .collect();
+    if configs.contains_key(ENABLE) {
+        refuse_export(
+            &node,
+            &[Command::CreateTopic {
+                name: name.clone(),
+                id: uuid::Uuid::nil(),
+                partitions,
+                replication_factor: replication,
+                configs: configs.clone(),
+            }],
+        )
+        .await?;
+    }
     let created = topic_admin::create_topic(&node, &name, partitions, replication, configs).await;
     let status = match created {
         Ok(()) => StatusCode::CREATED,
@@ -250,7 +304,11 @@ async fn alter_topic(
     if let Some(configs) = body["configs"].as_object()
         && !configs.is_empty()
     {
-        let changes = configs.iter().map(|(k, v)| (k.clone(), config_text(v))).collect();
+        let changes: BTreeMap<_, _> = configs.iter().map(|(k, v)| (k.clone(), config_text(v))).collect();
+        let topic_id = node.image.load().topics.get(&topic).map(|t| t.id);
+        if let Some(topic_id) = topic_id {
+            refuse_export(&node, &[Command::SetTopicConfigs { topic_id, set: changes.clone() }]).await?;
+        }
         topic_admin::alter_configs(&node, &topic, changes).await?;
     }
     if let Some(partitions) = body["partitions"].as_i64() {
@@ -259,6 +317,17 @@ async fn alter_topic(
         topic_admin::create_partitions(&node, &topic, partitions).await?;
     }
     Ok(Json(json!({ "name": topic, "altered": true })))
+}
+
+/// An export that ClickHouse cannot give is refused before anything is changed.
+async fn refuse_export(node: &Arc<Node>, commands: &[Command]) -> Result<(), Problem> {
+    let image = node.image.load_full();
+    match node.exports.refusals(&image, commands).await.into_values().next() {
+        None => Ok(()),
+        Some(detail) => {
+            Err(Problem { status: StatusCode::CONFLICT, code: "EXPORT_REFUSED", detail, fix: None })
+        }
+    }
 }
 
 async fn list_exports(State(node): Shared) -> Json<Value> {
@@ -283,7 +352,7 @@ fn exported(node: &Arc<Node>, topic: &str) -> Result<BTreeMap<String, String>, P
     let own: BTreeMap<String, String> = found
         .configs
         .iter()
-        .filter(|(k, _)| k.starts_with(EXPORT_PREFIX))
+        .filter(|(k, _)| k.starts_with(CONFIG_PREFIX))
         .map(|(k, v)| (k.clone(), v.clone()))
         .collect();
     if own.get(ENABLE).map(String::as_str) == Some("true") {
@@ -294,18 +363,18 @@ fn exported(node: &Arc<Node>, topic: &str) -> Result<BTreeMap<String, String>, P
     }
 }
 
-const EXPORT_PREFIX: &str = "flumen.clickhouse.";
-const ENABLE: &str = "flumen.clickhouse.enable";
-
 async fn get_export(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
-    let configs = exported(&node, &topic)?;
+    let mut configs = exported(&node, &topic)?;
+    if let Some(url) = configs.get_mut(ENDPOINT) {
+        *url = redact_url(url);
+    }
     Ok(Json(json!({ "topic": topic, "configs": configs, "status": node.exports.status(&topic) })))
 }
 
 async fn export_status(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
     exported(&node, &topic)?;
     // Turned on a moment ago, the export may not have reported yet.
-    Ok(Json(node.exports.status(&topic).unwrap_or_else(|| json!({ "state": "starting" }))))
+    Ok(Json(node.exports.status(&topic).unwrap_or_else(|| json!({ "topic": topic, "state": "starting" }))))
 }
 
 /// `{"table": "orders", "auto_create": true}` -> `flumen.clickhouse.table`, `flumen.clickhouse.auto.create`.
@@ -317,11 +386,11 @@ fn export_changes(body: &Value) -> Result<BTreeMap<String, Option<String>>, Prob
     };
     let mut changes = BTreeMap::new();
     for (key, value) in object {
-        let key = match key.strip_prefix(EXPORT_PREFIX) {
+        let key = match key.strip_prefix(CONFIG_PREFIX) {
             Some(rest) => rest.to_string(),
             None => key.replace('_', "."),
         };
-        changes.insert(format!("{EXPORT_PREFIX}{key}"), config_text(value));
+        changes.insert(format!("{CONFIG_PREFIX}{key}"), config_text(value));
     }
     Ok(changes)
 }
@@ -359,14 +428,18 @@ async fn put_export(
     {
         let image = node.image.load();
         for key in image.topics.get(&topic).into_iter().flat_map(|t| t.configs.keys()) {
-            if key.starts_with(EXPORT_PREFIX) && !changes.contains_key(key) {
+            if key.starts_with(CONFIG_PREFIX) && !changes.contains_key(key) {
                 changes.insert(key.clone(), None);
             }
         }
     }
-    let admission = node.exports.validate(&topic, merged(&node, &topic, &changes)?).await?;
+    let admission = node.exports.admit(&topic, merged(&node, &topic, &changes)?).await?;
     topic_admin::alter_configs(&node, &topic, changes).await?;
-    Ok(Json(admission))
+    shown(&admission)
+}
+
+fn shown(admission: &Admission) -> Result<Json<Value>, Problem> {
+    serde_json::to_value(admission).map(Json).map_err(|e| Problem::bad_request(e.to_string()))
 }
 
 fn parse_body(body: &[u8]) -> Result<Value, Problem> {
@@ -390,20 +463,58 @@ async fn export_action(
 ) -> Result<Json<Value>, Problem> {
     let (topic, action) = segment
         .rsplit_once(':')
-        .ok_or_else(|| Problem::not_found("expected /v1/exports/{topic}:pause, :resume or :validate"))?;
+        .ok_or_else(|| Problem::not_found(format!("expected /v1/exports/{{topic}} and one of {ACTIONS}")))?;
     match action {
         "validate" => {
             let changes = export_changes(&parse_body(&body)?)?;
-            Ok(Json(node.exports.validate(topic, merged(&node, topic, &changes)?).await?))
+            shown(&node.exports.admit(topic, merged(&node, topic, &changes)?).await?)
         }
         "pause" | "resume" => {
             exported(&node, topic)?;
             let paused = (action == "pause").then(|| "true".to_string());
-            let changes = BTreeMap::from([(format!("{EXPORT_PREFIX}paused"), paused)]);
+            let changes = BTreeMap::from([(PAUSED.to_string(), paused)]);
             topic_admin::alter_configs(&node, topic, changes).await?;
+            if action == "resume" {
+                node.exports.resume(topic).await;
+            }
             Ok(Json(json!({ "topic": topic, "paused": action == "pause" })))
         }
+        "reset" => {
+            exported(&node, topic)?;
+            let positions = positions(&node, topic, &parse_body(&body)?)?;
+            node.exports.reset(topic, positions).await?;
+            Ok(Json(node.exports.status(topic).unwrap_or(Value::Null)))
+        }
         other => Err(Problem::not_found(format!("'{other}' is not something an export can do"))
-            .with_fix("use :pause, :resume or :validate")),
+            .with_fix(format!("use one of {ACTIONS}"))),
+    }
+}
+
+const ACTIONS: &str = ":validate, :pause, :resume, :reset";
+
+/// `{"to": "earliest"}`, `{"to": "latest"}` or `{"to": 1234}`, for all partitions or `"partition": 3`.
+fn positions(node: &Arc<Node>, topic: &str, body: &Value) -> Result<Vec<(i32, ResetTo)>, Problem> {
+    let to = match &body["to"] {
+        Value::String(word) if word == "earliest" => ResetTo::Earliest,
+        Value::String(word) if word == "latest" => ResetTo::Latest,
+        Value::Number(n) if n.as_i64().is_some_and(|n| n >= 0) => {
+            ResetTo::Offset(n.as_i64().unwrap_or_default())
+        }
+        _ => {
+            return Err(Problem::bad_request("'to' is missing or not understood")
+                .with_fix(r#"send {"to": "earliest"}, {"to": "latest"} or {"to": OFFSET, "partition": N}"#));
+        }
+    };
+    let count = node.image.load().topics.get(topic).map_or(0, |t| t.partitions.len());
+    let all = 0..i32::try_from(count).unwrap_or(i32::MAX);
+    match &body["partition"] {
+        Value::Null => Ok(all.map(|partition| (partition, to)).collect()),
+        partition => {
+            let known = partition.as_i64().and_then(|p| i32::try_from(p).ok()).filter(|p| all.contains(p));
+            known.map(|partition| vec![(partition, to)]).ok_or_else(|| {
+                Problem::bad_request(format!("topic '{topic}' has no partition {partition}"))
+                    .with_fix(format!("its partitions are 0 to {}", all.end - 1))
+            })
+        }
     }
 }

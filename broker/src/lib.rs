@@ -8,6 +8,7 @@ pub mod admin_http;
 pub mod cli;
 pub mod controller;
 pub mod coordinator;
+pub mod disk_space;
 pub mod dispatch;
 pub mod export;
 pub mod handlers;

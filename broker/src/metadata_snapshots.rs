@@ -33,7 +33,7 @@ impl MetadataSnapshots {
     pub fn open(data_dir: &Path) -> Result<MetadataSnapshots, SnapshotError> {
         let directory = data_dir.join("metadata");
         fs::create_dir_all(&directory)
-            .and_then(|()| flumen_io::sync_dir(data_dir))
+            .and_then(|()| flumen_io::FileSystem::machine().sync_dir(data_dir))
             .map_err(|error| SnapshotError::Io { path: directory.clone(), error })?;
         Ok(MetadataSnapshots { directory })
     }
@@ -83,7 +83,7 @@ impl MetadataSnapshots {
             file.write_all(&encode_snapshot_file(next_offset, &image.snapshot()))?;
             file.sync_all()?;
             fs::rename(&temporary, &path)?;
-            flumen_io::sync_dir(&self.directory)
+            flumen_io::FileSystem::machine().sync_dir(&self.directory)
         };
         write().map_err(self.io())?;
         let offsets = self.offsets().map_err(self.io())?;

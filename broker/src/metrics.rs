@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use flumen_storage::StoreStats;
+use flumen_storage::{COMMIT_BUCKETS_US, StoreStats};
 
 /// Requests are counted per API key; keys above this share the last slot.
 const API_KEYS: usize = 96;
@@ -28,6 +28,8 @@ pub struct ShardMetrics {
     pub hops: AtomicU64,
     pub wal_bytes: AtomicU64,
     pub wal_commits: AtomicU64,
+    commit_times: [AtomicU64; COMMIT_BUCKETS_US.len() + 1],
+    commit_us_sum: AtomicU64,
     pub segment_bytes: AtomicU64,
     pub appended_bytes: AtomicU64,
     pub cache_bytes: AtomicU64,
@@ -51,6 +53,8 @@ impl Default for ShardMetrics {
             hops: zero(),
             wal_bytes: zero(),
             wal_commits: zero(),
+            commit_times: std::array::from_fn(|_| zero()),
+            commit_us_sum: zero(),
             segment_bytes: zero(),
             appended_bytes: zero(),
             cache_bytes: zero(),
@@ -105,9 +109,13 @@ impl ShardMetrics {
     pub fn set_store_stats(&self, stats: &StoreStats) {
         self.wal_bytes.store(stats.wal_bytes_written, Ordering::Relaxed);
         self.wal_commits.store(stats.wal_commits, Ordering::Relaxed);
+        for (slot, count) in self.commit_times.iter().zip(stats.commit_time_buckets) {
+            slot.store(count, Ordering::Relaxed);
+        }
+        self.commit_us_sum.store(stats.commit_time_sum_us, Ordering::Relaxed);
         self.segment_bytes.store(stats.segment_bytes_written, Ordering::Relaxed);
         self.appended_bytes.store(stats.bytes_appended, Ordering::Relaxed);
-        self.cache_bytes.store(stats.cache_bytes as u64, Ordering::Relaxed);
+        self.cache_bytes.store(stats.cache_bytes, Ordering::Relaxed);
         self.no_space.store(u64::from(stats.no_space), Ordering::Relaxed);
     }
 
@@ -120,16 +128,33 @@ impl ShardMetrics {
         })
     }
 
-    /// (upper bound in seconds, requests at or below it), cumulative; the last bound is infinite.
-    pub fn handling_buckets(&self) -> Vec<(f64, u64)> {
+    /// All requests by the time they took.
+    pub fn handling_times(&self) -> Times {
+        let bounds_us: Vec<u64> = (0..BUCKETS).map(|b| FIRST_BUCKET_US << b).collect();
+        let sum_us = self.request_us_sum.iter().map(|us| us.load(Ordering::Relaxed)).sum();
+        Times::new(&bounds_us, &self.handling, sum_us)
+    }
+
+    /// Group commits by the time their write took.
+    pub fn commit_times(&self) -> Times {
+        Times::new(&COMMIT_BUCKETS_US, &self.commit_times, self.commit_us_sum.load(Ordering::Relaxed))
+    }
+}
+
+/// A histogram as Prometheus wants it: (upper bound in seconds, events at or below it), the last bound infinite.
+pub struct Times {
+    pub cumulative: Vec<(f64, u64)>,
+    pub sum_seconds: f64,
+}
+
+impl Times {
+    fn new(bounds_us: &[u64], counts: &[AtomicU64], sum_us: u64) -> Times {
+        let bounds = bounds_us.iter().map(|us| *us as f64 / 1e6).chain([f64::INFINITY]);
         let mut total = 0;
-        (0..=BUCKETS)
-            .map(|b| {
-                total += self.handling[b].load(Ordering::Relaxed);
-                let bound =
-                    if b == BUCKETS { f64::INFINITY } else { (FIRST_BUCKET_US << b) as f64 / 1_000_000.0 };
-                (bound, total)
-            })
-            .collect()
+        let cumulative = bounds.zip(counts).map(|(bound, count)| {
+            total += count.load(Ordering::Relaxed);
+            (bound, total)
+        });
+        Times { cumulative: cumulative.collect(), sum_seconds: sum_us as f64 / 1e6 }
     }
 }

@@ -4,13 +4,19 @@
 //! ever looked up on a shard. Per-partition series are capped: a scrape of a huge cluster must not
 //! become a load of its own.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use flumen_sink::status::{ExportMetrics, SampleValue, State};
 use kafka_protocol::messages::ApiKey;
+use prometheus::proto::{self, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use crate::metrics::Times;
 use crate::node::Node;
+use crate::partition::PartitionGauges;
 
 /// Partitions with series of their own; beyond it only the sums are given.
 const PARTITION_SERIES_MAX: usize = 10_000;
@@ -25,6 +31,8 @@ pub struct GroupOffset {
 
 struct Families {
     registry: Registry,
+    /// Families that come whole.
+    whole: RefCell<Vec<MetricFamily>>,
 }
 
 impl Families {
@@ -49,14 +57,16 @@ impl Families {
 
 pub async fn render(node: &Arc<Node>) -> String {
     let groups = committed_offsets(node).await;
-    let families = Families { registry: Registry::new() };
+    let families = Families { registry: Registry::new(), whole: RefCell::default() };
     process(&families, node);
     shards(&families, node);
     partitions(&families, node);
     consumer_groups(&families, node, &groups);
     exports(&families, node);
     let mut text = Vec::new();
-    if TextEncoder::new().encode(&families.registry.gather(), &mut text).is_err() {
+    let mut all = families.registry.gather();
+    all.extend(families.whole.take());
+    if TextEncoder::new().encode(&all, &mut text).is_err() {
         return String::new();
     }
     String::from_utf8(text).unwrap_or_default()
@@ -104,6 +114,14 @@ fn process(families: &Families, node: &Node) {
         .float("flumen_application_uptime_seconds", "Seconds since the process started", &[])
         .with_label_values::<&str>(&[])
         .set(node.started.elapsed().as_secs_f64());
+    families
+        .gauge("flumen_storage_disk_free_bytes", "Free bytes of the data directory's file system", &[])
+        .with_label_values::<&str>(&[])
+        .set(to_i64(node.disk.free_bytes()));
+    families
+        .gauge("flumen_storage_free_space_alert", "1 while producers are turned away for want of space", &[])
+        .with_label_values::<&str>(&[])
+        .set(i64::from(node.disk.is_low()));
     if let Some(bytes) = resident_bytes() {
         families
             .gauge("flumen_memory_resident_bytes", "Resident memory of the process", &[])
@@ -125,11 +143,6 @@ fn shards(families: &Families, node: &Node) {
         "Time from a whole frame to its answer (produce: to the append), by API",
         &["api"],
     );
-    let buckets = families.gauge(
-        "flumen_kafka_request_handling_seconds_bucket",
-        "Requests handled within le seconds, all APIs",
-        &["le"],
-    );
     let one = |name: &str, help: &str| families.counter(name, help, &["shard"]);
     let records = one("flumen_kafka_records_produced_total", "Records appended for clients");
     let batches = one("flumen_kafka_batches_produced_total", "Record batches received");
@@ -148,7 +161,8 @@ fn shards(families: &Families, node: &Node) {
     let cache = families.gauge("flumen_storage_cache_bytes", "Bytes held by the tail cache", &["shard"]);
     let full = families.gauge("flumen_storage_no_space", "1 while the disk is full", &["shard"]);
     let connections = families.gauge("flumen_kafka_connections", "Open client connections", &["shard"]);
-    let mut cumulative: Vec<(f64, u64)> = Vec::new();
+    let mut handling = Vec::new();
+    let mut commit_times = Vec::new();
     for (id, metrics) in node.metrics.iter().enumerate() {
         let shard = id.to_string();
         let l = &[shard.as_str()];
@@ -158,11 +172,8 @@ fn shards(families: &Families, node: &Node) {
             requests.with_label_values(&[api.as_str()]).inc_by(count);
             seconds.with_label_values(&[api.as_str()]).add(us as f64 / 1e6);
         }
-        let own = metrics.handling_buckets();
-        cumulative.resize(own.len(), (0.0, 0));
-        for (sum, (bound, count)) in cumulative.iter_mut().zip(own) {
-            *sum = (bound, sum.1 + count);
-        }
+        handling.push(histogram(&[("shard", &shard)], metrics.handling_times()));
+        commit_times.push(histogram(&[("shard", &shard)], metrics.commit_times()));
         records.with_label_values(l).inc_by(read(&metrics.records_in));
         batches.with_label_values(l).inc_by(read(&metrics.batches_in));
         bytes.with_label_values(&[shard.as_str(), "produce"]).inc_by(read(&metrics.bytes_in));
@@ -179,10 +190,59 @@ fn shards(families: &Families, node: &Node) {
         full.with_label_values(l).set(to_i64(read(&metrics.no_space)));
         connections.with_label_values(l).set(to_i64(node.shards[id].connections() as u64));
     }
-    for (bound, count) in cumulative {
-        let le = if bound.is_finite() { format!("{bound}") } else { "+Inf".to_string() };
-        buckets.with_label_values(&[le.as_str()]).set(to_i64(count));
-    }
+    let mut whole = families.whole.borrow_mut();
+    whole.push(histograms(
+        "flumen_kafka_request_handling_seconds",
+        "Time from a whole frame to its answer (produce: to the append), all APIs",
+        handling,
+    ));
+    whole.push(histograms(
+        "flumen_storage_wal_commit_seconds",
+        "Time of a group commit's write",
+        commit_times,
+    ));
+}
+
+fn labelled<'a>(labels: impl Iterator<Item = (&'a str, &'a str)>) -> Metric {
+    let mut metric = Metric::default();
+    let labels = labels.map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name(name.to_string());
+        pair.set_value(value.to_string());
+        pair
+    });
+    metric.set_label(labels.collect());
+    metric
+}
+
+fn buckets(cumulative: Vec<(f64, u64)>, count: u64, sum: f64) -> proto::Histogram {
+    let mut histogram = proto::Histogram::default();
+    let buckets = cumulative.into_iter().map(|(bound, count)| {
+        let mut bucket = proto::Bucket::default();
+        bucket.set_upper_bound(bound);
+        bucket.set_cumulative_count(count);
+        bucket
+    });
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_count(count);
+    histogram.set_sample_sum(sum);
+    histogram
+}
+
+fn histogram(labels: &[(&str, &str)], times: Times) -> Metric {
+    let mut metric = labelled(labels.iter().copied());
+    let count = times.cumulative.last().map_or(0, |(_, count)| *count);
+    metric.set_histogram(buckets(times.cumulative, count, times.sum_seconds));
+    metric
+}
+
+fn histograms(name: &str, help: &str, metrics: Vec<Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(name.to_string());
+    family.set_help(help.to_string());
+    family.set_field_type(MetricType::HISTOGRAM);
+    family.set_metric(metrics);
+    family
 }
 
 fn partitions(families: &Families, node: &Node) {
@@ -244,41 +304,61 @@ fn consumer_groups(families: &Families, node: &Node, groups: &[GroupOffset]) {
     }
 }
 
-/// Export metrics are read off the status that the exporter publishes, so that CLI, REST and metrics
-/// can never disagree.
+/// What every export counts of itself, and how many dead letters lie in its topic.
 fn exports(families: &Families, node: &Node) {
-    let state =
-        families.gauge("flumen_export_state", "1 for the state the export is in", &["export", "state"]);
-    let numbers: [(&str, &str, &str); 12] = [
-        ("flumen_export_lag_records", "lag_records", "Records not yet settled in ClickHouse"),
-        ("flumen_export_lag_seconds", "lag_seconds", "Age of the oldest record not yet settled"),
-        ("flumen_export_rows_total", "rows_total", "Rows settled"),
-        ("flumen_export_bytes_total", "bytes_total", "Bytes of blocks settled"),
-        ("flumen_export_inserts_total", "inserts_total", "Inserts settled"),
-        ("flumen_export_retries_total", "retries_total", "Attempts beyond the first"),
-        ("flumen_export_dlq_records_total", "dead_letters_total", "Records written to the dead-letter topic"),
-        ("flumen_export_repaired_rows_total", "repaired_rows_total", "Rows inserted again after a loss"),
-        ("flumen_export_ambiguous_total", "ambiguous_total", "Inserts whose outcome had to be read back"),
-        ("flumen_export_insert_p99_milliseconds", "insert_p99_ms", "99th percentile of insert time"),
-        ("flumen_export_visibility_p50_milliseconds", "visibility_p50_ms", "Median append-to-visible time"),
-        (
-            "flumen_export_visibility_p99_milliseconds",
-            "visibility_p99_ms",
-            "99th percentile append-to-visible time",
-        ),
-    ];
-    let families: Vec<GaugeVec> =
-        numbers.iter().map(|(name, _, help)| families.float(name, help, &["export"])).collect();
-    for (topic, status) in node.exports.statuses() {
-        if let Some(now) = status["state"].as_str() {
-            state.with_label_values(&[topic.as_str(), now]).set(1);
-        }
-        for ((_, key, _), family) in numbers.iter().zip(&families) {
-            if let Some(value) = status[*key].as_f64() {
-                family.with_label_values(&[topic.as_str()]).set(value);
-            }
+    let mut by_name: BTreeMap<&'static str, MetricFamily> = BTreeMap::new();
+    let pending =
+        families.gauge("flumen_export_dlq_pending", "Records in the dead-letter topic", &["export", "topic"]);
+    let image = node.image.load_full();
+    for (topic, view) in node.exports.views() {
+        // Every export is named after its topic; dashboards that know other exports ask by either label.
+        let own = [("export", topic.clone()), ("topic", topic.clone())];
+        let letters: i64 = image.topics.get(&view.status.dead_letter_topic).map_or(0, |t| {
+            let held = |g: &PartitionGauges| {
+                g.high_watermark.load(Ordering::Relaxed) - g.log_start_offset.load(Ordering::Relaxed)
+            };
+            t.partitions.iter().map(|p| held(&node.gauges_of(p.group_id))).sum()
+        });
+        pending.with_label_values(&[topic.as_str(), topic.as_str()]).set(letters);
+        // One that could not be started counts nothing, but its state is told.
+        let metrics = view.metrics.unwrap_or_else(|| {
+            let failed = State::ALL.iter().position(|s| *s == view.status.state).unwrap_or(0);
+            let metrics = ExportMetrics::default();
+            metrics.state.store(failed as u64, Ordering::Relaxed);
+            Arc::new(metrics)
+        });
+        for sample in metrics.samples() {
+            let labels = own.iter().map(|(n, v)| (*n, v.as_str()));
+            let mut metric = labelled(labels.chain(sample.labels.iter().map(|(n, v)| (*n, v.as_str()))));
+            let kind = match sample.value {
+                SampleValue::Counter(value) => {
+                    let mut counter = proto::Counter::default();
+                    counter.set_value(value);
+                    metric.set_counter(counter);
+                    MetricType::COUNTER
+                }
+                SampleValue::Gauge(value) => {
+                    let mut gauge = proto::Gauge::default();
+                    gauge.set_value(value);
+                    metric.set_gauge(gauge);
+                    MetricType::GAUGE
+                }
+                SampleValue::Histogram { cumulative, count, sum } => {
+                    metric.set_histogram(buckets(cumulative, count, sum));
+                    MetricType::HISTOGRAM
+                }
+            };
+            let family = by_name.entry(sample.name).or_insert_with(|| {
+                let mut family = MetricFamily::default();
+                family.set_name(sample.name.to_string());
+                family.set_help(sample.help.to_string());
+                family.set_field_type(kind);
+                family
+            });
+            family.mut_metric().push(metric);
         }
     }
+    families.whole.borrow_mut().extend(by_name.into_values());
 }
 
 fn to_i64(value: u64) -> i64 {

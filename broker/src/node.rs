@@ -14,6 +14,7 @@ use flumen_metadata::{BrokerConfig, Command, MetadataImage};
 use flumen_protocol::error_code::ErrorCode;
 
 use crate::controller::ControlError;
+use crate::disk_space::DiskSpace;
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
 use crate::metrics::ShardMetrics;
@@ -31,6 +32,7 @@ pub struct Node {
     pub shards: Vec<ShardHandle>,
     pub metrics: Vec<Arc<ShardMetrics>>,
     pub exports: Exports,
+    pub disk: Arc<DiskSpace>,
     pub started: Instant,
     gauges: RwLock<HashMap<u64, Arc<PartitionGauges>>>,
     producer_ids: Mutex<Range<i64>>,
@@ -53,6 +55,7 @@ impl Node {
             shards,
             metrics,
             exports,
+            disk: Arc::default(),
             started: Instant::now(),
             gauges: RwLock::default(),
             producer_ids: Mutex::new(0..0),

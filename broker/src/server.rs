@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
-use flumen_storage::{DataDir, ShardStore, StoreConfig};
+use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
@@ -41,9 +41,12 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
+    if let Err(error) = flumen_io::refuse_huge_pages() {
+        tracing::warn!(%error, "huge pages stay on: latency rises for some milliseconds while memory grows");
+    }
     // Read once, here: asked from a pinned thread, the list would have one core.
     let cores = core_affinity::get_core_ids().unwrap_or_default();
-    let shard_count = options.shards.unwrap_or(cores.len().max(1)).max(1);
+    let shard_count = options.shards.unwrap_or_else(|| default_shards(cores.len())).max(1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async move {
         let data_dir = Arc::new(DataDir::open(&options.data_dir)?);
@@ -52,8 +55,11 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let kafka_address = kafka.local_addr()?;
         let admin_address = admin.local_addr()?;
 
-        let recovered: RecoveredGroups =
-            Arc::new(Mutex::new(data_dir.recover()?.into_iter().map(|g| (g.group_id, g)).collect()));
+        // What the caches will hold anyway need not be read again by the first fetches.
+        let warm_bytes = StoreConfig::default().cache_bytes * shard_count;
+        let recovered: RecoveredGroups = Arc::new(Mutex::new(
+            data_dir.recover(warm_bytes)?.into_iter().map(|g| (g.group_id, g)).collect(),
+        ));
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,
@@ -93,6 +99,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
                 .await?;
         }
         drop_orphans(&node, &recovered, &data_dir);
+        let next_look = node.disk.look(&data_dir);
+        tokio::spawn(watch_disk(node.clone(), data_dir.clone(), next_look));
         export::start(node.clone(), export_commands)?;
 
         tokio::spawn(listener::accept(node.clone(), kafka));
@@ -123,9 +131,31 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     })
 }
 
+/// One core stays free for what is not a shard: exports, the kernel's network and disk work, the acceptor. On two cores one
+/// shard took 138,000 one-record batches a second at 6.7 us of CPU each where two took 85,000 at 12.3, in one run: every
+/// hop between shards that both sleep costs two wake-ups, and every further log halves what a commit carries.
+fn default_shards(cores: usize) -> usize {
+    cores.saturating_sub(1).max(1)
+}
+
+async fn watch_disk(node: Arc<Node>, data_dir: Arc<DataDir>, mut next_look: Duration) {
+    loop {
+        tokio::time::sleep(next_look).await;
+        next_look = node.disk.look(&data_dir);
+    }
+}
+
 async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address} for {what}: is another process using the port? choose one with --{what} HOST:PORT")
+    TcpListener::bind(address).await.map_err(|error| {
+        let why = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "another process uses the port".to_string(),
+            std::io::ErrorKind::AddrNotAvailable => "this machine does not have the address".to_string(),
+            std::io::ErrorKind::PermissionDenied => "this user may not use the port".to_string(),
+            _ => error.to_string(),
+        };
+        anyhow::anyhow!(
+            "cannot listen on {address} for {what}: {why}; choose another with --{what} HOST:PORT"
+        )
     })
 }
 
@@ -172,11 +202,16 @@ fn shard_thread(
     });
 }
 
-/// Logs that no topic names belong to topics whose deletion a crash interrupted.
+/// Logs that no topic names belong to topics whose deletion a crash interrupted. A damaged one stays: it may be one that
+/// a topic would name if its number could be read.
 fn drop_orphans(node: &Arc<Node>, recovered: &RecoveredGroups, data_dir: &DataDir) {
     let orphans: HashMap<u64, _> = std::mem::take(&mut *recovered.lock().expect("no panic under this lock"));
     let _ = node;
     for (group_id, group) in orphans {
+        if let GroupHealth::Damaged { reason } = &group.health {
+            tracing::error!(group_id, directory = %group.dir_name, reason, "a damaged log that no topic names; left alone");
+            continue;
+        }
         tracing::info!(group_id, directory = %group.dir_name, "removing the log of a deleted topic");
         if let Err(error) = data_dir.remove_group(&group.dir_name) {
             tracing::warn!(group_id, %error, "could not remove it; the next start tries again");

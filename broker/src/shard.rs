@@ -15,11 +15,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_storage::{GroupLog, Lane, Lsn, RecoveredGroup, ShardStore};
+use flumen_storage::{GroupLog, LANES, Lane, Lsn, RecoveredGroup, ShardStore};
 use tokio::sync::{Notify, mpsc};
 
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
+use crate::handlers::produce::ProduceLine;
 use crate::mailbox::ShardMessage;
 use crate::metrics::ShardMetrics;
 use crate::net::connection;
@@ -43,9 +44,9 @@ pub struct Shard {
     /// Per lane: (log position, group, raft output number) staged and not yet durable, in staging order.
     staged: [RefCell<VecDeque<(Lsn, u64, u64)>>; 2],
     controller: OnceCell<Rc<Controller>>,
-    os_lane_used: Notify,
     stopping: Cell<bool>,
     pub stop: Notify,
+    pub produce_line: ProduceLine,
     /// Socket reads land here before frames are cut; one per shard, not per connection.
     pub scratch: RefCell<Vec<u8>>,
 }
@@ -66,17 +67,18 @@ impl Shard {
             partitions: RefCell::default(),
             staged: Default::default(),
             controller: OnceCell::new(),
-            os_lane_used: Notify::new(),
             stopping: Cell::new(false),
             stop: Notify::new(),
+            produce_line: ProduceLine::default(),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES]),
         })
     }
 
     /// Runs until the mailbox closes.
     pub async fn serve(self: Rc<Self>, mut mailbox: mpsc::Receiver<ShardMessage>) {
-        tokio::task::spawn_local(self.clone().watch_durability(Lane::Durable));
-        tokio::task::spawn_local(self.clone().watch_durability(Lane::Os));
+        for lane in LANES {
+            tokio::task::spawn_local(self.clone().watch_durability(lane));
+        }
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().publish_store_stats());
         while let Some(message) = mailbox.recv().await {
@@ -149,9 +151,6 @@ impl Shard {
 
     pub fn note_staged(&self, lane: Lane, lsn: Lsn, group_id: u64, number: u64) {
         self.staged[lane as usize].borrow_mut().push_back((lsn, group_id, number));
-        if lane == Lane::Os {
-            self.os_lane_used.notify_one();
-        }
     }
 
     /// The log failed: say why and stop. Never retried into success.
@@ -180,10 +179,6 @@ impl Shard {
     }
 
     async fn watch_durability(self: Rc<Self>, lane: Lane) {
-        if lane == Lane::Os {
-            // Most brokers have no topic that asks for it; its log is opened by the first that does.
-            self.os_lane_used.notified().await;
-        }
         let mut seen = 0;
         let mut dirty: Vec<Rc<Partition>> = Vec::new();
         loop {

@@ -14,6 +14,10 @@ pub const FRAME_BYTES_MIN: usize = 4;
 /// First allocation for a frame that arrives in pieces; most requests fit it whole.
 const PARTIAL_BYTES_MIN: usize = 4 << 10;
 
+/// A partial frame may hold this many times what has arrived of it: a frame whose first quarter came with one read gets
+/// its final buffer at once and is never copied again.
+const PARTIAL_GROWTH: usize = 4;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     #[error("frame length {0} is negative or too short for any message")]
@@ -124,14 +128,14 @@ impl FrameAssembler {
         self.length = 0;
     }
 
-    /// Grows by doubling what has arrived, up to the exact length of the frame. Not `BytesMut::reserve`, which may
+    /// Grows to a multiple of what has arrived, up to the exact length of the frame. Not `BytesMut::reserve`, which may
     /// round up past that length.
     fn make_room(&mut self, more: usize) {
         let needed = self.partial.len() + more;
         if needed <= self.partial.capacity() {
             return;
         }
-        let capacity = self.length.min((needed * 2).max(PARTIAL_BYTES_MIN));
+        let capacity = self.length.min((needed * PARTIAL_GROWTH).max(PARTIAL_BYTES_MIN));
         let mut grown = BytesMut::with_capacity(capacity);
         grown.put_slice(&self.partial);
         self.partial = grown;
@@ -181,7 +185,7 @@ mod tests {
         while received < 100_000 {
             assembler.push(&[0; 777], &mut out).expect("allowed");
             received += 777;
-            assert!(assembler.partial.capacity() <= (2 * received).max(PARTIAL_BYTES_MIN));
+            assert!(assembler.partial.capacity() <= (PARTIAL_GROWTH * received).max(PARTIAL_BYTES_MIN));
         }
         assert!(out.is_empty());
     }

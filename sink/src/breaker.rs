@@ -7,8 +7,8 @@ use serde::Serialize;
 
 /// First wait after a failure.
 pub const BACKOFF_FIRST_MS: u64 = 250;
-/// Longest wait: an outage of a day costs one query in 30 s per export.
-pub const BACKOFF_MAX_MS: u64 = 30_000;
+/// Longest wait: an outage of a day costs one query in 10 s per export, and its end is noticed soon.
+pub const BACKOFF_MAX_MS: u64 = 10_000;
 /// Failures in a row until inserts stop and only `SELECT 1` is tried.
 pub const OPEN_AFTER: u32 = 5;
 
@@ -21,6 +21,18 @@ pub enum BreakerState {
     Open,
     /// The next step is a probe; then one plan.
     HalfOpen,
+}
+
+impl BreakerState {
+    pub const ALL: [BreakerState; 3] = [BreakerState::Closed, BreakerState::Open, BreakerState::HalfOpen];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            BreakerState::Closed => "closed",
+            BreakerState::Open => "open",
+            BreakerState::HalfOpen => "half_open",
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -79,7 +91,7 @@ mod tests {
     #[test]
     fn waits_double_and_are_bounded() {
         let waits: Vec<u64> = (0..10).map(backoff_ms).collect();
-        assert_eq!(waits, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
+        assert_eq!(waits, [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000, 10_000, 10_000]);
         assert_eq!(backoff_ms(u32::MAX), BACKOFF_MAX_MS);
     }
 

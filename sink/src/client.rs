@@ -127,6 +127,14 @@ impl Endpoint {
         self
     }
 
+    /// The database where the URL names none.
+    pub fn with_default_database(mut self, database: &str) -> Endpoint {
+        if self.database == "default" {
+            self.database = database.to_owned();
+        }
+        self
+    }
+
     /// The URL as it may be shown.
     pub fn shown(&self) -> String {
         redact_url(&self.url)

@@ -10,7 +10,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::column_type::ColumnType;
-use crate::mapping::UnknownFields;
+use crate::mapping::{TimeUnit, UnknownFields};
 use crate::table::Column;
 
 pub const PREFIX: &str = "flumen.clickhouse.";
@@ -19,6 +19,9 @@ pub const PREFIX: &str = "flumen.clickhouse.";
 pub const MAX_FLUSH_ROWS: usize = 1_000_000;
 /// Largest block in memory.
 pub const MAX_FLUSH_BYTES: usize = 200 << 20;
+
+/// Longest text value: the columns of a table of a thousand columns.
+pub const MAX_TEXT_BYTES: usize = 64 << 10;
 
 /// Kafka's config value types, as DescribeConfigs reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,6 +155,14 @@ pub const CONFIG_KEYS: &[ConfigKey] = &[
         "How old a record may be when it becomes visible in ClickHouse, while the server keeps up.",
     ),
     key(
+        "flumen.clickhouse.time.unit",
+        "auto",
+        Choice(&["auto", "s", "ms", "us", "ns"]),
+        "What a whole number in a time column counts since 1970. auto tells seconds, milliseconds, microseconds and \
+         nanoseconds apart by the number's size, which is right for every time after 1973. A number with a fraction \
+         counts seconds.",
+    ),
+    key(
         "flumen.clickhouse.tombstones",
         "skip",
         Choice(&["skip", "dlq"]),
@@ -254,6 +265,7 @@ pub struct ExportConfig {
     pub insert_timeout_ms: u64,
     pub paused: bool,
     pub tombstones_to_dead_letters: bool,
+    pub time_unit: TimeUnit,
     pub trust_existing_rows: bool,
     pub server_default_columns: Vec<String>,
     pub audit_interval_ms: u64,
@@ -313,6 +325,13 @@ impl ExportConfig {
             insert_timeout_ms: values.number("insert.timeout.ms"),
             paused: values.boolean("paused"),
             tombstones_to_dead_letters: values.word("tombstones") == "dlq",
+            time_unit: match values.word("time.unit").as_str() {
+                "s" => TimeUnit::Seconds,
+                "ms" => TimeUnit::Milliseconds,
+                "us" => TimeUnit::Microseconds,
+                "ns" => TimeUnit::Nanoseconds,
+                _ => TimeUnit::BySize,
+            },
             trust_existing_rows: values.word("existing.rows") == "trust",
             server_default_columns: values
                 .text("server.default.columns")
@@ -381,6 +400,9 @@ fn check(name: &str, value: &str) -> Result<(), ConfigError> {
             }
         }
         Text => {
+            if value.len() > MAX_TEXT_BYTES {
+                return bad(format!("is {} bytes long; at most {MAX_TEXT_BYTES} are taken", value.len()));
+            }
             if value.contains('\0') {
                 return bad("contains a zero byte".to_owned());
             }
@@ -583,6 +605,7 @@ mod tests {
         assert!(err("columns", "a Array(Int8").contains("not closed"));
         assert!(err("endpoint", "tcp://x").contains("http://"));
         assert!(err("deadletterqueue.topic", "a b").contains("topic name"));
+        assert!(err("order.by", &"x".repeat(MAX_TEXT_BYTES + 1)).contains("at most 65536"));
         assert!(
             ExportConfig::from_topic("t", &configs(&[("enabel", "true")]))
                 .unwrap_err()

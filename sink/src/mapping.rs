@@ -22,7 +22,7 @@ use crate::table::{DefaultKind, TableSchema};
 
 /// Version of the bytes that `BlockBuilder` makes from a record. Recorded in every plan: a resend must be
 /// byte-identical, so a change of decoding or encoding rules raises it.
-pub const ENCODER_VERSION: u32 = 1;
+pub const ENCODER_VERSION: u32 = 2;
 
 /// More columns than any table in use; bounds memory per builder.
 pub const MAX_COLUMNS: usize = 10_000;
@@ -35,6 +35,45 @@ pub enum UnknownFields {
     DeadLetter,
 }
 
+/// What a whole number in a time column counts, from 1970. A number with a fraction counts seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TimeUnit {
+    /// By its size: up to 1e11 seconds, up to 1e14 milliseconds, up to 1e17 microseconds, beyond it nanoseconds. Right
+    /// for every time from 1973 to 5138.
+    #[default]
+    BySize,
+    Seconds,
+    Milliseconds,
+    Microseconds,
+    Nanoseconds,
+}
+
+impl TimeUnit {
+    pub const ALL: [TimeUnit; 5] = [
+        TimeUnit::BySize,
+        TimeUnit::Seconds,
+        TimeUnit::Milliseconds,
+        TimeUnit::Microseconds,
+        TimeUnit::Nanoseconds,
+    ];
+
+    /// The fraction digits of a second that `value` counts.
+    pub(crate) fn digits(self, value: i64) -> u8 {
+        match self {
+            TimeUnit::BySize => match value.unsigned_abs() {
+                0..100_000_000_000 => 0,
+                ..100_000_000_000_000 => 3,
+                ..100_000_000_000_000_000 => 6,
+                _ => 9,
+            },
+            TimeUnit::Seconds => 0,
+            TimeUnit::Milliseconds => 3,
+            TimeUnit::Microseconds => 6,
+            TimeUnit::Nanoseconds => 9,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MappingOptions {
     pub unknown_fields: UnknownFields,
@@ -45,6 +84,7 @@ pub struct MappingOptions {
     pub json_text_in_strings: bool,
     /// A timestamp finer than its column is cut to the column's precision, towards the past. Off: a row error.
     pub truncate_time_fraction: bool,
+    pub time_unit: TimeUnit,
 }
 
 impl Default for MappingOptions {
@@ -54,6 +94,7 @@ impl Default for MappingOptions {
             server_default_columns: Vec::new(),
             json_text_in_strings: true,
             truncate_time_fraction: true,
+            time_unit: TimeUnit::BySize,
         }
     }
 }

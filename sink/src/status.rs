@@ -3,6 +3,7 @@
 //! Owns the shapes and the latency histogram. `ExportStatus` is built on the export thread and published whole;
 //! `ExportMetrics` is written there and read by the metrics endpoint on any thread. No record values, no credentials.
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -108,6 +109,8 @@ pub struct ExportStatus {
     pub table: String,
     pub state: State,
     pub since_ms: i64,
+    /// Why it is in this state.
+    pub reason: String,
     pub guarantee: Option<Guarantee>,
     pub warnings: Vec<String>,
     pub server_version: Option<String>,
@@ -231,53 +234,107 @@ impl Recent {
     }
 }
 
-/// Bounds of the histograms on /metrics, in seconds.
+/// Bounds of the latency histograms on /metrics, in seconds.
 pub const LATENCY_BOUNDS_S: [f64; 12] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
+/// Bounds of the batch-size histogram, in rows.
+pub const BATCH_BOUNDS: [f64; 12] = [1.0, 10.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6, 1e7];
+/// Kinds of errors counted one by one; there are some hundred codes, of which a server in trouble shows a few.
+const MAX_ERROR_KINDS: usize = 64;
 
-#[derive(Debug, Default)]
-pub struct LatencyBuckets {
+/// A histogram for /metrics. The sum is kept in thousandths.
+#[derive(Debug)]
+pub struct Buckets {
+    bounds: &'static [f64; 12],
     /// One per bound, and one for the rest; not cumulative.
-    pub counts: [AtomicU64; LATENCY_BOUNDS_S.len() + 1],
-    pub sum_us: AtomicU64,
+    counts: [AtomicU64; 13],
+    sum_milli: AtomicU64,
 }
 
-impl LatencyBuckets {
-    pub fn record_ms(&self, ms: f64) {
-        let at = LATENCY_BOUNDS_S.iter().position(|bound| ms / 1000.0 <= *bound);
-        let at = at.unwrap_or(LATENCY_BOUNDS_S.len());
+impl Buckets {
+    fn new(bounds: &'static [f64; 12]) -> Buckets {
+        Buckets { bounds, counts: Default::default(), sum_milli: AtomicU64::new(0) }
+    }
+
+    pub fn record(&self, value: f64) {
+        let at = self.bounds.iter().position(|bound| value <= *bound).unwrap_or(self.bounds.len());
         self.counts[at].fetch_add(1, Relaxed);
-        self.sum_us.fetch_add((ms.max(0.0) * 1000.0) as u64, Relaxed);
+        self.sum_milli.fetch_add((value.max(0.0) * 1000.0) as u64, Relaxed);
+    }
+
+    fn value(&self) -> SampleValue {
+        let mut count = 0;
+        let mut cumulative = Vec::with_capacity(self.bounds.len());
+        for (bound, own) in self.bounds.iter().zip(&self.counts) {
+            count += own.load(Relaxed);
+            cumulative.push((*bound, count));
+        }
+        count += self.counts[self.bounds.len()].load(Relaxed);
+        SampleValue::Histogram { cumulative, count, sum: self.sum_milli.load(Relaxed) as f64 / 1000.0 }
     }
 }
 
-/// One sample for the metrics endpoint; labels besides `export` and `topic` come in `labels`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SampleValue {
+    Counter(f64),
+    Gauge(f64),
+    Histogram {
+        /// Upper bound and number of values at or below it.
+        cumulative: Vec<(f64, u64)>,
+        count: u64,
+        sum: f64,
+    },
+}
+
+/// One sample for the metrics endpoint; it adds the labels that name the export.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
     pub name: &'static str,
-    pub kind: &'static str,
     pub help: &'static str,
     pub labels: Vec<(&'static str, String)>,
-    pub value: f64,
+    pub value: SampleValue,
 }
 
 macro_rules! metrics {
-    ($($field:ident $kind:literal $name:literal $help:literal;)*) => {
+    ($($field:ident $kind:ident $name:literal $scale:literal $help:literal;)*) => {
         /// Counters and gauges of one export.
-        #[derive(Debug, Default)]
+        #[derive(Debug)]
         pub struct ExportMetrics {
             $(#[doc = $help] pub $field: AtomicU64,)*
-            pub insert_seconds: LatencyBuckets,
-            pub visibility_seconds: LatencyBuckets,
+            /// Index into `State::ALL`.
+            pub state: AtomicU64,
+            /// Index into `BreakerState::ALL`.
+            pub breaker: AtomicU64,
+            pub raw_bytes: AtomicU64,
+            pub block_bytes: AtomicU64,
+            pub insert_seconds: Buckets,
+            pub visibility_seconds: Buckets,
+            pub batch_rows: Buckets,
+            errors: Mutex<BTreeMap<(&'static str, i32), u64>>,
+        }
+
+        impl Default for ExportMetrics {
+            fn default() -> ExportMetrics {
+                ExportMetrics {
+                    $($field: AtomicU64::new(0),)*
+                    state: AtomicU64::new(0),
+                    breaker: AtomicU64::new(0),
+                    raw_bytes: AtomicU64::new(0),
+                    block_bytes: AtomicU64::new(0),
+                    insert_seconds: Buckets::new(&LATENCY_BOUNDS_S),
+                    visibility_seconds: Buckets::new(&LATENCY_BOUNDS_S),
+                    batch_rows: Buckets::new(&BATCH_BOUNDS),
+                    errors: Mutex::default(),
+                }
+            }
         }
 
         impl ExportMetrics {
             fn plain_samples(&self, samples: &mut Vec<Sample>) {
                 $(samples.push(Sample {
                     name: $name,
-                    kind: $kind,
                     help: $help,
                     labels: Vec::new(),
-                    value: self.$field.load(Relaxed) as f64,
+                    value: SampleValue::$kind(self.$field.load(Relaxed) as f64 * $scale),
                 });)*
             }
         }
@@ -285,79 +342,80 @@ macro_rules! metrics {
 }
 
 metrics! {
-    rows "counter" "flumen_export_rows_total" "Rows acknowledged by ClickHouse.";
-    records "counter" "flumen_export_records_total" "Records settled, dead letters and skipped ones included.";
-    raw_bytes "counter" "flumen_export_raw_bytes_total" "Bytes of record batches read for export.";
-    block_bytes "counter" "flumen_export_block_bytes_total" "Bytes of Native blocks sent.";
-    inserts "counter" "flumen_export_inserts_total" "Inserts acknowledged by ClickHouse.";
-    insert_failures "counter" "flumen_export_insert_failures_total" "Inserts that failed or whose outcome was not clear.";
-    retries "counter" "flumen_export_retries_total" "Inserts sent again.";
-    ambiguous "counter" "flumen_export_ambiguous_total" "Plans whose outcome had to be looked up.";
-    repaired_rows "counter" "flumen_export_repaired_rows_total" "Rows found missing after an insert and inserted again.";
-    dead_letters "counter" "flumen_export_dlq_records_total" "Records written to the dead-letter topic.";
-    skipped "counter" "flumen_export_skipped_records_total" "Tombstones passed over.";
-    audit_missing_rows "counter" "flumen_export_audit_missing_rows_total" "Settled rows that the audit did not find.";
-    audit_duplicate_rows "counter" "flumen_export_audit_duplicate_rows_total" "Rows that the audit found more than once.";
-    lag_records "gauge" "flumen_export_lag_records" "Records below the last stable offset that are not settled.";
-    lag_ms "gauge" "flumen_export_lag_milliseconds" "Age of the oldest unsettled record, since the export saw it.";
-    open_plans "gauge" "flumen_export_open_plans" "Plans recorded and not settled.";
-    breaker_open "gauge" "flumen_export_breaker_open" "1 while the circuit breaker keeps inserts back.";
-    last_success_s "gauge" "flumen_export_last_success_timestamp_seconds" "When ClickHouse last acknowledged an insert.";
-    encode_us "counter" "flumen_export_encode_microseconds_total" "Time spent decoding records and building blocks.";
-    backoff_ms "counter" "flumen_export_backoff_milliseconds_total" "Time spent waiting after failures.";
-    state "gauge" "flumen_export_state_code" "0 starting, 1 running, 2 backing off, 3 paused, 4 failed, 5 stopped.";
+    rows Counter "flumen_export_rows_total" 1.0 "Rows settled in ClickHouse.";
+    records Counter "flumen_export_records_total" 1.0 "Records settled, dead letters and skipped ones included.";
+    inserts Counter "flumen_export_inserts_total" 1.0 "Inserts acknowledged by ClickHouse.";
+    insert_failures Counter "flumen_export_insert_failures_total" 1.0 "Inserts that failed or whose outcome was not clear.";
+    retries Counter "flumen_export_retries_total" 1.0 "Plans that had to be tried again later.";
+    ambiguous Counter "flumen_export_ambiguous_total" 1.0 "Plans whose outcome had to be looked up.";
+    repaired_rows Counter "flumen_export_repaired_rows_total" 1.0 "Rows found missing after an insert and inserted again.";
+    dead_letters Counter "flumen_export_dlq_records_total" 1.0 "Records written to the dead-letter topic.";
+    skipped Counter "flumen_export_skipped_records_total" 1.0 "Tombstones passed over.";
+    audit_missing_rows Counter "flumen_export_audit_missing_rows_total" 1.0 "Settled rows that the audit did not find.";
+    audit_duplicate_rows Counter "flumen_export_audit_duplicate_rows_total" 1.0 "Rows that the audit found more than once.";
+    lag_records Gauge "flumen_export_lag_records" 1.0 "Records that are not settled yet.";
+    lag_bytes Gauge "flumen_export_lag_bytes" 1.0 "Bytes of the records that are not settled yet, by the mean size of those that were exported.";
+    lag_ms Gauge "flumen_export_lag_seconds" 0.001 "Age of the oldest record that is not settled, since the export saw it.";
+    target_lag_met Gauge "flumen_export_target_lag_met" 1.0 "1 while the lag is within flumen.clickhouse.target.lag.ms.";
+    inflight_bytes Gauge "flumen_export_inflight_bytes" 1.0 "Bytes of the block that is being inserted.";
+    open_plans Gauge "flumen_export_open_plans" 1.0 "Plans recorded and not settled.";
+    last_success_s Gauge "flumen_export_last_success_timestamp_seconds" 1.0 "When ClickHouse last acknowledged an insert.";
+    encode_us Counter "flumen_export_encode_seconds_total" 0.000_001 "Time spent decoding records and building blocks.";
+    backoff_ms Counter "flumen_export_backpressure_seconds_total" 0.001 "Time spent waiting after failures.";
 }
 
 impl ExportMetrics {
-    /// Everything for /metrics. Histograms come as Prometheus' cumulative buckets.
+    /// Counts an error by its class and, where ClickHouse gave one, its code.
+    pub fn error(&self, class: &'static str, ch_code: Option<i32>) {
+        let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        let kind = (class, ch_code.unwrap_or(0));
+        let kind =
+            if errors.len() < MAX_ERROR_KINDS || errors.contains_key(&kind) { kind } else { ("other", 0) };
+        *errors.entry(kind).or_default() += 1;
+    }
+
+    /// Everything for /metrics.
     pub fn samples(&self) -> Vec<Sample> {
         let mut samples = Vec::new();
         self.plain_samples(&mut samples);
-        let now = self.state.load(Relaxed);
-        for (code, state) in (0u64..).zip(State::ALL) {
-            samples.push(Sample {
-                name: "flumen_export_state",
-                kind: "gauge",
-                help: "1 for the state the export is in.",
-                labels: vec![("state", state.as_str().to_owned())],
-                value: f64::from(u8::from(code == now)),
-            });
-        }
-        for (buckets, names, help) in [
+        let mut one = |name, help, labels, value| samples.push(Sample { name, help, labels, value });
+        let states = State::ALL.map(State::as_str);
+        let breakers = BreakerState::ALL.map(BreakerState::as_str);
+        for (name, help, all, now) in [
+            ("flumen_export_state", "1 for the state the export is in.", &states[..], &self.state),
             (
-                &self.insert_seconds,
-                [
-                    "flumen_export_insert_seconds_bucket",
-                    "flumen_export_insert_seconds_count",
-                    "flumen_export_insert_seconds_sum",
-                ],
-                "Duration of inserts.",
-            ),
-            (
-                &self.visibility_seconds,
-                [
-                    "flumen_export_visibility_seconds_bucket",
-                    "flumen_export_visibility_seconds_count",
-                    "flumen_export_visibility_seconds_sum",
-                ],
-                "From the export seeing a record to ClickHouse acknowledging it.",
+                "flumen_export_breaker_state",
+                "1 for the state of the circuit breaker.",
+                &breakers[..],
+                &self.breaker,
             ),
         ] {
-            let mut sum = 0;
-            let bounds = LATENCY_BOUNDS_S.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
-            for (bound, count) in bounds.zip(&buckets.counts) {
-                sum += count.load(Relaxed);
-                samples.push(Sample {
-                    name: names[0],
-                    kind: "histogram",
-                    help,
-                    labels: vec![("le", bound)],
-                    value: sum as f64,
-                });
+            let now = now.load(Relaxed);
+            for (code, state) in (0u64..).zip(all) {
+                let labels = vec![("state", (*state).to_owned())];
+                one(name, help, labels, SampleValue::Gauge(f64::from(u8::from(code == now))));
             }
-            let plain = |name, value| Sample { name, kind: "histogram", help, labels: Vec::new(), value };
-            samples.push(plain(names[1], sum as f64));
-            samples.push(plain(names[2], buckets.sum_us.load(Relaxed) as f64 / 1e6));
+        }
+        for (kind, bytes) in [("records", &self.raw_bytes), ("blocks", &self.block_bytes)] {
+            let help = "Bytes of record batches read, and of Native blocks acknowledged by ClickHouse.";
+            let labels = vec![("kind", kind.to_owned())];
+            one("flumen_export_bytes_total", help, labels, SampleValue::Counter(bytes.load(Relaxed) as f64));
+        }
+        for ((class, code), count) in self.errors.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            let labels = vec![("class", (*class).to_owned()), ("ch_code", code.to_string())];
+            let help = "Failures by class and ClickHouse's code, 0 where it gave none.";
+            one("flumen_export_errors_total", help, labels, SampleValue::Counter(*count as f64));
+        }
+        for (name, help, buckets) in [
+            ("flumen_export_insert_seconds", "Duration of acknowledged inserts.", &self.insert_seconds),
+            (
+                "flumen_export_visibility_seconds",
+                "From the export seeing a record to ClickHouse acknowledging it.",
+                &self.visibility_seconds,
+            ),
+            ("flumen_export_batch_rows", "Rows per acknowledged insert.", &self.batch_rows),
+        ] {
+            one(name, help, Vec::new(), buckets.value());
         }
         samples
     }
@@ -413,14 +471,34 @@ mod tests {
     fn samples_have_one_state_and_cumulative_buckets() {
         let metrics = ExportMetrics::default();
         metrics.state.store(3, Relaxed);
-        metrics.insert_seconds.record_ms(30.0);
-        metrics.insert_seconds.record_ms(3.0);
+        metrics.lag_ms.store(1500, Relaxed);
+        metrics.insert_seconds.record(0.03);
+        metrics.insert_seconds.record(0.003);
+        metrics.insert_seconds.record(1000.0);
         let samples = metrics.samples();
-        let on: Vec<&Sample> =
-            samples.iter().filter(|s| s.name == "flumen_export_state" && s.value == 1.0).collect();
+        let named = |name: &str| samples.iter().filter(|s| s.name == name).cloned().collect::<Vec<_>>();
+        let on: Vec<Sample> =
+            named("flumen_export_state").into_iter().filter(|s| s.value == SampleValue::Gauge(1.0)).collect();
         assert_eq!(on.len(), 1);
         assert_eq!(on[0].labels, [("state", "paused".to_owned())]);
-        let last = samples.iter().rfind(|s| s.name == "flumen_export_insert_seconds_bucket").map(|s| s.value);
-        assert_eq!(last, Some(2.0));
+        assert_eq!(named("flumen_export_lag_seconds")[0].value, SampleValue::Gauge(1.5));
+        let SampleValue::Histogram { cumulative, count, sum } =
+            &named("flumen_export_insert_seconds")[0].value
+        else {
+            panic!("a histogram");
+        };
+        assert_eq!((cumulative[0], cumulative[2], cumulative[11].1, *count), ((0.01, 1), (0.05, 2), 2, 3));
+        assert_eq!(*sum, 1000.033);
+    }
+
+    #[test]
+    fn errors_are_counted_by_kind_and_bounded() {
+        let metrics = ExportMetrics::default();
+        metrics.error("transient", None);
+        (0..1000).for_each(|code| metrics.error("unknown", Some(code)));
+        let errors: Vec<Sample> =
+            metrics.samples().into_iter().filter(|s| s.name == "flumen_export_errors_total").collect();
+        assert_eq!(errors.len(), MAX_ERROR_KINDS + 1);
+        assert!(errors.iter().any(|s| s.labels[0].1 == "other"));
     }
 }

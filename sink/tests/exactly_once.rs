@@ -127,7 +127,9 @@ fn late_commits_are_recognised() {
         produce(&topic, 2, 0, IDS, 500);
         until_settled(&export, &topic).await;
         // The last of the late copies may still be on its way.
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        while proxy.answered(Fault::Late) < proxy.happened(Fault::Late) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         export.stop().await;
         assert!(proxy.happened(Fault::Late) > 3);
         check(&engine, &topic, "late", IDS).await;

@@ -1,142 +1,174 @@
-//! The data directory: its lock, its format version, its layout.
+//! The data directory: its lock, its version, and the id of the present run's WAL.
 //!
-//! `FORMAT` (version), `LOCK`, `wal/<shard>-<lane>/<slot>.wal`, `wal/<name>.checkpoint`,
-//! `log/<topic>-<partition>.g<group id>/` with segments.
+//! Plain system calls before the shards start; shared read-only by all of them afterwards.
 
-use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
-use crate::entry::{GroupId, Lane, RecoveredGroup};
-use crate::error::OpenError;
-use crate::recovery;
+use flumen_io::{File, FileSystem, Mode};
 
-/// Raised when an older binary could misread what a newer one wrote.
-const FORMAT_VERSION: u32 = 1;
-const FORMAT_FILE: &str = "FORMAT";
+use crate::store::is_no_space;
+use crate::types::{OpenError, RecoveredGroup};
 
+const FORMAT: &str = "flumen 1";
+
+/// Held by the directory and by every shard opened on it.
+#[derive(Debug)]
+pub(crate) struct Lock(#[allow(dead_code, reason = "holding it is the point")] File);
+
+#[derive(Debug)]
 pub struct DataDir {
-    root: PathBuf,
-    /// Held until the process ends.
-    _lock: flumen_io::File,
+    path: PathBuf,
+    files: FileSystem,
+    lock: Arc<Lock>,
+    wal_id: OnceLock<u64>,
+}
+
+pub(crate) fn open_error(path: &Path, action: &'static str, source: io::Error) -> OpenError {
+    let shown = path.display().to_string();
+    match source.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            OpenError::NotWritable { path: shown }
+        }
+        io::ErrorKind::NotADirectory => OpenError::NotADirectory { path: shown },
+        _ if is_no_space(&source) => OpenError::NoSpace { path: shown },
+        _ => OpenError::Io { path: shown, action, source },
+    }
+}
+
+/// Replaces a small file so that a crash leaves the old or the new one, and makes that durable.
+pub(crate) fn replace_file(files: &FileSystem, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let file = files.open(&temporary, Mode { write: true, create: true, ..Mode::default() })?;
+    file.set_len(0)?;
+    file.write_all_at(bytes, 0)?;
+    file.sync_all()?;
+    files.rename(&temporary, path)?;
+    match path.parent() {
+        Some(parent) => files.sync_dir(parent),
+        None => Ok(()),
+    }
+}
+
+/// Makes the names of a directory and of `count - 1` above it sure: without that, all that will ever be synced inside can
+/// be lost with the directory's own name. Also for one that exists: a start that was cut short may have left it unsynced.
+fn sync_names(files: &FileSystem, path: &Path, count: usize) -> io::Result<()> {
+    for above in path.ancestors().skip(1).take(count) {
+        match files.sync_dir(above) {
+            // Who may not read the directory above has not put a name there.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+/// Of the machine's start, shortened to what a block has room for.
+pub(crate) fn boot_id(files: &FileSystem) -> u64 {
+    let id = files.boot_id();
+    u64::from(crc32c::crc32c(&id)) << 32 | u64::from(crc32c::crc32c_append(1, &id))
 }
 
 impl DataDir {
-    /// Creates or opens, and locks. Refuses what is not a data directory of this format.
-    pub fn open(path: &Path) -> Result<DataDir, OpenError> {
-        if path.exists() && !path.is_dir() {
-            return Err(OpenError::NotADirectory(path.to_path_buf()));
+    /// Creates the directory if needed, locks it and checks its version.
+    pub fn open(path: impl AsRef<Path>) -> Result<DataDir, OpenError> {
+        Self::open_on(FileSystem::machine(), path)
+    }
+
+    /// As `open`, on a file system of the caller's choice (a simulated one, in tests).
+    pub fn open_on(files: FileSystem, path: impl AsRef<Path>) -> Result<DataDir, OpenError> {
+        let path = path.as_ref();
+        if files.exists(path) && !files.is_dir(path) {
+            return Err(OpenError::NotADirectory { path: path.display().to_string() });
         }
-        fs::create_dir_all(path).map_err(OpenError::io(path))?;
-        let root = path.canonicalize().map_err(OpenError::io(path))?;
-        let format = root.join(FORMAT_FILE);
-        let found = match fs::read_to_string(&format) {
-            Ok(text) => Some(text.trim().to_string()),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-            Err(e) => return Err(OpenError::io(&format)(e)),
-        };
-        if found.is_none() {
-            let mut entries = fs::read_dir(&root).map_err(OpenError::io(&root))?;
-            // A lock file alone is what a first start that died left behind; lost+found is a mount point's.
-            let strange = entries.any(|e| {
-                e.is_ok_and(|e| !matches!(e.file_name().to_str(), Some("LOCK" | "lost+found" | "FORMAT.tmp")))
-            });
-            if strange {
-                return Err(OpenError::NotOurs(root));
+        let missing = path.ancestors().skip(1).take_while(|above| !files.exists(above)).count();
+        files.create_dir_all(path).map_err(|e| open_error(path, "creating the directory", e))?;
+        // One path for it, whatever the process does with its working directory.
+        let path = &files.canonicalize(path).map_err(|e| open_error(path, "resolving", e))?;
+        sync_names(&files, path, missing + 1).map_err(|e| open_error(path, "syncing its name", e))?;
+        let format_path = path.join("FORMAT");
+        if !files.exists(&format_path) {
+            // A lock and an unfinished FORMAT are what a first start that died leaves; lost+found is a mount point's.
+            let entries = files.list(path).map_err(|e| open_error(path, "listing", e))?;
+            let ours = |name: &str| matches!(name, "LOCK" | "FORMAT.new" | "lost+found");
+            if entries.iter().any(|entry| !ours(&entry.name)) {
+                return Err(OpenError::NotOurs { path: path.display().to_string() });
             }
         }
-        let lock_path = root.join("LOCK");
-        let lock = flumen_io::lock_file(&lock_path)
-            .map_err(OpenError::io(&lock_path))?
-            .ok_or_else(|| OpenError::Locked(root.clone()))?;
-        match found {
-            None => {
-                for directory in ["wal", "log"] {
-                    let path = root.join(directory);
-                    fs::create_dir_all(&path).map_err(OpenError::io(&path))?;
-                }
-                // Last: a directory without it is still empty in the eyes of the check above.
-                crate::checkpoint::write_atomically(&format, format!("{FORMAT_VERSION}\n").as_bytes())
-                    .map_err(OpenError::io(&format))?;
+        let lock_path = path.join("LOCK");
+        let lock = files
+            .lock(&lock_path)
+            .map_err(|e| open_error(path, "locking the directory", e))?
+            .ok_or_else(|| OpenError::InUse { path: path.display().to_string() })?;
+        match files.read(&format_path) {
+            Ok(found) if found.trim_ascii() == FORMAT.as_bytes() => {}
+            Ok(found) => {
+                let found = String::from_utf8_lossy(found.trim_ascii()).chars().take(60).collect();
+                return Err(OpenError::Format { path: path.display().to_string(), found, want: FORMAT });
             }
-            Some(version) if version == FORMAT_VERSION.to_string() => {}
-            Some(version) => {
-                return Err(OpenError::Version { path: root, found: version, ours: FORMAT_VERSION });
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let line = format!("{FORMAT}\n");
+                replace_file(&files, &format_path, line.as_bytes())
+                    .map_err(|e| open_error(path, "writing FORMAT", e))?;
             }
+            Err(error) => return Err(open_error(path, "reading FORMAT", error)),
         }
-        Ok(DataDir { root, _lock: lock })
+        for name in ["wal", "log"] {
+            let sub = path.join(name);
+            files.create_dir_all(&sub).map_err(|e| open_error(&sub, "creating the directory", e))?;
+        }
+        files.sync_dir(path).map_err(|e| open_error(path, "syncing the directory", e))?;
+        // The lock and the directories may be from a time when it was writable.
+        let probe = path.join("wal").join("probe");
+        files.write(&probe, b"").map_err(|e| open_error(path, "writing", e))?;
+        files.remove_file(&probe).map_err(|e| open_error(path, "writing", e))?;
+        Ok(DataDir { path: path.to_owned(), files, lock: Arc::new(Lock(lock)), wal_id: OnceLock::new() })
     }
 
     pub fn path(&self) -> &Path {
-        &self.root
+        &self.path
     }
 
-    pub(crate) fn wal_root(&self) -> PathBuf {
-        self.root.join("wal")
+    /// Bytes that may still be written on its disk.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        self.files.free_bytes(&self.path)
     }
 
-    pub(crate) fn wal_dir(&self, shard: usize, lane: Lane) -> PathBuf {
-        let lane = match lane {
-            Lane::Durable => "durable",
-            Lane::Os => "os",
-        };
-        self.wal_root().join(format!("{shard}-{lane}"))
+    /// Brings everything that a former run left in its WALs into the partitions' segments. Before the shards start, once;
+    /// their number may differ from the former run's. Keeps up to `cache_hint` bytes of the newest batches in memory.
+    pub fn recover(&self, cache_hint: usize) -> Result<Vec<RecoveredGroup>, OpenError> {
+        if self.wal_id.get().is_some() {
+            return Err(OpenError::Config("the data directory is recovered once per start".to_owned()));
+        }
+        let (groups, wal_id) = crate::recovery::recover(&self.files, &self.path, cache_hint)?;
+        let _ = self.wal_id.set(wal_id);
+        Ok(groups)
     }
 
-    pub(crate) fn log_root(&self) -> PathBuf {
-        self.root.join("log")
+    /// Removes the directory of a partition that no shard has taken over.
+    pub fn remove_group(&self, dir_name: &str) -> io::Result<()> {
+        if !crate::group_state::valid_dir_name(dir_name) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let root = self.path.join("log");
+        let from = root.join(dir_name);
+        // The group is not in this run's WAL, so its number is of no use to a recovery.
+        let to = root.join(format!("{dir_name}.{}.deleted", crate::types::UNKNOWN_GROUP));
+        self.files.rename(&from, &to)?;
+        self.files.sync_dir(&root)?;
+        self.files.remove_dir_all(&to)
     }
 
-    /// Turns what the last run left into segments and returns every group. Must run before any shard
-    /// opens its store.
-    pub fn recover(&self) -> Result<Vec<RecoveredGroup>, OpenError> {
-        recovery::recover(self)
+    pub(crate) fn files(&self) -> &FileSystem {
+        &self.files
     }
 
-    /// Removes a group that no topic names any more.
-    pub fn remove_group(&self, dir_name: &str) -> std::io::Result<()> {
-        let path = self.log_root().join(dir_name);
-        let doomed = self.log_root().join(format!("{dir_name}{DELETED_SUFFIX}"));
-        fs::rename(&path, &doomed)?;
-        flumen_io::sync_dir(&self.log_root())?;
-        fs::remove_dir_all(&doomed)
-    }
-}
-
-pub(crate) const DELETED_SUFFIX: &str = ".deleted";
-
-/// The group id at the end of a partition's directory name.
-pub(crate) fn group_of(dir_name: &str) -> Option<GroupId> {
-    dir_name.rsplit_once(".g")?.1.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn refuses_what_is_not_its_own() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("d");
-        let first = DataDir::open(&path).unwrap();
-        assert!(matches!(DataDir::open(&path), Err(OpenError::Locked(_))));
-        drop(first);
-        drop(DataDir::open(&path).unwrap());
-        fs::write(path.join(FORMAT_FILE), "99\n").unwrap();
-        assert!(matches!(DataDir::open(&path), Err(OpenError::Version { .. })));
-        let file = dir.path().join("f");
-        fs::write(&file, "x").unwrap();
-        assert!(matches!(DataDir::open(&file), Err(OpenError::NotADirectory(_))));
-        let other = dir.path().join("o");
-        fs::create_dir(&other).unwrap();
-        fs::write(other.join("precious.txt"), "x").unwrap();
-        assert!(matches!(DataDir::open(&other), Err(OpenError::NotOurs(_))));
+    pub(crate) fn wal_id(&self) -> Option<u64> {
+        self.wal_id.get().copied()
     }
 
-    #[test]
-    fn reads_the_group_from_the_directory_name() {
-        assert_eq!(group_of("orders-0.g17"), Some(17));
-        assert_eq!(group_of("a.g-3.gb-1.g2"), Some(2));
-        assert_eq!(group_of("orders-0"), None);
-        assert_eq!(group_of("orders-0.g17.deleted"), None);
+    pub(crate) fn lock(&self) -> Arc<Lock> {
+        Arc::clone(&self.lock)
     }
 }

@@ -1,498 +1,745 @@
-//! One partition's log: the tail in memory, the segments behind it, and what is known of its producers.
+//! One partition's log on its shard: staging entries, the tail in memory, what is in segments, and its small state.
 //!
-//! The tail holds entries in log order: first those that are in segments already (cache, may go at any
-//! time), then those that are only in the WAL (stay until they are flushed). Lives on its shard.
+//! Everything here is synchronous and runs on the shard thread; reading segments is in `read.rs`, moving runs to them in
+//! `flush.rs`.
+//!
+//! Invariants:
+//! - `flushed_end <= high_watermark` except right after recovery: only committed entries leave the WAL.
+//! - Segments hold offsets `[segments[0].base, flushed_end)` without gaps; the tail continues there.
+//! - An entry at an index that exists replaces it and everything after it.
 
-use std::cell::{Cell, RefCell, RefMut};
+use std::cell::{Cell, OnceCell, Ref, RefCell, RefMut};
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use flumen_io::{File, Mode};
-use flumen_protocol::record::decode_records;
-use flumen_protocol::record_batch::{self, HEADER_BYTES};
+use flumen_protocol::record_batch;
 
-use crate::entry::{Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload};
-use crate::error::{ReadError, StageError};
+use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
 use crate::producer_state::ProducerState;
-use crate::segment::{self, Segment};
-use crate::store::ShardStore;
-use crate::wal_format;
+use crate::ring::Class;
+use crate::segment_index::IndexEntry;
+use crate::store::{Shard, add};
+use crate::tail::{Tail, TailEntry};
+use crate::types::{
+    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup,
+    StageError,
+};
+use crate::wal::Wal;
+use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
 
-/// One catch-up read at least: a request for less is cut from it.
-const READ_BYTES: usize = 256 << 10;
-/// Decompressed bytes looked at when a record is sought by time.
-const TIME_LOOKUP_BYTES_MAX: usize = 64 << 20;
+/// Room in the WAL that waiting producers leave alone: metadata, groups and export plans go on under any load.
+const RING_RESERVE_BYTES: usize = 4 << 20;
 
-pub(crate) struct TailEntry {
-    pub(crate) index: u64,
-    pub(crate) term: u64,
-    /// Equal offsets for a control entry.
-    pub(crate) base_offset: i64,
-    pub(crate) next_offset: i64,
-    pub(crate) bytes: Bytes,
-    pub(crate) lane: Lane,
-    pub(crate) lsn: Lsn,
+/// A run of this size is worth a write of its own.
+pub(crate) const FLUSH_RUN_BYTES: u64 = 256 << 10;
+
+/// The first run of a group is due somewhere between half and all of `FLUSH_RUN_BYTES`: partitions that fill at one rate
+/// would otherwise all go to their segments in one burst, and WAL writes would wait behind it.
+fn first_run_bytes(id: GroupId) -> u64 {
+    let share = id.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    FLUSH_RUN_BYTES / 2 + (share * (FLUSH_RUN_BYTES / 2) >> 32)
+}
+
+/// Index positions are 32 bits wide.
+const MAX_SEGMENT_BYTES: u64 = 2 << 30;
+
+#[derive(Debug, Clone)]
+pub(crate) struct Segment {
+    pub base: i64,
+    pub bytes: u64,
+    /// Unknown after a start until somebody asks.
+    pub max_timestamp: Option<i64>,
+    pub first_timestamp: Option<i64>,
+    pub index: Option<Rc<RefCell<Vec<IndexEntry>>>>,
+    /// Length of the file, as far as it is known to be longer than `bytes`: zeros that later appends write over.
+    pub reserved: u64,
+}
+
+impl Segment {
+    pub fn new(base: i64, bytes: u64) -> Self {
+        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None, reserved: 0 }
+    }
+}
+
+pub(crate) struct Inner {
+    pub config: GroupConfig,
+    pub hard_state: HardState,
+    pub last_index: u64,
+    pub last_term: u64,
+    pub log_start: i64,
+    pub log_end: i64,
+    pub high_watermark: i64,
+    pub tail: Tail,
+    pub epochs: LeaderEpochs,
+    pub segments: VecDeque<Segment>,
+    pub flushed_index: u64,
+    pub flushed_term: u64,
+    pub flushed_end: i64,
+    /// Segments written and not synced.
+    pub dirty: Vec<i64>,
+    pub dir_dirty: bool,
+    /// Segments were cut; nothing is written to them before this commit is done. `Lsn::MAX`: it is being staged.
+    pub cut_by: Option<(Lane, Lsn)>,
+    /// Segments that the cut left without a place in the log; removed when it is durable.
+    pub cut_files: Vec<i64>,
+    /// (index, log end before it) of entries recovered above the commit index.
+    recovered_tail: Vec<(u64, i64)>,
+    /// Lane of its next entries, and the newest commit in it that has something of this group.
+    pub lane: Lane,
+    pub last_lsn: Lsn,
+    /// The commit that moved the log start last; what lies below it may go once that is safe.
+    pub log_start_by: (Lane, Lsn),
+    /// Lane of its last record of any kind.
+    recorded_in: Lane,
+    touched: [Option<u64>; 2],
+    /// State differs from `group.meta`.
+    pub meta_dirty: bool,
+    pub snapshot_offset: i64,
+    /// The log was not cut since the start, so nothing is missing from the producers; only then they are written down.
+    pub producers_whole: bool,
+    pub bytes_since_snapshot: u64,
+    /// So much unflushed makes the next run.
+    pub next_run_bytes: u64,
+    flushing: bool,
 }
 
 pub(crate) struct Group {
-    pub(crate) id: GroupId,
-    pub(crate) dir: PathBuf,
-    pub(crate) health: RefCell<GroupHealth>,
-    pub(crate) config: RefCell<GroupConfig>,
-    pub(crate) state: RefCell<GroupState>,
-    pub(crate) producers: RefCell<ProducerState>,
-    /// A flush of this group is under way, or it waits for one.
-    pub(crate) flushing: Cell<bool>,
-    pub(crate) queued: Cell<bool>,
-    pub(crate) deleted: Cell<bool>,
+    pub id: GroupId,
+    pub dir_name: String,
+    pub dir: PathBuf,
+    /// Why it refuses to serve. Set once: what was wrong with the bytes stays wrong until the next start looks again.
+    pub damage: OnceCell<String>,
+    /// Damaged since the start: nothing of it is written, so that it stays as it was found.
+    pub frozen: Cell<bool>,
+    /// Its deletion was asked for: it takes nothing more.
+    pub deleting: Cell<bool>,
+    /// It is deleted: its directory has another name.
+    pub deleted: Cell<bool>,
+    pub queued: Cell<bool>,
+    pub inner: RefCell<Inner>,
+    pub producers: RefCell<ProducerState>,
 }
 
-pub(crate) struct GroupState {
-    pub(crate) hard_state: HardState,
-    pub(crate) last_index: u64,
-    pub(crate) last_term: u64,
-    pub(crate) log_start_offset: i64,
-    pub(crate) log_end_offset: i64,
-    pub(crate) high_watermark: i64,
-    pub(crate) tail: VecDeque<TailEntry>,
-    /// Entries at the front of `tail` that are in segments.
-    pub(crate) flushed: usize,
-    pub(crate) unflushed_bytes: usize,
-    pub(crate) flushed_index: u64,
-    pub(crate) flushed_term: u64,
-    pub(crate) segments: Vec<Segment>,
-    pub(crate) active: Option<File>,
-    /// Written since its last sync.
-    pub(crate) dirty: Vec<File>,
-    pub(crate) synced_end_offset: i64,
-    pub(crate) snapshot_offset: i64,
-    pub(crate) leader_epochs: LeaderEpochs,
-}
-
-/// What the broker holds of a partition's log. Cheap to clone.
-#[derive(Clone)]
-pub struct GroupLog {
-    pub(crate) group: Rc<Group>,
-    pub(crate) store: ShardStore,
-}
-
-impl GroupLog {
-    pub fn health(&self) -> GroupHealth {
-        self.group.health.borrow().clone()
-    }
-
-    pub fn hard_state(&self) -> HardState {
-        self.group.state.borrow().hard_state
-    }
-
-    pub fn last_index(&self) -> u64 {
-        self.group.state.borrow().last_index
-    }
-
-    pub fn last_term(&self) -> u64 {
-        self.group.state.borrow().last_term
-    }
-
-    pub fn log_start_offset(&self) -> i64 {
-        self.group.state.borrow().log_start_offset
-    }
-
-    /// End of what was staged.
-    pub fn log_end_offset(&self) -> i64 {
-        self.group.state.borrow().log_end_offset
-    }
-
-    /// Entries below this offset are committed: they may leave the WAL for segments.
-    pub fn set_high_watermark(&self, offset: i64) {
-        let due = {
-            let mut state = self.group.state.borrow_mut();
-            state.high_watermark = state.high_watermark.max(offset);
-            state.unflushed_bytes >= crate::store::RUN_BYTES
-        };
-        if due {
-            self.store.0.queue_flush(&self.group);
+impl Group {
+    fn new(shard: &Shard, id: GroupId, dir_name: &str, config: GroupConfig) -> Self {
+        Self {
+            id,
+            dir_name: dir_name.to_owned(),
+            dir: shard.segments_root().join(dir_name),
+            damage: OnceCell::new(),
+            frozen: Cell::new(false),
+            deleting: Cell::new(false),
+            deleted: Cell::new(false),
+            queued: Cell::new(false),
+            inner: RefCell::new(Inner {
+                lane: Lane::Durable,
+                recorded_in: Lane::Durable,
+                config,
+                hard_state: HardState::default(),
+                last_index: 0,
+                last_term: 0,
+                log_start: 0,
+                log_end: 0,
+                high_watermark: 0,
+                tail: Tail::default(),
+                epochs: LeaderEpochs::default(),
+                segments: VecDeque::new(),
+                flushed_index: 0,
+                flushed_term: 0,
+                flushed_end: 0,
+                dirty: Vec::new(),
+                dir_dirty: false,
+                cut_by: None,
+                cut_files: Vec::new(),
+                recovered_tail: Vec::new(),
+                last_lsn: 0,
+                log_start_by: (Lane::Durable, 0),
+                touched: [None; 2],
+                meta_dirty: false,
+                snapshot_offset: -1,
+                producers_whole: true,
+                bytes_since_snapshot: 0,
+                next_run_bytes: first_run_bytes(id),
+                flushing: false,
+            }),
+            producers: RefCell::default(),
         }
     }
 
-    pub fn set_config(&self, config: GroupConfig) {
-        *self.group.config.borrow_mut() = config;
+    /// `lsn`: the commit that says that it exists.
+    pub fn create(shard: &Rc<Shard>, id: GroupId, dir_name: &str, config: GroupConfig, lsn: Lsn) -> Self {
+        let group = Self::new(shard, id, dir_name, config);
+        {
+            let mut inner = group.inner.borrow_mut();
+            inner.meta_dirty = true;
+            inner.dir_dirty = true;
+            inner.last_lsn = lsn;
+        }
+        group
+    }
+
+    pub fn attach(shard: &Rc<Shard>, recovered: RecoveredGroup, config: GroupConfig) -> Self {
+        let group = Self::new(shard, recovered.group_id, &recovered.dir_name, config);
+        if let GroupHealth::Damaged { reason } = recovered.health {
+            group.frozen.set(true);
+            group.note_damage(reason);
+        }
+        {
+            let mut inner = group.inner.borrow_mut();
+            let restored = recovered.restored;
+            inner.hard_state = recovered.hard_state;
+            inner.last_index = recovered.last_index;
+            inner.last_term = recovered.last_term;
+            inner.log_start = recovered.log_start_offset;
+            inner.log_end = recovered.log_end_offset;
+            inner.high_watermark = recovered.log_start_offset;
+            inner.flushed_index = recovered.last_index;
+            inner.flushed_term = recovered.last_term;
+            inner.flushed_end = recovered.log_end_offset;
+            inner.epochs = restored.epochs;
+            inner.snapshot_offset = restored.snapshot_offset;
+            inner.recovered_tail = restored.above_commit;
+            inner.segments =
+                restored.segments.iter().map(|(base, bytes)| Segment::new(*base, *bytes)).collect();
+            for entry in restored.warm {
+                shard.cache_push(group.id, entry.bytes.len());
+                inner.tail.push_flushed(entry);
+            }
+        }
+        *group.producers.borrow_mut() = recovered.producers;
+        shard.evict();
+        group
+    }
+
+    pub fn note_damage(&self, reason: String) {
+        // The first reason stays.
+        let _ = self.damage.set(reason);
+    }
+
+    pub fn is_damaged(&self) -> bool {
+        self.damage.get().is_some()
+    }
+
+    pub fn log_path(&self, base: i64) -> PathBuf {
+        self.dir.join(format!("{base:020}.log"))
+    }
+
+    pub fn index_path(&self, base: i64) -> PathBuf {
+        self.dir.join(format!("{base:020}.idx"))
+    }
+
+    pub fn segment_bases(&self) -> Vec<i64> {
+        self.inner.borrow().segments.iter().map(|segment| segment.base).collect()
+    }
+
+    pub fn unflushed_bytes(&self) -> u64 {
+        self.inner.borrow().tail.unflushed_bytes()
+    }
+
+    pub fn evict_one(&self) -> Option<usize> {
+        self.inner.borrow_mut().tail.evict()
+    }
+
+    /// Its records are in `file_seq` of `wal`: that file may not go before this group is seen to.
+    pub fn touch(&self, wal: &Wal, file_seq: u64) {
+        self.inner.borrow_mut().touch(self.id, wal, file_seq);
+    }
+
+    pub fn mark_deleted(&self, shard: &Shard) {
+        self.deleted.set(true);
+        let mut inner = self.inner.borrow_mut();
+        let cached: u64 = inner.tail.iter().map(|entry| entry.bytes.len() as u64).sum();
+        let unflushed = inner.tail.unflushed_bytes();
+        shard.cache_bytes.set(shard.cache_bytes.get().saturating_sub(cached));
+        shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
+        inner.tail = Tail::default();
+        shard.read_ahead.borrow_mut().retain(|ahead| ahead.group != self.id);
+    }
+
+    /// The state as it is in segments and records so far; what `flushed` covers must be synced before this is written.
+    pub fn state(&self, wal_id: u64, lsn: Lsn) -> GroupState {
+        let inner = self.inner.borrow();
+        let active = inner.segments.back();
+        GroupState {
+            group: self.id,
+            dir_name: self.dir_name.clone(),
+            os: inner.lane == Lane::Os,
+            wal_id,
+            lsn,
+            hard_state: inner.hard_state,
+            flushed_index: inner.flushed_index,
+            flushed_term: inner.flushed_term,
+            flushed_end: inner.flushed_end,
+            active_base: active.map_or(-1, |segment| segment.base),
+            active_bytes: active.map_or(0, |segment| segment.bytes),
+            log_start: inner.log_start,
+            epochs: inner.epochs.clone(),
+        }
+    }
+
+    pub fn set_flushing(&self, flushing: bool) {
+        self.inner.borrow_mut().flushing = flushing;
+    }
+}
+
+impl Inner {
+    pub fn touch(&mut self, id: GroupId, wal: &Wal, file_seq: u64) {
+        let touched = &mut self.touched[wal.lane as usize];
+        if *touched != Some(file_seq) {
+            *touched = Some(file_seq);
+            wal.touch(file_seq, id);
+        }
+    }
+
+    /// To be called before a record of this group goes to a lane: its records lie in LSN order, whatever their lanes.
+    pub fn record_in(&mut self, shard: &Shard, lane: Lane) {
+        if self.recorded_in != lane {
+            self.recorded_in = lane;
+            shard.wal(lane).begin_after(shard.next_lsn.get() - 1);
+        }
+    }
+
+    /// Offset at which the entry at `index` begins, for replacing it.
+    fn offset_of(&self, index: u64) -> Option<i64> {
+        if let Some(entry) = self.tail.get(index) {
+            return Some(entry.base_offset);
+        }
+        self.recovered_tail.iter().find(|(known, _)| *known == index).map(|(_, offset)| *offset)
+    }
+
+    /// May leave the WAL. The high watermark counts records: whether an entry without any that stands right at it is
+    /// committed, only the hard state says.
+    pub fn is_committed(&self, entry: &TailEntry) -> bool {
+        if entry.is_batch() {
+            entry.next_offset <= self.high_watermark
+        } else {
+            entry.base_offset < self.high_watermark || entry.index <= self.hard_state.commit
+        }
     }
 
     pub fn size_bytes(&self) -> u64 {
-        let state = self.group.state.borrow();
-        state.segments.iter().map(|s| s.bytes).sum::<u64>() + state.unflushed_bytes as u64
+        self.segments.iter().map(|segment| segment.bytes).sum::<u64>() + self.tail.unflushed_bytes()
     }
 
-    pub fn producers(&self) -> RefMut<'_, ProducerState> {
-        self.group.producers.borrow_mut()
+    /// End of the segment at `position` in `segments`.
+    pub fn segment_end(&self, position: usize) -> i64 {
+        self.segments.get(position + 1).map_or(self.flushed_end, |next| next.base)
     }
 
-    /// Lane that entries go to now.
-    pub fn lane(&self) -> Lane {
-        self.group.config.borrow().durability.lane()
+    pub fn is_flushing(&self) -> bool {
+        self.flushing
     }
 
-    /// Whether an entry of this size would be accepted now.
-    pub fn has_room(&self, bytes: usize) -> bool {
-        self.store.0.wal(self.lane()).is_ok_and(|wal| wal.has_room(bytes)) && !self.store.0.no_space.get()
+    pub fn segment_limit(&self) -> u64 {
+        self.config.segment_bytes.min(MAX_SEGMENT_BYTES)
+    }
+}
+
+/// One partition's log. Cheap to clone; stays on its shard's thread.
+#[derive(Clone)]
+pub struct GroupLog {
+    pub(crate) shard: Rc<Shard>,
+    pub(crate) group: Rc<Group>,
+}
+
+impl std::fmt::Debug for GroupLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GroupLog({} {})", self.group.id, self.group.dir_name)
+    }
+}
+
+impl GroupLog {
+    fn inner(&self) -> Ref<'_, Inner> {
+        self.group.inner.borrow()
     }
 
-    /// The largest batch that fits into the WAL.
-    pub fn entry_bytes_max(&self) -> usize {
-        self.store.0.wal(self.lane()).map_or(0, |wal| wal.entry_bytes_max())
+    pub fn group_id(&self) -> GroupId {
+        self.group.id
     }
 
-    /// Hands entries to the WAL, in order, without waiting. They are stored when the lane's durable LSN
-    /// reaches the returned one. An entry at a known index replaces it and all after it.
+    pub fn dir_name(&self) -> &str {
+        &self.group.dir_name
+    }
+
+    /// Puts entries and hard state into the commit that is filling, and entries into the tail. They are safe once
+    /// `durable_lsn` of the returned lane reaches the returned LSN. All or nothing: an error has changed nothing.
     pub fn stage(&self, hard_state: Option<HardState>, entries: &[Entry]) -> Result<(Lane, Lsn), StageError> {
-        if let GroupHealth::Damaged { reason } = &*self.group.health.borrow() {
-            return Err(StageError::Damaged(reason.clone()));
+        let shard = &self.shard;
+        if shard.is_poisoned() || shard.closing.get() {
+            return Err(StageError::Poisoned);
         }
-        let lane = self.lane();
-        let wal = self
-            .store
-            .0
-            .wal(lane)
-            .map_err(|e| StageError::Poisoned(crate::error::LogPoisoned(e.to_string())))?;
-        if let Some(poison) = self.store.0.poisoned() {
-            return Err(StageError::Poisoned(poison));
+        if self.group.deleting.get() {
+            return Err(StageError::Deleted);
         }
-        let id = self.group.id;
-        let mut lsn = wal.last_staged_lsn();
-        if let Some(hard_state) = hard_state {
-            lsn = wal.stage(&[&wal_format::hard_state_record(id, &hard_state)], false);
-            self.group.state.borrow_mut().hard_state = hard_state;
+        if self.group.is_damaged() {
+            return Err(StageError::Damaged);
         }
+        let mut inner = self.group.inner.borrow_mut();
+        let inner = &mut *inner;
+        let lane = self.next_lane(inner);
+        let cut = self.admit(inner, shard.wal(lane), hard_state.is_some(), entries)?;
+        if hard_state.is_none() && entries.is_empty() {
+            return Ok((inner.lane, inner.last_lsn));
+        }
+        if let Some((index, offset)) = cut {
+            self.truncate(inner, index, offset);
+        }
+        let wal = self.enter_lane(inner, lane);
+        let mut lsn = inner.last_lsn;
         for entry in entries {
-            self.truncate_from(entry.index);
-            let mut state = self.group.state.borrow_mut();
-            assert!(entry.index == state.last_index + 1 || state.last_index == 0, "the log stays contiguous");
-            let (bytes, base_offset, next_offset) = match &entry.payload {
-                Payload::Control(bytes) => {
-                    let head = wal_format::control_header(id, entry.index, entry.term, bytes.len());
-                    lsn = wal.stage(&[&head, bytes], true);
-                    (bytes.clone(), state.log_end_offset, state.log_end_offset)
-                }
-                Payload::Batch(bytes) => {
-                    let header = record_batch::parse_header(bytes).expect("the broker stages whole batches");
-                    assert_eq!(header.base_offset, state.log_end_offset, "offsets stay contiguous");
-                    let head = wal_format::batch_header(id, entry.index, entry.term, bytes.len());
-                    lsn = wal.stage(&[&head, bytes], true);
-                    self.group.producers.borrow_mut().apply(&header);
-                    state.leader_epochs.note(header.leader_epoch, header.base_offset);
-                    (bytes.clone(), header.base_offset, header.next_offset())
-                }
+            let (kind, bytes) = match &entry.payload {
+                Payload::Batch(bytes) => (BATCH, bytes),
+                Payload::Control(bytes) => (CONTROL, bytes),
             };
-            state.last_index = entry.index;
-            state.last_term = entry.term;
-            state.log_end_offset = next_offset;
-            state.unflushed_bytes += bytes.len();
-            self.store.0.note_appended(&self.group, bytes.len());
-            state.tail.push_back(TailEntry {
+            let record = RecordHeader {
+                kind,
+                group: self.group.id,
                 index: entry.index,
                 term: entry.term,
-                base_offset,
+                offset: inner.log_end,
+            };
+            let placed = wal.append(&shard.next_lsn, &record, bytes, Class::Stage);
+            let (at, file_seq) = placed.expect("`admit` has found room for all of it");
+            lsn = at;
+            inner.touch(self.group.id, wal, file_seq);
+            let mut next_offset = inner.log_end;
+            let mut max_timestamp = i64::MIN;
+            if kind == BATCH {
+                let header = record_batch::parse_header(bytes).expect("`admit` has parsed it");
+                next_offset = header.next_offset();
+                max_timestamp = header.max_timestamp;
+                if header.has_producer_id() {
+                    self.group.producers.borrow_mut().apply(&header);
+                }
+                inner.epochs.assign(header.leader_epoch, header.base_offset);
+                add(&shard.counters.bytes_appended, bytes.len() as u64);
+                add(&shard.counters.batches_appended, 1);
+            }
+            shard.cache_push(self.group.id, bytes.len());
+            add(&shard.unflushed_bytes, bytes.len() as u64);
+            inner.tail.push(TailEntry {
+                index: entry.index,
+                term: entry.term,
+                base_offset: inner.log_end,
                 next_offset,
-                bytes,
-                lane,
-                lsn,
+                max_timestamp,
+                bytes: bytes.clone(),
+                file_seq,
+                lane: wal.lane,
             });
+            inner.last_index = entry.index;
+            inner.last_term = entry.term;
+            inner.log_end = next_offset;
         }
+        // Behind the entries: cut off in between, the entries are there and nothing that depends on them.
+        if let Some(hard_state) = hard_state {
+            let mut payload = [0; 16];
+            payload[..8].copy_from_slice(&hard_state.vote.to_le_bytes());
+            payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
+            let record = RecordHeader {
+                kind: HARD_STATE,
+                group: self.group.id,
+                index: 0,
+                term: hard_state.term,
+                offset: 0,
+            };
+            let placed = wal.append(&shard.next_lsn, &record, &payload, Class::Stage);
+            let (at, file_seq) = placed.expect("`admit` has found room for all of it");
+            lsn = at;
+            inner.touch(self.group.id, wal, file_seq);
+            inner.hard_state = hard_state;
+        }
+        inner.meta_dirty = true;
+        inner.last_lsn = lsn;
+        if inner.cut_by.is_some_and(|(_, by)| by == Lsn::MAX) {
+            inner.cut_by = Some((lane, lsn));
+        }
+        wal.wake_writer();
         Ok((lane, lsn))
     }
 
-    /// Drops entries from `index` on. Only entries that are not in segments can go: those are committed.
-    fn truncate_from(&self, index: u64) {
-        let mut state = self.group.state.borrow_mut();
-        while state.tail.len() > state.flushed && state.tail.back().is_some_and(|e| e.index >= index) {
-            if let Some(gone) = state.tail.pop_back() {
-                state.unflushed_bytes -= gone.bytes.len();
-                state.log_end_offset = gone.base_offset;
-                state.last_index = gone.index - 1;
-                state.last_term = state.tail.back().map_or(state.flushed_term, |e| e.term);
+    /// Where the next record goes. An entry must not be safe before the one it follows: the os lane, which waits for no
+    /// disk, has to wait until the durable one is done with this partition.
+    fn next_lane(&self, inner: &Inner) -> Lane {
+        let want = inner.config.durability.lane();
+        let done = inner.last_lsn <= self.shard.durable_lsn(inner.lane);
+        if want == Lane::Durable || done { want } else { inner.lane }
+    }
+
+    /// To be called right before a record is appended. The durable lane can be told to wait for what it follows in the
+    /// other one, so a partition is as safe as its topic asks from the first record on.
+    fn enter_lane(&self, inner: &mut Inner, lane: Lane) -> &Wal {
+        if lane != inner.lane {
+            match lane {
+                Lane::Os => self.shard.use_os_lane(),
+                Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable(inner.last_lsn),
             }
+            inner.lane = lane;
+        }
+        inner.record_in(&self.shard, lane);
+        self.shard.wal(lane)
+    }
+
+    /// Checks everything about entries before anything changes. Returns index and offset to cut at, if they replace some.
+    fn admit(
+        &self,
+        inner: &Inner,
+        wal: &Wal,
+        has_hard_state: bool,
+        entries: &[Entry],
+    ) -> Result<Option<(u64, i64)>, StageError> {
+        let (mut total, mut largest, mut count) = (0, 0, entries.len());
+        if has_hard_state {
+            (total, largest, count) = (16, 16, count + 1);
+        }
+        let mut cut = None;
+        let mut offset = inner.log_end;
+        let mut next_index = inner.last_index + 1;
+        for (at, entry) in entries.iter().enumerate() {
+            let gap = |reason| StageError::Gap { index: entry.index, reason };
+            if at == 0 && entry.index <= inner.last_index {
+                offset = inner.offset_of(entry.index).ok_or(gap("the entry it replaces is committed"))?;
+                cut = Some((entry.index, offset));
+                next_index = entry.index;
+            }
+            if entry.index != next_index {
+                return Err(gap("its index does not follow"));
+            }
+            next_index += 1;
+            let bytes = entry.payload.bytes();
+            if let Payload::Batch(bytes) = &entry.payload {
+                let header =
+                    record_batch::parse_header(bytes).map_err(|_| gap("it is not a record batch"))?;
+                if header.total_bytes() != bytes.len() {
+                    return Err(gap("it is not exactly one record batch"));
+                }
+                if header.base_offset != offset {
+                    return Err(gap("its base offset is not the log end offset"));
+                }
+                offset = header.next_offset();
+            }
+            total += bytes.len();
+            largest = largest.max(bytes.len());
+        }
+        if largest > wal.largest_record() {
+            return Err(StageError::TooLarge { bytes: largest, limit: wal.largest_record() });
+        }
+        if !wal.fits_all(total, largest, count) {
+            self.shard.wake_flusher();
+            return Err(StageError::NoSpace);
+        }
+        Ok(cut)
+    }
+
+    fn truncate(&self, inner: &mut Inner, index: u64, offset: i64) {
+        let shard = &self.shard;
+        let (removed, unflushed) = inner.tail.truncate(index);
+        shard.cache_bytes.set(shard.cache_bytes.get().saturating_sub(removed));
+        shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
+        inner.recovered_tail.retain(|(known, _)| *known < index);
+        inner.epochs.truncate_end(offset);
+        inner.producers_whole &= !self.group.producers.borrow_mut().truncate(offset);
+        inner.last_index = index - 1;
+        inner.log_end = offset;
+        inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
+        if index <= inner.flushed_index {
+            crate::flush::cut_segments(shard, &self.group, inner, index, offset);
+        }
+        if inner.snapshot_offset > offset {
+            inner.snapshot_offset = -1;
         }
     }
 
-    /// Batches from the one that holds `from` on, none ending beyond `upper`, at most `max_bytes` but at
-    /// least one. `None`: the tail does not reach back that far.
+    /// Whether a batch of `bytes` may be accepted: what `stage` is sure to take, with a margin for what is accepted at
+    /// the same time.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        let shard = &self.shard;
+        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
+        {
+            return false;
+        }
+        let wal = shard.wal(self.next_lane(&self.inner()));
+        let room = bytes <= wal.largest_record() && wal.has_room(bytes);
+        if !room {
+            shard.wake_flusher();
+        }
+        room
+    }
+
+    /// Whether the WAL has no room for `count` batches, `total` bytes together and none above `largest`, only because what
+    /// it holds is still on its way to segments: there will be room soon. Keeps a part of the ring for records that are not
+    /// clients'. What can never fit, and anything on a full disk, does not wait: it is for `has_room` to refuse.
+    pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
+        let shard = &self.shard;
+        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
+        {
+            return false;
+        }
+        let wal = shard.wal(self.next_lane(&self.inner()));
+        if largest > wal.largest_record() || shard.is_out_of_space() {
+            return false;
+        }
+        let file_bytes = usize::try_from(shard.config.wal_file_bytes).unwrap_or(usize::MAX);
+        let reserve = RING_RESERVE_BYTES.min(file_bytes / 4);
+        // A request of more than half a file is let in when that much is free.
+        if wal.has_room_for(total.min(file_bytes / 2) + reserve, largest, count) {
+            return false;
+        }
+        shard.wake_flusher();
+        true
+    }
+
+    /// The largest batch that this log ever takes.
+    pub fn entry_bytes_max(&self) -> usize {
+        self.shard.wal(self.inner().lane).largest_record()
+    }
+
+    pub fn health(&self) -> GroupHealth {
+        match self.damage() {
+            None => GroupHealth::Ok,
+            Some(reason) => GroupHealth::Damaged { reason: reason.to_owned() },
+        }
+    }
+
+    /// Why it refuses to serve, if it does.
+    pub fn damage(&self) -> Option<&str> {
+        self.group.damage.get().map(String::as_str)
+    }
+
+    pub fn hard_state(&self) -> HardState {
+        self.inner().hard_state
+    }
+
+    pub fn log_start_offset(&self) -> i64 {
+        self.inner().log_start
+    }
+
+    pub fn log_end_offset(&self) -> i64 {
+        self.inner().log_end
+    }
+
+    /// Records below it are in segments, which is where retention deletes; the others are in the WAL only.
+    pub fn flushed_offset(&self) -> i64 {
+        self.inner().flushed_end
+    }
+
+    pub fn last_index(&self) -> u64 {
+        self.inner().last_index
+    }
+
+    pub fn last_term(&self) -> u64 {
+        self.inner().last_term
+    }
+
+    pub fn size_bytes(&self) -> u64 {
+        self.inner().size_bytes()
+    }
+
+    /// Entries below `offset` are committed and may leave the WAL.
+    pub fn set_high_watermark(&self, offset: i64) {
+        let ripe = {
+            let mut inner = self.group.inner.borrow_mut();
+            if offset <= inner.high_watermark {
+                return;
+            }
+            inner.high_watermark = offset.min(inner.log_end);
+            inner.recovered_tail.retain(|(_, at)| *at >= offset);
+            inner.tail.unflushed_bytes() >= inner.next_run_bytes
+        };
+        if ripe {
+            self.shard.queue_flush(&self.group);
+        }
+        self.shard.evict();
+    }
+
+    pub fn high_watermark(&self) -> i64 {
+        self.inner().high_watermark
+    }
+
+    /// Batches from the one that holds `from`, none ending above `upper`, up to `max_bytes` and at least one. `None` when
+    /// they are not in memory; `read` then has them.
     pub fn read_cached(&self, from: i64, upper: i64, max_bytes: usize) -> Option<Vec<Bytes>> {
-        let state = self.group.state.borrow();
-        if state.tail.front().is_none_or(|e| e.base_offset > from) {
+        let inner = self.inner();
+        if self.group.is_damaged() || from < inner.log_start {
             return None;
         }
-        let start = state.tail.partition_point(|e| e.next_offset <= from);
-        let mut out = Vec::new();
-        let mut taken = 0;
-        for entry in state.tail.range(start..) {
-            if entry.next_offset == entry.base_offset {
-                continue;
-            }
-            if entry.next_offset > upper || (!out.is_empty() && taken + entry.bytes.len() > max_bytes) {
-                break;
-            }
-            taken += entry.bytes.len();
-            out.push(entry.bytes.clone());
+        if from == inner.log_end {
+            return Some(Vec::new());
         }
-        Some(out)
+        inner.tail.read(from, upper, max_bytes)
     }
 
-    /// The same from segments, and on into the tail where they end.
-    pub async fn read(&self, from: i64, upper: i64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
-        if let GroupHealth::Damaged { reason } = &*self.group.health.borrow() {
-            return Err(ReadError::Damaged(reason.clone()));
-        }
-        let found = {
-            let state = self.group.state.borrow();
-            let (start, end) = (state.log_start_offset, state.log_end_offset);
-            if from < start || from > end {
-                return Err(ReadError::OutOfRange { start, end });
-            }
-            let at = state.segments.partition_point(|s| s.end_offset <= from);
-            state.segments.get(at).map(|s| (s.base_offset, s.position_before(from), s.bytes))
-        };
-        let Some((base, position, bytes)) = found else {
-            return Ok(self.read_cached(from, upper, max_bytes).unwrap_or_default());
-        };
-        let file = File::open(&segment::log_path(&self.group.dir, base), Mode::default())?;
-        let mut want = max_bytes.clamp(READ_BYTES, 8 << 20);
-        loop {
-            let left = usize::try_from(bytes - position).unwrap_or(usize::MAX);
-            let chunk = self.store.0.disk.read_at(&file, position, want.min(left)).await?;
-            match cut(&chunk, from, upper, max_bytes) {
-                Cut::Some(range) => return Ok(vec![chunk.slice(range)]),
-                Cut::Nothing => return Ok(Vec::new()),
-                Cut::More(need) if chunk.len() < left && need > want => want = need,
-                Cut::More(_) | Cut::Bad => {
-                    let reason = format!(
-                        "segment {base} of {} has no valid batch for offset {from}",
-                        self.group.dir.display()
-                    );
-                    *self.group.health.borrow_mut() = GroupHealth::Damaged { reason: reason.clone() };
-                    tracing::error!(%reason, "the log is damaged; the partition refuses to serve");
-                    return Err(ReadError::Damaged(reason));
-                }
-            }
-        }
-    }
-
-    /// First record at or after `timestamp` and below `upper`: (its timestamp, its offset).
-    pub async fn find_timestamp(&self, timestamp: i64, upper: i64) -> Result<Option<(i64, i64)>, ReadError> {
-        let mut offset = {
-            let state = self.group.state.borrow();
-            match state.segments.iter().find(|s| s.max_timestamp >= timestamp) {
-                Some(segment) => {
-                    let at = segment.position_before_timestamp(timestamp);
-                    let base = segment
-                        .index
-                        .iter()
-                        .find(|e| e.position == at)
-                        .map_or(segment.base_offset, |e| e.base_offset);
-                    base.max(state.log_start_offset)
-                }
-                None => state
-                    .segments
-                    .last()
-                    .map_or(state.log_start_offset, |s| s.end_offset.max(state.log_start_offset)),
-            }
-        };
-        let start = self.log_start_offset();
-        while offset < upper {
-            let batches = match self.read_cached(offset, upper, READ_BYTES) {
-                Some(found) => found,
-                None => self.read(offset, upper, READ_BYTES).await?,
-            };
-            if batches.is_empty() {
-                break;
-            }
-            for bytes in batches {
-                for batch in record_batch::batches(&bytes) {
-                    let (header, batch) = batch.map_err(|e| ReadError::Damaged(e.to_string()))?;
-                    offset = header.next_offset();
-                    if header.max_timestamp < timestamp || header.is_control() {
-                        continue;
-                    }
-                    let mut scratch = Vec::new();
-                    let records = decode_records(batch, &mut scratch, TIME_LOOKUP_BYTES_MAX)
-                        .map_err(|e| ReadError::Damaged(e.to_string()))?;
-                    for record in records {
-                        let record = record.map_err(|e| ReadError::Damaged(e.to_string()))?;
-                        if record.timestamp >= timestamp && record.offset >= start {
-                            return Ok(Some((record.timestamp, record.offset)));
-                        }
-                    }
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    /// Largest timestamp and the first offset that has it.
-    pub async fn max_timestamp(&self) -> Result<Option<(i64, i64)>, ReadError> {
-        let (max, upper) = {
-            let state = self.group.state.borrow();
-            let segments = state.segments.iter().map(|s| s.max_timestamp).max().unwrap_or(i64::MIN);
-            let tail = state
-                .tail
-                .iter()
-                .filter(|e| e.next_offset > e.base_offset && e.next_offset <= state.high_watermark)
-                .filter_map(|e| record_batch::parse_header(&e.bytes).ok())
-                .map(|h| h.max_timestamp)
-                .max()
-                .unwrap_or(i64::MIN);
-            (segments.max(tail), state.high_watermark)
-        };
-        if max == i64::MIN { Ok(None) } else { self.find_timestamp(max, upper).await }
-    }
-
-    /// Kafka's OffsetForLeaderEpoch: the largest epoch not above `epoch`, and where it ends.
+    /// (epoch, end offset) of the largest epoch not above `epoch`, as OffsetForLeaderEpoch answers; (-1, -1) if unknown.
     pub fn epoch_end_offset(&self, epoch: i32) -> (i32, i64) {
-        let state = self.group.state.borrow();
-        state.leader_epochs.end_offset(epoch, state.log_end_offset)
+        let inner = self.inner();
+        inner.epochs.end_offset(epoch, inner.log_end)
     }
 
-    /// The epoch in which the record at `offset` was written.
+    /// Leader epoch of the record at `offset`; -1 if unknown.
     pub fn epoch_at(&self, offset: i64) -> i32 {
-        self.group.state.borrow().leader_epochs.at(offset)
+        self.inner().epochs.epoch_at(offset)
     }
 
-    /// Records below `offset` may not be read any more; whole segments below it go.
-    pub fn advance_log_start(&self, offset: i64) -> Result<(), StageError> {
-        let lane = self.lane();
-        let wal = self.store.0.wal(lane).map_err(|_| StageError::NoSpace)?;
-        let target = {
-            let state = self.group.state.borrow();
-            offset.min(state.high_watermark)
-        };
-        if target <= self.log_start_offset() {
-            return Ok(());
+    /// Records below `offset` are gone for readers at once, and for good with the returned commit; whole segments below
+    /// it are deleted.
+    pub fn advance_log_start(&self, offset: i64) -> Result<(Lane, Lsn), AdvanceError> {
+        let mut inner = self.group.inner.borrow_mut();
+        let inner = &mut *inner;
+        let (start, end) = (inner.log_start, inner.log_end);
+        if offset < start || offset > end {
+            return Err(AdvanceError::OutOfRange { offset, start, end });
         }
-        wal.stage(&[&wal_format::log_start_record(self.group.id, target)], false);
-        self.group.state.borrow_mut().log_start_offset = target;
-        self.remove_segments_below(target);
+        self.stage_log_start(inner, offset).map_err(AdvanceError::Stage)
+    }
+
+    /// As `advance_log_start`, and waits for the commit.
+    pub async fn delete_below(&self, offset: i64) -> Result<(), AdvanceError> {
+        let (lane, lsn) = self.advance_log_start(offset)?;
+        self.shard.wait_durable(lane, lsn).await?;
         Ok(())
     }
 
-    /// Applies size and time limits. Nothing at or above `hold_offset` goes. Returns deleted segments.
-    pub fn enforce_retention(&self, now_ms: i64, hold_offset: i64) -> usize {
-        let config = self.group.config.borrow().clone();
-        let target = {
-            let state = self.group.state.borrow();
-            let mut size: u64 =
-                state.segments.iter().map(|s| s.bytes).sum::<u64>() + state.unflushed_bytes as u64;
-            let mut target = state.log_start_offset;
-            // The active segment stays: it is what new records go to.
-            let sealed = state.segments.len().saturating_sub(1);
-            for segment in &state.segments[..sealed] {
-                let too_big = config.retention_bytes >= 0
-                    && size.saturating_sub(segment.bytes)
-                        >= u64::try_from(config.retention_bytes).unwrap_or(0);
-                let too_old = config.retention_ms >= 0
-                    && segment.max_timestamp.saturating_add(config.retention_ms) < now_ms;
-                if !(too_big || too_old) || segment.end_offset > hold_offset {
-                    break;
-                }
-                size -= segment.bytes;
-                target = segment.end_offset;
-            }
-            target
-        };
-        if target <= self.log_start_offset() {
-            return 0;
+    pub(crate) fn stage_log_start(&self, inner: &mut Inner, offset: i64) -> Result<(Lane, Lsn), StageError> {
+        let shard = &self.shard;
+        if shard.is_poisoned() || shard.closing.get() {
+            return Err(StageError::Poisoned);
         }
-        let before = self.group.state.borrow().segments.len();
-        if self.advance_log_start(target).is_err() {
-            return 0;
+        if self.group.deleting.get() {
+            return Err(StageError::Deleted);
         }
-        before - self.group.state.borrow().segments.len()
+        if self.group.is_damaged() {
+            return Err(StageError::Damaged);
+        }
+        if offset == inner.log_start {
+            return Ok((inner.lane, inner.last_lsn));
+        }
+        let lane = self.next_lane(inner);
+        let wal = self.enter_lane(inner, lane);
+        let record = RecordHeader { kind: LOG_START, group: self.group.id, index: 0, term: 0, offset };
+        let (lsn, file_seq) =
+            wal.append(&shard.next_lsn, &record, &[], Class::Stage).map_err(|_| StageError::NoSpace)?;
+        inner.touch(self.group.id, wal, file_seq);
+        inner.last_lsn = lsn;
+        inner.log_start_by = (lane, lsn);
+        inner.log_start = offset;
+        inner.epochs.truncate_start(offset);
+        inner.meta_dirty = true;
+        wal.wake_writer();
+        crate::retention::drop_below_start(shard, &self.group, inner);
+        Ok((wal.lane, lsn))
     }
 
-    fn remove_segments_below(&self, offset: i64) {
-        let mut gone = Vec::new();
-        {
-            let mut state = self.group.state.borrow_mut();
-            while state.segments.len() > 1 && state.segments[0].end_offset <= offset {
-                gone.push(state.segments.remove(0).base_offset);
-            }
-            while state.flushed > 0 && state.tail.front().is_some_and(|e| e.next_offset <= offset) {
-                state.tail.pop_front();
-                state.flushed -= 1;
-            }
-        }
-        self.store.0.remove_segments(&self.group, gone);
+    pub fn set_config(&self, config: GroupConfig) {
+        let mut inner = self.group.inner.borrow_mut();
+        inner.meta_dirty = true;
+        inner.config = config;
     }
-}
 
-enum Cut {
-    Some(std::ops::Range<usize>),
-    /// The batch with the offset needs this many bytes from the start of the chunk.
-    More(usize),
-    Nothing,
-    Bad,
-}
-
-/// Finds the batches to return in a chunk that starts at a batch. Checksums are verified: what comes from
-/// the disk may have rotted there.
-fn cut(chunk: &[u8], from: i64, upper: i64, max_bytes: usize) -> Cut {
-    let mut at = 0;
-    let mut start = None;
-    let mut end = 0;
-    let mut next = from;
-    loop {
-        let rest = &chunk[at..];
-        if rest.len() < HEADER_BYTES {
-            break;
-        }
-        let Ok(header) = record_batch::parse_header(rest) else { return Cut::Bad };
-        let total = header.total_bytes();
-        if header.last_offset() < from {
-            at += total;
-            if at > chunk.len() {
-                return Cut::More(at + READ_BYTES);
-            }
-            continue;
-        }
-        // Offsets are dense: a batch that does not start where it must has a rotten header.
-        let follows = if at == end && start.is_some() {
-            header.base_offset == next
-        } else {
-            header.base_offset <= from
-        };
-        if !follows {
-            if start.is_none() {
-                return Cut::Bad;
-            }
-            break;
-        }
-        if header.next_offset() > upper {
-            break;
-        }
-        if rest.len() < total {
-            if start.is_none() {
-                return Cut::More(at + total);
-            }
-            break;
-        }
-        if start.is_some() && at + total - start.unwrap_or(0) > max_bytes {
-            break;
-        }
-        if !record_batch::crc_ok(&rest[..total]) {
-            if start.is_none() {
-                return Cut::Bad;
-            }
-            break;
-        }
-        start.get_or_insert(at);
-        next = header.next_offset();
-        at += total;
-        end = at;
-    }
-    match start {
-        Some(start) => Cut::Some(start..end),
-        None if at + HEADER_BYTES > chunk.len() => Cut::More(at + READ_BYTES),
-        None => Cut::Nothing,
+    /// The producers of this partition. Not to be held over `stage`.
+    pub fn producers(&self) -> RefMut<'_, ProducerState> {
+        self.group.producers.borrow_mut()
     }
 }

@@ -1,43 +1,44 @@
-//! The log: one write-ahead log per shard for all its partitions, per-partition segments behind it.
+//! Durable storage of partitions: a write-ahead log per shard, segments per partition, a tail cache between them.
 //!
-//! Code map: `store` (one shard's storage: what the broker calls) -> `wal` (group commit) ->
-//! `group` (a partition's tail, segments, producer state) -> `segment`; `wal_format`, `checkpoint`,
-//! `producer_state`, `leader_epochs` are pure; `recovery` turns what a crash left into segments before
-//! any shard starts. FORMAT.md has the bytes and the crash table.
-//!
-//! Invariants
-//! - An entry is reported durable only after the write that holds it succeeded, with the durability that
-//!   its group asks for. A failed write or sync poisons the store and is never retried.
-//! - Entries leave the WAL for segments in log order and only below the high watermark; a WAL file is
-//!   reused only after the segments it fed are synced and a checkpoint says so.
-//! - Damage below what a checkpoint or a later WAL block vouches for is reported, never cut.
-//!
-//! What it does not do: give offsets, count votes, know topics.
+//! Owns every byte on disk (FORMAT.md says where each lies and who repairs what) and nothing else: Raft, offsets and
+//! acknowledgements are the broker's. `DataDir` opens and recovers before the shards start; then each shard thread has a
+//! `ShardStore`, and a `GroupLog` per partition. The rules are pure (`wal_format`, `replay`, `ring`, `group_state`,
+//! `segment_index`, `leader_epochs`, `producer_state`, `tail`, `walk`), the rest carries them out.
+
 #![forbid(unsafe_code)]
 
-mod checkpoint;
+mod codec;
 mod data_dir;
-mod entry;
-mod error;
+mod flush;
 mod group;
+mod group_state;
 mod leader_epochs;
-pub mod producer_state;
+mod producer_state;
+mod read;
 mod recovery;
-mod segment;
+mod replay;
+mod restore;
+mod retention;
+mod ring;
+mod segment_index;
 mod store;
+mod tail;
+mod types;
 mod wal;
-mod wal_format;
+/// Public for bench/micro alone, which counts the instructions of encoding a block.
+#[doc(hidden)]
+pub mod wal_format;
+mod walk;
 
 pub use data_dir::DataDir;
-pub use entry::{
-    Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup,
-    StoreConfig, StoreStats,
-};
-pub use error::{CreateError, LogPoisoned, OpenError, ReadError, StageError};
-pub use flumen_io::DiskKind as IoKind;
 pub use group::GroupLog;
-pub use producer_state::{ProducerError, ProducerState, Verdict};
+pub use producer_state::{
+    BATCHES_KEPT, DEFAULT_EXPIRATION_MS, KeptBatch, MAX_PRODUCERS_PER_GROUP, ProducerError, ProducerState,
+    SnapshotError, Verdict,
+};
 pub use store::ShardStore;
+pub use types::*;
 
-#[cfg(test)]
-mod tests;
+/// The disk and the file system that a store can be opened on instead of the machine's; see `ShardStore::open_on` and
+/// `DataDir::open_on`.
+pub use flumen_io::{Disk, DiskKind, FileSystem, Op, OpKind};

@@ -1,124 +1,88 @@
-//! Idempotent producers: which batches of whom are in the log. Pure.
+//! Idempotent producers of one partition: what was their last sequence, and is this batch new, a repeat or a gap.
 //!
-//! Kafka's rules: the last five batches of a producer are remembered, a batch equal to one of them is a
-//! duplicate, otherwise it must follow the last one; a new epoch starts at sequence 0; an unknown
-//! producer may start anywhere (its state may have expired).
+//! Pure: batch headers and the time come in, verdicts go out. `GroupLog::stage` applies every staged batch, so the
+//! state is a function of the log; the snapshot only saves reading old headers at start.
+//!
+//! Sequences run from 0 to `i32::MAX` and start over. Transactions are not tracked here.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use flumen_protocol::record_batch::BatchHeader;
 
-/// Kafka's number of batches to retain: the most that a producer may have in flight.
-const BATCHES_MAX: usize = 5;
-/// Producers remembered per partition; the one that has been silent longest is forgotten beyond it, as if
-/// it had expired. Bounds memory against clients that make a producer per record.
-const PRODUCERS_MAX: usize = 100_000;
-const SNAPSHOT_VERSION: u8 = 1;
+/// Kafka clients keep at most five requests in flight, so a repeat is one of the last five batches.
+pub const BATCHES_KEPT: usize = 5;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Batch {
-    first_sequence: i32,
-    last_sequence: i32,
-    base_offset: i64,
-    timestamp: i64,
+/// One id costs about 300 bytes; clients that mint an id per batch must not eat the shard's memory. The id that was
+/// quiet longest makes room, as if it had expired.
+pub const MAX_PRODUCERS_PER_GROUP: usize = 20_000;
+
+pub const DEFAULT_EXPIRATION_MS: i64 = 86_400_000;
+
+const SNAPSHOT_MAGIC: [u8; 4] = *b"FLPS";
+const SNAPSHOT_VERSION: u16 = 2;
+const SNAPSHOT_HEADER_BYTES: usize = 24;
+const PRODUCER_BYTES: usize = 19;
+const BATCH_BYTES: usize = 28;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptBatch {
+    pub first_sequence: i32,
+    pub last_sequence: i32,
+    pub base_offset: i64,
+    pub last_offset_delta: i32,
+    /// Largest timestamp of the batch; what a repeat is answered with where the broker stamps the time.
+    pub timestamp: i64,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Producer {
     epoch: i16,
-    batches: VecDeque<Batch>,
     last_timestamp: i64,
+    batches: VecDeque<KeptBatch>,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Append,
+    /// One of the last batches again: where it is, and its largest timestamp.
+    Duplicate {
+        base_offset: i64,
+        timestamp: i64,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ProducerError {
+    /// Kafka error 47.
+    #[error("producer {producer_id} has epoch {current}, the batch has {got}")]
+    InvalidEpoch { producer_id: i64, current: i16, got: i16 },
+    /// Kafka error 45.
+    #[error("producer {producer_id} should continue at sequence {expected}, the batch has {got}")]
+    OutOfOrder { producer_id: i64, expected: i32, got: i32 },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SnapshotError {
+    #[error("not a producer snapshot of this version")]
+    Header,
+    #[error("checksum mismatch")]
+    Crc,
+    #[error("malformed")]
+    Malformed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ProducerState {
     producers: BTreeMap<i64, Producer>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    Append,
-    Duplicate { base_offset: i64, log_append_time: i64 },
-}
-
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ProducerError {
-    #[error("producer epoch {got} is older than {current}")]
-    InvalidEpoch { got: i16, current: i16 },
-    #[error("out of order sequence: expected {expected}, got {got}")]
-    OutOfOrder { expected: i32, got: i32 },
-}
-
-fn next(sequence: i32) -> i32 {
+fn sequence_after(sequence: i32) -> i32 {
     if sequence == i32::MAX { 0 } else { sequence + 1 }
 }
 
 impl ProducerState {
-    /// What to do with a batch that has a producer id.
-    pub fn check(&self, header: &BatchHeader) -> Result<Verdict, ProducerError> {
-        let Some(producer) = self.producers.get(&header.producer_id) else { return Ok(Verdict::Append) };
-        let got = header.base_sequence;
-        if header.producer_epoch < producer.epoch {
-            return Err(ProducerError::InvalidEpoch { got: header.producer_epoch, current: producer.epoch });
-        }
-        if header.producer_epoch > producer.epoch {
-            return if got == 0 {
-                Ok(Verdict::Append)
-            } else {
-                Err(ProducerError::OutOfOrder { expected: 0, got })
-            };
-        }
-        let last = header.last_sequence();
-        if let Some(same) =
-            producer.batches.iter().find(|b| b.first_sequence == got && b.last_sequence == last)
-        {
-            return Ok(Verdict::Duplicate { base_offset: same.base_offset, log_append_time: same.timestamp });
-        }
-        match producer.batches.back() {
-            Some(b) if next(b.last_sequence) != got => {
-                Err(ProducerError::OutOfOrder { expected: next(b.last_sequence), got })
-            }
-            _ => Ok(Verdict::Append),
-        }
-    }
-
-    /// Remembers a batch that is in the log; its header has the final base offset.
-    pub fn apply(&mut self, header: &BatchHeader) {
-        if !header.has_producer_id() {
-            return;
-        }
-        if self.producers.len() >= PRODUCERS_MAX && !self.producers.contains_key(&header.producer_id) {
-            let oldest =
-                self.producers.iter().min_by_key(|(id, p)| (p.last_timestamp, **id)).map(|(id, _)| *id);
-            oldest.map(|id| self.producers.remove(&id));
-        }
-        let producer = self.producers.entry(header.producer_id).or_insert_with(|| Producer {
-            epoch: header.producer_epoch,
-            batches: VecDeque::with_capacity(1),
-            last_timestamp: header.max_timestamp,
-        });
-        if producer.epoch != header.producer_epoch {
-            producer.epoch = header.producer_epoch;
-            producer.batches.clear();
-        }
-        if header.is_control() || header.base_sequence < 0 {
-            return;
-        }
-        if producer.batches.len() == BATCHES_MAX {
-            producer.batches.pop_front();
-        }
-        producer.last_timestamp = producer.last_timestamp.max(header.max_timestamp);
-        producer.batches.push_back(Batch {
-            first_sequence: header.base_sequence,
-            last_sequence: header.last_sequence(),
-            base_offset: header.base_offset,
-            timestamp: header.max_timestamp,
-        });
-    }
-
-    /// Forgets producers that have been silent for `expiration_ms`.
-    pub fn expire(&mut self, now_ms: i64, expiration_ms: i64) {
-        self.producers.retain(|_, p| p.last_timestamp.saturating_add(expiration_ms) > now_ms);
+    pub fn new() -> Self {
+        Self::default()
     }
 
     pub fn len(&self) -> usize {
@@ -129,150 +93,316 @@ impl ProducerState {
         self.producers.is_empty()
     }
 
-    /// Version, count, producers, CRC-32C of all before it.
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = vec![SNAPSHOT_VERSION];
-        out.extend((self.producers.len() as u32).to_le_bytes());
-        for (id, p) in &self.producers {
-            out.extend(id.to_le_bytes());
-            out.extend(p.epoch.to_le_bytes());
-            out.extend(p.last_timestamp.to_le_bytes());
-            out.push(p.batches.len() as u8);
-            for b in &p.batches {
-                out.extend(b.first_sequence.to_le_bytes());
-                out.extend(b.last_sequence.to_le_bytes());
-                out.extend(b.base_offset.to_le_bytes());
-                out.extend(b.timestamp.to_le_bytes());
+    /// Epoch and last sequence known for `producer_id`; the sequence is -1 before its first batch.
+    pub fn producer(&self, producer_id: i64) -> Option<(i16, i32)> {
+        self.producers
+            .get(&producer_id)
+            .map(|p| (p.epoch, p.batches.back().map_or(-1, |batch| batch.last_sequence)))
+    }
+
+    /// Ids with epoch, last sequence and last timestamp, in the order of ids.
+    pub fn producers(&self) -> impl Iterator<Item = (i64, i16, i32, i64)> + '_ {
+        self.producers.iter().map(|(id, p)| {
+            (*id, p.epoch, p.batches.back().map_or(-1, |batch| batch.last_sequence), p.last_timestamp)
+        })
+    }
+
+    /// Whether a produced batch may be appended now. Batches without a producer id always may.
+    pub fn check(&self, batch: &BatchHeader) -> Result<Verdict, ProducerError> {
+        if !batch.has_producer_id() {
+            return Ok(Verdict::Append);
+        }
+        // Markers carry no sequence; who may write them is the coordinator's matter.
+        if batch.is_control() {
+            return Ok(Verdict::Append);
+        }
+        let producer_id = batch.producer_id;
+        let Some(producer) = self.producers.get(&producer_id) else {
+            // Expired, truncated or new: any first sequence is taken, as Kafka does.
+            return Ok(Verdict::Append);
+        };
+        if batch.producer_epoch < producer.epoch {
+            return Err(ProducerError::InvalidEpoch {
+                producer_id,
+                current: producer.epoch,
+                got: batch.producer_epoch,
+            });
+        }
+        if batch.producer_epoch > producer.epoch {
+            if batch.base_sequence != 0 {
+                return Err(ProducerError::OutOfOrder { producer_id, expected: 0, got: batch.base_sequence });
+            }
+            return Ok(Verdict::Append);
+        }
+        let first = batch.base_sequence;
+        let last = batch.last_sequence();
+        if let Some(kept) = producer
+            .batches
+            .iter()
+            .rev()
+            .find(|kept| kept.first_sequence == first && kept.last_sequence == last)
+        {
+            return Ok(Verdict::Duplicate { base_offset: kept.base_offset, timestamp: kept.timestamp });
+        }
+        let Some(newest) = producer.batches.back() else { return Ok(Verdict::Append) };
+        let expected = sequence_after(newest.last_sequence);
+        if first != expected {
+            return Err(ProducerError::OutOfOrder { producer_id, expected, got: first });
+        }
+        Ok(Verdict::Append)
+    }
+
+    /// Takes a batch that is in the log now, with its final base offset. Trusts `check`; a replayed log has passed it.
+    pub fn apply(&mut self, batch: &BatchHeader) {
+        if !batch.has_producer_id() {
+            return;
+        }
+        if !self.producers.contains_key(&batch.producer_id) && self.producers.len() >= MAX_PRODUCERS_PER_GROUP
+        {
+            // A full scan, but only at the bound, and then once per new id.
+            let quietest = self.producers.iter().min_by_key(|(_, p)| p.last_timestamp).map(|(id, _)| *id);
+            if let Some(id) = quietest {
+                self.producers.remove(&id);
+            }
+        }
+        let producer = self.producers.entry(batch.producer_id).or_insert_with(|| Producer {
+            epoch: batch.producer_epoch,
+            last_timestamp: batch.max_timestamp,
+            batches: VecDeque::new(),
+        });
+        if producer.epoch != batch.producer_epoch {
+            producer.epoch = batch.producer_epoch;
+            producer.batches.clear();
+        }
+        producer.last_timestamp = producer.last_timestamp.max(batch.max_timestamp);
+        if batch.is_control() || batch.base_sequence < 0 {
+            return;
+        }
+        if producer.batches.len() == BATCHES_KEPT {
+            producer.batches.pop_front();
+        }
+        producer.batches.push_back(KeptBatch {
+            first_sequence: batch.base_sequence,
+            last_sequence: batch.last_sequence(),
+            base_offset: batch.base_offset,
+            last_offset_delta: batch.last_offset_delta,
+            timestamp: batch.max_timestamp,
+        });
+    }
+
+    /// Forgets batches at or above `offset`, after the log was cut there. A producer with none left becomes unknown.
+    /// Returns whether there were any: then older ones, which only the log still has, are missing here.
+    pub fn truncate(&mut self, offset: i64) -> bool {
+        let mut forgot = false;
+        self.producers.retain(|_, producer| {
+            let had = producer.batches.len();
+            producer.batches.retain(|batch| batch.base_offset < offset);
+            forgot |= producer.batches.len() < had;
+            had == 0 || !producer.batches.is_empty()
+        });
+        forgot
+    }
+
+    /// Forgets producers that wrote nothing for `expiration_ms`. Returns how many.
+    pub fn expire(&mut self, now_ms: i64, expiration_ms: i64) -> usize {
+        let before = self.producers.len();
+        self.producers.retain(|_, p| now_ms.saturating_sub(p.last_timestamp) < expiration_ms);
+        before - self.producers.len()
+    }
+
+    /// The state before `offset`, where a batch of `epoch` ends (-1: nothing does).
+    pub fn encode(&self, offset: i64, epoch: i32) -> Vec<u8> {
+        let mut out = Vec::with_capacity(
+            SNAPSHOT_HEADER_BYTES + self.producers.len() * (PRODUCER_BYTES + BATCHES_KEPT * BATCH_BYTES) + 4,
+        );
+        out.extend_from_slice(&SNAPSHOT_MAGIC);
+        out.extend_from_slice(&SNAPSHOT_VERSION.to_le_bytes());
+        out.extend_from_slice(&[0; 2]);
+        out.extend_from_slice(&offset.to_le_bytes());
+        out.extend_from_slice(&epoch.to_le_bytes());
+        out.extend_from_slice(&(self.producers.len() as u32).to_le_bytes());
+        for (id, producer) in &self.producers {
+            out.extend_from_slice(&id.to_le_bytes());
+            out.extend_from_slice(&producer.epoch.to_le_bytes());
+            out.push(producer.batches.len() as u8);
+            out.extend_from_slice(&producer.last_timestamp.to_le_bytes());
+            for batch in &producer.batches {
+                out.extend_from_slice(&batch.first_sequence.to_le_bytes());
+                out.extend_from_slice(&batch.last_sequence.to_le_bytes());
+                out.extend_from_slice(&batch.base_offset.to_le_bytes());
+                out.extend_from_slice(&batch.last_offset_delta.to_le_bytes());
+                out.extend_from_slice(&batch.timestamp.to_le_bytes());
             }
         }
         let crc = crc32c::crc32c(&out);
-        out.extend(crc.to_le_bytes());
+        out.extend_from_slice(&crc.to_le_bytes());
         out
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Option<ProducerState> {
-        let (body, crc) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
-        if crc32c::crc32c(body).to_le_bytes() != crc || *body.first()? != SNAPSHOT_VERSION {
-            return None;
+    /// Reads a snapshot; returns the offset before which it is the state, and the leader epoch of the batch that ends
+    /// there. A log that has another epoch there is not the one that this was taken of.
+    pub fn decode(bytes: &[u8]) -> Result<(Self, i64, i32), SnapshotError> {
+        let Some((body, crc)) = bytes.split_last_chunk::<4>() else { return Err(SnapshotError::Header) };
+        if body.len() < SNAPSHOT_HEADER_BYTES
+            || body[..4] != SNAPSHOT_MAGIC
+            || body[4..6] != SNAPSHOT_VERSION.to_le_bytes()
+        {
+            return Err(SnapshotError::Header);
         }
-        let mut rest = &body[1..];
-        let mut producers = BTreeMap::new();
-        for _ in 0..u32::from_le_bytes(take(&mut rest)?) {
-            let id = i64::from_le_bytes(take(&mut rest)?);
-            let epoch = i16::from_le_bytes(take(&mut rest)?);
-            let last_timestamp = i64::from_le_bytes(take(&mut rest)?);
-            let [count] = take(&mut rest)?;
-            let mut batches = VecDeque::new();
+        if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+            return Err(SnapshotError::Crc);
+        }
+        let mut cursor = crate::codec::Cursor::new(&body[8..]);
+        let state = (|| {
+            let offset = cursor.i64()?;
+            let epoch = cursor.i32()?;
+            let count = cursor.u32()?;
+            let mut producers = BTreeMap::new();
             for _ in 0..count {
-                batches.push_back(Batch {
-                    first_sequence: i32::from_le_bytes(take(&mut rest)?),
-                    last_sequence: i32::from_le_bytes(take(&mut rest)?),
-                    base_offset: i64::from_le_bytes(take(&mut rest)?),
-                    timestamp: i64::from_le_bytes(take(&mut rest)?),
-                });
+                let id = cursor.i64()?;
+                let epoch = cursor.i16()?;
+                let batch_count = cursor.u8()?;
+                let last_timestamp = cursor.i64()?;
+                let mut batches = VecDeque::new();
+                for _ in 0..batch_count {
+                    batches.push_back(KeptBatch {
+                        first_sequence: cursor.i32()?,
+                        last_sequence: cursor.i32()?,
+                        base_offset: cursor.i64()?,
+                        last_offset_delta: cursor.i32()?,
+                        timestamp: cursor.i64()?,
+                    });
+                }
+                if batches.len() > BATCHES_KEPT {
+                    return None;
+                }
+                producers.insert(id, Producer { epoch, last_timestamp, batches });
             }
-            producers.insert(id, Producer { epoch, batches, last_timestamp });
-        }
-        Some(ProducerState { producers })
+            cursor.is_empty().then_some((Self { producers }, offset, epoch))
+        })();
+        state.ok_or(SnapshotError::Malformed)
     }
-}
-
-/// The next `N` bytes, or `None` when there are fewer.
-pub(crate) fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
-    let (head, tail) = rest.split_first_chunk::<N>()?;
-    *rest = tail;
-    Some(*head)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
-    fn batch(id: i64, epoch: i16, sequence: i32, count: i32, base_offset: i64) -> BatchHeader {
-        let mut bytes = vec![0u8; 61];
-        bytes[8..12].copy_from_slice(&49i32.to_be_bytes());
-        bytes[16] = 2;
-        bytes[23..27].copy_from_slice(&(count - 1).to_be_bytes());
-        bytes[43..51].copy_from_slice(&id.to_be_bytes());
-        bytes[51..53].copy_from_slice(&epoch.to_be_bytes());
-        bytes[53..57].copy_from_slice(&sequence.to_be_bytes());
-        bytes[57..61].copy_from_slice(&count.to_be_bytes());
-        bytes[..8].copy_from_slice(&base_offset.to_be_bytes());
-        flumen_protocol::record_batch::parse(&bytes).expect("a header")
+    fn header(id: i64, epoch: i16, sequence: i32, count: i32, offset: i64) -> BatchHeader {
+        BatchHeader {
+            base_offset: offset,
+            batch_length: 49,
+            leader_epoch: 0,
+            magic: 2,
+            crc: 0,
+            attributes: 0,
+            last_offset_delta: count - 1,
+            base_timestamp: offset,
+            max_timestamp: offset,
+            producer_id: id,
+            producer_epoch: epoch,
+            base_sequence: sequence,
+            record_count: count,
+        }
     }
 
     #[test]
-    fn a_retry_of_any_of_the_last_five_is_a_duplicate() {
-        let mut state = ProducerState::default();
-        for i in 0..7 {
-            let b = batch(1, 0, i * 10, 10, i64::from(i) * 10);
-            assert_eq!(state.check(&b), Ok(Verdict::Append));
-            state.apply(&b);
-        }
-        for i in 2..7 {
-            let verdict = state.check(&batch(1, 0, i * 10, 10, -1)).unwrap();
-            assert!(
-                matches!(verdict, Verdict::Duplicate { base_offset, .. } if base_offset == i64::from(i) * 10)
-            );
-        }
-        assert!(matches!(
-            state.check(&batch(1, 0, 10, 10, -1)),
-            Err(ProducerError::OutOfOrder { expected: 70, got: 10 })
-        ));
-    }
-
-    #[test]
-    fn gaps_old_epochs_and_late_starts_are_refused() {
-        let mut state = ProducerState::default();
-        state.apply(&batch(1, 3, 0, 5, 0));
-        assert!(matches!(state.check(&batch(1, 3, 6, 1, -1)), Err(ProducerError::OutOfOrder { .. })));
-        assert!(matches!(state.check(&batch(1, 2, 5, 1, -1)), Err(ProducerError::InvalidEpoch { .. })));
-        assert!(matches!(
-            state.check(&batch(1, 4, 5, 1, -1)),
-            Err(ProducerError::OutOfOrder { expected: 0, .. })
-        ));
-        assert_eq!(state.check(&batch(1, 4, 0, 1, -1)), Ok(Verdict::Append));
+    fn repeats_gaps_and_epochs() {
+        let mut state = ProducerState::new();
+        // An unknown id may start anywhere.
+        let first = header(7, 3, 40, 10, 100);
+        assert_eq!(state.check(&first), Ok(Verdict::Append));
+        state.apply(&first);
+        assert_eq!(state.check(&first), Ok(Verdict::Duplicate { base_offset: 100, timestamp: 100 }));
         assert_eq!(
-            state.check(&batch(2, 9, 77, 1, -1)),
-            Ok(Verdict::Append),
-            "an unknown producer starts anywhere"
+            state.check(&header(7, 3, 51, 1, 0)),
+            Err(ProducerError::OutOfOrder { producer_id: 7, expected: 50, got: 51 })
         );
-    }
-
-    #[test]
-    fn sequences_wrap_to_zero() {
-        let mut state = ProducerState::default();
-        state.apply(&batch(1, 0, i32::MAX - 1, 2, 0));
-        assert_eq!(state.check(&batch(1, 0, 0, 1, -1)), Ok(Verdict::Append));
-        let mut state = ProducerState::default();
-        state.apply(&batch(1, 0, i32::MAX, 3, 0));
-        assert_eq!(state.check(&batch(1, 0, 2, 1, -1)), Ok(Verdict::Append));
-    }
-
-    #[test]
-    fn a_snapshot_comes_back_and_a_flipped_bit_does_not() {
-        let mut state = ProducerState::default();
-        for id in 0..20 {
-            state.apply(&batch(id, 1, 0, 3, id * 3));
-            state.apply(&batch(id, 1, 3, 3, 100 + id * 3));
+        assert_eq!(
+            state.check(&header(7, 2, 50, 1, 0)),
+            Err(ProducerError::InvalidEpoch { producer_id: 7, current: 3, got: 2 })
+        );
+        assert_eq!(
+            state.check(&header(7, 4, 50, 1, 0)),
+            Err(ProducerError::OutOfOrder { producer_id: 7, expected: 0, got: 50 })
+        );
+        for k in 1..=5 {
+            let next = header(7, 3, 40 + 10 * k, 10, 100 + 10 * i64::from(k));
+            assert_eq!(state.check(&next), Ok(Verdict::Append));
+            state.apply(&next);
         }
-        let bytes = state.encode();
-        assert_eq!(ProducerState::decode(&bytes), Some(state));
-        for at in 0..bytes.len() {
-            let mut bad = bytes.clone();
-            bad[at] ^= 1;
-            assert_eq!(ProducerState::decode(&bad), None, "byte {at}");
-            assert_eq!(ProducerState::decode(&bytes[..at]), None);
-        }
+        // The sixth last batch is no longer known as a repeat.
+        assert!(matches!(state.check(&first), Err(ProducerError::OutOfOrder { .. })));
+        assert!(matches!(
+            state.check(&header(7, 3, 50, 10, 0)),
+            Ok(Verdict::Duplicate { base_offset: 110, .. })
+        ));
+        // A repeat must have the same range.
+        assert!(matches!(state.check(&header(7, 3, 50, 9, 0)), Err(ProducerError::OutOfOrder { .. })));
+        let bumped = header(7, 4, 0, 1, 160);
+        assert_eq!(state.check(&bumped), Ok(Verdict::Append));
+        state.apply(&bumped);
+        assert!(matches!(state.check(&header(7, 3, 100, 1, 0)), Err(ProducerError::InvalidEpoch { .. })));
+        assert_eq!(state.check(&header(-1, -1, -1, 5, 0)), Ok(Verdict::Append));
     }
 
     #[test]
-    fn silent_producers_expire() {
-        let mut state = ProducerState::default();
-        state.apply(&batch(1, 0, 0, 1, 0));
-        state.expire(1_000, 2_000);
-        assert_eq!(state.len(), 1);
-        state.expire(5_000, 2_000);
+    fn sequence_wraps() {
+        let mut state = ProducerState::new();
+        state.apply(&header(1, 0, i32::MAX - 1, 2, 0));
+        assert_eq!(state.producer(1), Some((0, i32::MAX)));
+        assert_eq!(state.check(&header(1, 0, 0, 1, 0)), Ok(Verdict::Append));
+        let mut state = ProducerState::new();
+        state.apply(&header(1, 0, i32::MAX, 3, 0));
+        assert_eq!(state.producer(1), Some((0, 1)));
+        assert_eq!(state.check(&header(1, 0, 2, 1, 0)), Ok(Verdict::Append));
+    }
+
+    #[test]
+    fn expiry_truncation_and_bound() {
+        let mut state = ProducerState::new();
+        state.apply(&header(1, 0, 0, 1, 1_000));
+        state.apply(&header(2, 0, 0, 1, 2_000));
+        assert_eq!(state.expire(2_500, 1_000), 1);
+        assert_eq!(state.producer(1), None);
+        state.apply(&header(2, 0, 1, 1, 2_001));
+        state.truncate(2_001);
+        assert_eq!(state.producer(2), Some((0, 0)));
+        state.truncate(0);
         assert!(state.is_empty());
+        for id in 0..MAX_PRODUCERS_PER_GROUP as i64 + 10 {
+            state.apply(&header(id, 0, 0, 1, id));
+        }
+        assert_eq!(state.len(), MAX_PRODUCERS_PER_GROUP);
+        assert_eq!(state.producer(9), None);
+        assert!(state.producer(10).is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn snapshot_round_trip(batches in prop::collection::vec((0i64..20, 0i16..3, any::<i32>(), 1i32..100), 0..200)) {
+            let mut state = ProducerState::new();
+            for (at, (id, epoch, sequence, count)) in batches.into_iter().enumerate() {
+                state.apply(&header(id, epoch, sequence & i32::MAX, count, at as i64));
+            }
+            let bytes = state.encode(77, 3);
+            prop_assert_eq!(ProducerState::decode(&bytes), Ok((state, 77, 3)));
+        }
+
+        #[test]
+        fn damaged_snapshot_is_refused(at in 0usize..1000, bit in 0u8..8) {
+            let mut state = ProducerState::new();
+            for id in 0..5 { state.apply(&header(id, 0, 0, 1, id)); }
+            let mut bytes = state.encode(5, 1);
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << bit;
+            prop_assert!(ProducerState::decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn random_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(ProducerState::decode(&bytes).is_err());
+        }
     }
 }

@@ -1,445 +1,538 @@
-//! From what a crash left to whole segments. Runs once, before any shard, with plain blocking calls.
+//! What happens to a data directory between opening it and starting the shards: every WAL left by the former run is
+//! read, judged and moved into segments, deletions are finished, and a new WAL id makes the old blocks worthless.
 //!
-//! Order: checkpoints -> segments (scan what they do not vouch for) -> WAL entries beyond the segments ->
-//! sync -> one new checkpoint -> old checkpoints and WALs removed. A crash in here finds the same again.
+//! Offline and synchronous. The order is what makes it safe to be cut short: segments are synced, then `group.meta`
+//! files replaced, then `wal/current`; until the last step everything can be done again with the same result.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use flumen_io::BLOCK_BYTES;
-use flumen_protocol::record_batch;
+use flumen_io::{FileSystem, Mode};
 
-use crate::checkpoint::{self, Checkpoint, GroupCheckpoint};
-use crate::data_dir::{DELETED_SUFFIX, DataDir, group_of};
-use crate::entry::{GroupHealth, GroupId, RecoveredGroup};
-use crate::error::OpenError;
+use crate::codec::Cursor;
+use crate::data_dir::{boot_id, open_error, replace_file};
+use crate::flush::replace_many;
+use crate::group_state::GroupState;
 use crate::producer_state::ProducerState;
-use crate::segment::{self, Segment};
-use crate::wal::wal_files;
-use crate::wal_format::{self, BLOCK_HEADER_BYTES, BlockHeader, Record};
+use crate::replay::{Action, Position, Replayed, replay};
+pub(crate) use crate::restore::Restored;
+use crate::restore::{Afterwards, RestoreError, restore};
+use crate::types::{GroupHealth, GroupId, HardState, LANES, Lane, OpenError, RecoveredGroup, UNKNOWN_GROUP};
+use crate::wal_format::{
+    BATCH, CONTROL, Found, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, RecordHeader, Suspects, judge,
+    records, scan,
+};
 
-/// Marks a group whose damage was found by an earlier start; removed by hand after a repair.
-const DAMAGED_FILE: &str = "DAMAGED";
+/// Up to this many files are synced one by one.
+const SYNC_EACH_MAX: usize = 32;
 
-/// What one lane's files say.
+const MARKER: &str = "DAMAGED";
+
+type Records = BTreeMap<GroupId, Vec<(Position, Action)>>;
+
 #[derive(Default)]
-struct LaneContent {
-    records: Vec<Record>,
-    damage: Option<String>,
-    damaged_groups: BTreeSet<GroupId>,
+struct Directory {
+    name: String,
+    state: Option<GroupState>,
+    /// Reason given by an earlier start.
+    marked: Option<String>,
 }
 
-pub(crate) fn recover(dir: &DataDir) -> Result<Vec<RecoveredGroup>, OpenError> {
-    let wal_root = dir.wal_root();
-    let log_root = dir.log_root();
-    let old_checkpoints = files_with(&wal_root, "checkpoint").map_err(OpenError::io(&wal_root))?;
-    let mut known = Checkpoint::new();
-    for path in &old_checkpoints {
-        let bytes = fs::read(path).map_err(OpenError::io(path))?;
-        let Some(checkpoint) = checkpoint::decode(&bytes) else {
-            return Err(OpenError::io(path)(io::Error::other(
-                "the checkpoint is damaged; restore it from a copy, or remove it to let every segment be scanned",
-            )));
-        };
-        for (id, group) in checkpoint {
-            let newer = known.get(&id).is_none_or(|k| {
-                (k.last_index, k.hard_state.term, k.synced_end_offset)
-                    < (group.last_index, group.hard_state.term, group.synced_end_offset)
-            });
-            if newer {
-                known.insert(id, group);
-            }
-        }
-    }
-
-    let lanes = directories(&wal_root).map_err(OpenError::io(&wal_root))?;
-    let mut entries: BTreeMap<GroupId, Vec<Record>> = BTreeMap::new();
-    let mut damaged_groups: BTreeMap<GroupId, String> = BTreeMap::new();
-    let mut lane_dirs = Vec::new();
-    for lane in lanes {
-        if lane.file_name().and_then(|n| n.to_str()).is_none_or(|n| n.starts_with("damaged-")) {
-            continue;
-        }
-        let content = read_lane(&lane).map_err(OpenError::io(&lane))?;
-        if let Some(reason) = &content.damage {
-            tracing::error!(wal = %lane.display(), %reason, groups = content.damaged_groups.len(), "the write-ahead log is damaged");
-            for group in &content.damaged_groups {
-                damaged_groups.insert(*group, format!("{}: {reason}", lane.display()));
-            }
-        }
-        for record in content.records {
-            entries.entry(record.group()).or_default().push(record);
-        }
-        lane_dirs.push((lane, content.damage.is_some()));
-    }
-
-    let mut recovered = Vec::new();
-    let mut next = Checkpoint::new();
-    for path in directories(&log_root).map_err(OpenError::io(&log_root))? {
-        let Some(name) = path.file_name().and_then(|n| n.to_str()).map(str::to_string) else { continue };
-        if name.ends_with(DELETED_SUFFIX) {
-            fs::remove_dir_all(&path).map_err(OpenError::io(&path))?;
-            continue;
-        }
-        let Some(id) = group_of(&name) else { continue };
-        let records = entries.remove(&id).unwrap_or_default();
-        let checkpoint = known.remove(&id).unwrap_or_default();
-        let marked = fs::read_to_string(path.join(DAMAGED_FILE)).ok();
-        let damage = marked.clone().or_else(|| damaged_groups.remove(&id));
-        let group = match damage {
-            Some(reason) => Err(reason),
-            None => recover_group(&path, &name, id, &checkpoint, records).map_err(OpenError::io(&path))?,
-        };
-        match group {
-            Ok((group, checkpoint)) => {
-                next.insert(id, checkpoint);
-                recovered.push(group);
-            }
-            Err(reason) => {
-                if marked.is_none() {
-                    tracing::error!(directory = %name, %reason, "the log is damaged; the partition refuses to serve");
-                    checkpoint::write_atomically(&path.join(DAMAGED_FILE), reason.as_bytes())
-                        .map_err(OpenError::io(&path))?;
-                }
-                let segments = Vec::new();
-                recovered.push(RecoveredGroup {
-                    group_id: id,
-                    dir_name: name,
-                    health: GroupHealth::Damaged { reason },
-                    hard_state: checkpoint.hard_state,
-                    last_index: checkpoint.last_index,
-                    last_term: checkpoint.last_term,
-                    log_start_offset: checkpoint.log_start_offset,
-                    log_end_offset: checkpoint.synced_end_offset,
-                    producers: ProducerState::default(),
-                    leader_epochs: checkpoint.leader_epochs.clone(),
-                    segments,
-                });
-                next.insert(id, checkpoint);
-            }
-        }
-    }
-
-    let path = wal_root.join("recovered.checkpoint");
-    checkpoint::write_atomically(&path, &checkpoint::encode(&next)).map_err(OpenError::io(&path))?;
-    for old in old_checkpoints.iter().filter(|p| **p != path) {
-        fs::remove_file(old).map_err(OpenError::io(old))?;
-    }
-    for (lane, damaged) in lane_dirs {
-        if damaged {
-            keep_damaged(&wal_root, &lane).map_err(OpenError::io(&lane))?;
-        } else {
-            fs::remove_dir_all(&lane).map_err(OpenError::io(&lane))?;
-        }
-    }
-    flumen_io::sync_dir(&wal_root).map_err(OpenError::io(&wal_root))?;
-    Ok(recovered)
+struct Work {
+    files: FileSystem,
+    root: PathBuf,
+    wal_id: u64,
+    groups: BTreeMap<GroupId, Directory>,
+    deleted: BTreeSet<GroupId>,
+    recovered: Vec<RecoveredGroup>,
+    metas: Vec<(PathBuf, Vec<u8>)>,
+    written: Vec<PathBuf>,
+    dirs: BTreeSet<PathBuf>,
+    afterwards: Vec<Afterwards>,
+    warm_bytes: usize,
 }
 
-type Recovered = Result<(RecoveredGroup, GroupCheckpoint), String>;
+fn names(files: &FileSystem, path: &Path) -> Result<Vec<String>, OpenError> {
+    let entries = files.list(path).map_err(|e| open_error(path, "listing", e))?;
+    Ok(entries.into_iter().map(|entry| entry.name).collect())
+}
 
-fn recover_group(
+fn read_text(files: &FileSystem, path: &Path) -> io::Result<String> {
+    String::from_utf8(files.read(path)?).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// `<dir>.<group>.deleted`
+fn deleted_group(name: &str) -> Option<GroupId> {
+    name.strip_suffix(".deleted")?.rsplit_once('.')?.1.parse().ok()
+}
+
+/// `<anything>.g<group>`: how the broker names directories, so that a damaged one is still known by its number.
+fn group_in_name(name: &str) -> Option<GroupId> {
+    name.rsplit_once(".g")?.1.parse().ok()
+}
+
+/// Content of a marker: `group <number>: <reason>`.
+fn parse_marker(text: &str) -> (Option<GroupId>, String) {
+    let parsed = text.strip_prefix("group ").and_then(|rest| {
+        let (number, reason) = rest.split_once(": ")?;
+        Some((number.parse().ok()?, reason))
+    });
+    match parsed {
+        Some((group, reason)) => (Some(group), reason.trim().to_owned()),
+        None => (None, text.trim().to_owned()),
+    }
+}
+
+fn read_wal_id(files: &FileSystem, path: &Path) -> Result<Option<u64>, OpenError> {
+    match read_text(files, path) {
+        Ok(text) => {
+            let mut words = text.split_ascii_whitespace();
+            let id = words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
+            let crc = words.next().and_then(|word| u32::from_str_radix(word, 16).ok());
+            match (id, crc) {
+                (Some(id), Some(crc)) if crc32c::crc32c(&id.to_le_bytes()) == crc => Ok(Some(id)),
+                _ => Err(OpenError::Config(format!(
+                    "{}: damaged, so it cannot be said which WAL blocks count; nothing was changed. The id stands in \
+                     every block of wal/*/*.wal at byte 16",
+                    path.display()
+                ))),
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(OpenError::Config(format!(
+            "{}: damaged, so it cannot be said which WAL blocks count",
+            path.display()
+        ))),
+        Err(error) => Err(open_error(path, "reading", error)),
+    }
+}
+
+fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
+    match header.kind {
+        BATCH | CONTROL => Some(Action::Entry {
+            index: header.index,
+            term: header.term,
+            offset: header.offset,
+            is_batch: header.kind == BATCH,
+            payload,
+        }),
+        HARD_STATE => {
+            let mut cursor = Cursor::new(&payload);
+            let (vote, commit) = (cursor.u64()?, cursor.u64()?);
+            Some(Action::Hard(HardState { term: header.term, vote, commit }))
+        }
+        LOG_START => Some(Action::LogStart(header.offset)),
+        GROUP_STATE => GroupState::decode(&payload)
+            .filter(|state| state.group == header.group)
+            .map(|state| Action::State(Box::new(state))),
+        GROUP_DELETE => Some(Action::Delete),
+        _ => None,
+    }
+}
+
+struct Ring {
+    path: PathBuf,
+    /// No commit of the former run is in it.
+    empty: bool,
+    damage: Vec<(String, Suspects)>,
+}
+
+/// Reads one lane of one shard into `out`.
+fn read_ring(
+    disk: &FileSystem,
     path: &Path,
-    name: &str,
-    id: GroupId,
-    checkpoint: &GroupCheckpoint,
-    mut records: Vec<Record>,
-) -> io::Result<Recovered> {
-    let mut hard_state = checkpoint.hard_state;
-    let mut log_start = checkpoint.log_start_offset;
-    let mut by_index: BTreeMap<u64, (u64, Option<Bytes>)> = BTreeMap::new();
-    for record in records.drain(..) {
-        match record {
-            Record::HardState { state, .. } if state.term >= hard_state.term => hard_state = state,
-            Record::HardState { .. } => {}
-            Record::LogStart { offset, .. } => log_start = log_start.max(offset),
-            Record::Batch { index, term, bytes, .. } => place(&mut by_index, index, term, Some(bytes)),
-            Record::Control { index, term, .. } => place(&mut by_index, index, term, None),
-        }
+    lane: Lane,
+    shard: u32,
+    wal_id: u64,
+    out: &mut Records,
+) -> Result<Ring, OpenError> {
+    let mut files = Vec::new();
+    let mut found: Vec<Found> = Vec::new();
+    for name in names(disk, path)?.into_iter().filter(|name| name.ends_with(".wal")) {
+        let file_path = path.join(name);
+        // A killed process leaves in memory what the disk may not have; what is done because of it must not outlive it.
+        let synced = disk.open(&file_path, Mode::default()).and_then(|file| file.sync_data());
+        synced.map_err(|e| open_error(&file_path, "syncing", e))?;
+        let bytes = disk.read(&file_path).map_err(|e| open_error(&file_path, "reading", e))?;
+        scan(&bytes, files.len(), wal_id, lane as u16, shard, &mut found);
+        files.push((file_path, Bytes::from(bytes)));
     }
-
-    // Producer state: the newest readable snapshot, then every header after it.
-    let mut producers = ProducerState::default();
-    let mut headers_from = 0;
-    let mut snapshots = files_with(path, "snapshot")?;
-    snapshots.sort();
-    while let Some(snapshot) = snapshots.pop() {
-        let offset = snapshot.file_stem().and_then(|s| s.to_str()).and_then(|s| s.parse::<i64>().ok());
-        if let (Some(offset), Some(state)) = (offset, ProducerState::decode(&fs::read(&snapshot)?)) {
-            producers = state;
-            headers_from = offset;
-            break;
-        }
-        fs::remove_file(&snapshot)?;
+    // The os lane promises nothing over a loss of power; then it ends where the kernel had not written yet.
+    let newest = found.iter().filter(|block| block.payload_ok).max_by_key(|block| block.header.sequence);
+    let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id(disk));
+    let judged = judge(&found, lane == Lane::Os && !same_boot);
+    let mut ring = Ring { path: path.to_owned(), empty: found.is_empty(), damage: Vec::new() };
+    for (sequence, suspects) in judged.damage {
+        ring.damage.push((format!("commit {sequence} in {} is damaged", path.display()), suspects));
     }
-
-    let mut epochs = checkpoint.leader_epochs.clone();
-    let mut segments: Vec<Segment> = Vec::new();
-    let bases = segment::list(path)?;
-    let synced_end = checkpoint.synced_end_offset;
-    for (at, base) in bases.iter().enumerate() {
-        let last = at + 1 == bases.len();
-        let scanned = segment::load(path, *base, synced_end, headers_from, |header| {
-            producers.apply(header);
-            epochs.note(header.leader_epoch, header.base_offset);
-        })?;
-        let mut segment = scanned.segment;
-        if let Some(before) = segments.last()
-            && before.end_offset != *base
-            && before.end_offset > log_start
-        {
-            let end = before.end_offset;
-            return Ok(Err(format!("{name}: segment {base} does not follow the one that ends at {end}")));
-        }
-        if let Some(reason) = scanned.stopped {
-            if segment.end_offset < synced_end {
-                return Ok(Err(format!(
-                    "{name}: segment {base} ends at offset {} ({reason}) although {synced_end} was synced",
-                    segment.end_offset
-                )));
+    if judged.torn {
+        tracing::info!(ring = %path.display(), "cut an unfinished commit off the end");
+    }
+    for k in judged.live {
+        let block = &found[k];
+        let Some((file_path, bytes)) = files.get(block.file) else { continue };
+        let payload_end = block.payload_at + block.header.payload_len as usize;
+        let payload = bytes.slice(block.payload_at..payload_end);
+        for (number, record) in records(&payload).enumerate() {
+            let parsed = record
+                .map(|(header, range)| (header.group, header.kind, action(&header, payload.slice(range))));
+            match parsed {
+                Some((group, _, Some(action))) => {
+                    let position = (block.header.lsn, u32::try_from(number).unwrap_or(u32::MAX));
+                    out.entry(group).or_default().push((position, action));
+                }
+                Some((_, crate::wal_format::NOTHING, None)) => {}
+                malformed => {
+                    let what = malformed.map_or("a record".to_owned(), |(group, kind, _)| {
+                        format!("a record of kind {kind} of group {group}")
+                    });
+                    let reason = format!(
+                        "{what} in commit {} of {} cannot be read",
+                        block.header.sequence,
+                        file_path.display()
+                    );
+                    ring.damage.push((reason, Suspects::Groups(block.header.groups)));
+                    break;
+                }
             }
-            // Beyond what was synced everything is in the WAL too.
-            tracing::info!(directory = name, base, reason, "cutting an unsynced tail; the WAL has it");
-            segment::truncate(path, &mut segment)?;
-            segments.push(segment);
-            for later in &bases[at + 1..] {
-                fs::remove_file(segment::log_path(path, *later))?;
-                let _ = fs::remove_file(segment::index_path(path, *later));
-            }
-            break;
         }
-        // Whole to its end but shorter than what was synced: bytes are gone.
-        if last && segment.end_offset < synced_end {
-            return Ok(Err(format!(
-                "{name}: segments end at {} although {synced_end} was synced",
-                segment.end_offset
-            )));
-        }
-        segments.push(segment);
     }
-    if bases.is_empty() && synced_end > log_start {
-        return Ok(Err(format!("{name}: the segments are gone although {synced_end} was synced")));
+    Ok(ring)
+}
+
+impl Work {
+    fn dir(&self, name: &str) -> PathBuf {
+        self.root.join("log").join(name)
     }
 
-    let mut end = segments.last().map_or(log_start.max(synced_end), |s| s.end_offset);
-    let (mut last_index, mut last_term) = (checkpoint.last_index, checkpoint.last_term);
-    let mut run = Vec::new();
-    for (index, (term, batch)) in by_index {
-        if let Some(batch) = batch {
-            let Ok(header) = record_batch::parse(&batch) else {
-                return Ok(Err(format!("{name}: entry {index} of the WAL is not a batch")));
+    fn list_groups(&mut self) -> Result<(Vec<PathBuf>, Vec<String>), OpenError> {
+        let (mut deletions, mut nameless, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
+        let log = self.root.join("log");
+        for name in names(&self.files, &log)? {
+            let path = log.join(&name);
+            if !self.files.is_dir(&path) {
+                continue;
+            }
+            if name.ends_with(".deleted") {
+                self.deleted.extend(deleted_group(&name).filter(|group| *group != UNKNOWN_GROUP));
+                deletions.push(path);
+                continue;
+            }
+            let state = match self.files.read(&path.join("group.meta")) {
+                Ok(bytes) => GroupState::decode(&bytes).filter(|state| state.dir_name == name),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                Err(error) => return Err(open_error(&path, "reading group.meta", error)),
             };
-            if header.next_offset() <= end {
-                // In a segment already.
-            } else if header.base_offset == end {
-                if !record_batch::crc_ok(&batch) {
-                    return Ok(Err(format!("{name}: entry {index} of the WAL has a wrong checksum")));
+            let marker = self.files.read(&path.join(MARKER)).ok();
+            let marker = marker.map(|text| parse_marker(&String::from_utf8_lossy(&text)));
+            let marked_group = marker.as_ref().and_then(|(group, _)| *group);
+            let marked = marker.map(|(_, reason)| reason);
+            match state {
+                Some(state) => {
+                    let group = state.group;
+                    let directory = Directory { name, state: Some(state), marked };
+                    if let Some(other) = self.groups.insert(group, directory) {
+                        return Err(OpenError::Config(format!(
+                            "directories {} and another in {} say that they are group {group}; remove the copy",
+                            other.name,
+                            log.display()
+                        )));
+                    }
                 }
-                end = header.next_offset();
-                producers.apply(&header);
-                epochs.note(header.leader_epoch, header.base_offset);
-                run.push((header, batch));
-            } else {
-                return Ok(Err(format!(
-                    "{name}: the log ends at offset {end} and the WAL goes on at {}",
-                    header.base_offset
-                )));
+                None => match marked_group.or_else(|| group_in_name(&name)) {
+                    Some(group) => nameless.push((group, Directory { name, state: None, marked })),
+                    None => unknown.push(name),
+                },
             }
         }
-        if index > last_index {
-            last_index = index;
-            last_term = term;
+        for (group, directory) in nameless {
+            self.groups.entry(group).or_insert(directory);
         }
+        Ok((deletions, unknown))
     }
-    if !run.is_empty() {
-        append_run(path, &mut segments, &run)?;
-    }
-    let state = GroupCheckpoint {
-        hard_state,
-        last_index,
-        last_term,
-        log_start_offset: log_start,
-        synced_end_offset: end,
-        leader_epochs: epochs.clone(),
-    };
-    let group = RecoveredGroup {
-        group_id: id,
-        dir_name: name.to_string(),
-        health: GroupHealth::Ok,
-        hard_state,
-        last_index,
-        last_term,
-        log_start_offset: log_start,
-        log_end_offset: end,
-        producers,
-        leader_epochs: epochs,
-        segments,
-    };
-    Ok(Ok((group, state)))
-}
 
-/// An entry at a known index replaces it and all after it, if its term is not older.
-fn place(by_index: &mut BTreeMap<u64, (u64, Option<Bytes>)>, index: u64, term: u64, batch: Option<Bytes>) {
-    if by_index.get(&index).is_some_and(|(known, _)| *known > term) {
-        return;
-    }
-    if by_index.insert(index, (term, batch)).is_some_and(|(known, _)| known != term) {
-        by_index.split_off(&(index + 1));
-    }
-}
-
-fn append_run(
-    path: &Path,
-    segments: &mut Vec<Segment>,
-    run: &[(record_batch::BatchHeader, Bytes)],
-) -> io::Result<()> {
-    let Some((first, _)) = run.first() else { return Ok(()) };
-    if segments.is_empty() {
-        segments.push(Segment::new(first.base_offset));
-    }
-    let Some(segment) = segments.last_mut() else { return Ok(()) };
-    let log = segment::log_path(path, segment.base_offset);
-    let mut file = io::BufWriter::new(fs::OpenOptions::new().create(true).append(true).open(&log)?);
-    for (header, batch) in run {
-        file.write_all(batch)?;
-        segment.note(header);
-    }
-    file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-    segment::rewrite_index(path, segment)?;
-    flumen_io::sync_dir(path)
-}
-
-fn files_with(dir: &Path, extension: &str) -> io::Result<Vec<PathBuf>> {
-    let mut out = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == extension) {
-            out.push(path);
+    fn damaged(&mut self, group_id: GroupId, dir_name: &str, reason: String) {
+        tracing::error!(group_id, directory = dir_name, reason, "damaged partition; it refuses to serve");
+        let dir = self.dir(dir_name);
+        if self.files.is_dir(&dir) && !dir_name.is_empty() {
+            // The next start must refuse as well, when the WAL that shows the damage is out of the way.
+            let marker = dir.join(MARKER);
+            if !self.files.exists(&marker)
+                && let Err(error) =
+                    replace_file(&self.files, &marker, format!("group {group_id}: {reason}\n").as_bytes())
+            {
+                tracing::warn!(path = %marker.display(), %error, "could not be written");
+            }
         }
+        let state = self.groups.get(&group_id).and_then(|directory| directory.state.clone());
+        let state = state.unwrap_or_else(|| GroupState::new(group_id, dir_name));
+        self.recovered.push(RecoveredGroup {
+            group_id,
+            dir_name: dir_name.to_owned(),
+            health: GroupHealth::Damaged { reason },
+            hard_state: HardState {
+                commit: state.hard_state.commit.min(state.flushed_index),
+                ..state.hard_state
+            },
+            last_index: state.flushed_index,
+            last_term: state.flushed_term,
+            log_start_offset: state.log_start.min(state.flushed_end),
+            log_end_offset: state.flushed_end,
+            producers: ProducerState::new(),
+            restored: Restored::default(),
+        });
     }
-    Ok(out)
-}
 
-fn directories(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut out = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            out.push(entry.path());
+    /// Brings one partition up to date. `Ok(false)`: it is damaged.
+    fn group(&mut self, group_id: GroupId, log: &[(Position, Action)]) -> Result<bool, OpenError> {
+        if self.deleted.contains(&group_id) {
+            return Ok(true);
         }
-    }
-    out.sort();
-    Ok(out)
-}
-
-/// Keeps the bytes of a damaged WAL for whoever repairs it.
-fn keep_damaged(wal_root: &Path, lane: &Path) -> io::Result<()> {
-    let name = lane.file_name().and_then(|n| n.to_str()).unwrap_or("wal");
-    let free = (0..).map(|n| wal_root.join(format!("damaged-{name}-{n}"))).find(|p| !p.exists());
-    free.map_or(Ok(()), |to| fs::rename(lane, to))
-}
-
-/// One block found in a file.
-struct Found {
-    header: BlockHeader,
-    payload: Bytes,
-    crc_ok: bool,
-}
-
-fn read_lane(dir: &Path) -> io::Result<LaneContent> {
-    let mut blocks: BTreeMap<u64, Found> = BTreeMap::new();
-    for path in wal_files(dir)? {
-        let bytes = Bytes::from(fs::read(&path)?);
-        for found in scan_file(&bytes) {
-            blocks.insert(found.header.lsn, found);
-        }
-    }
-    Ok(judge(blocks))
-}
-
-/// Every block of the newest round of a file. Blocks of older rounds lie behind it and have lower numbers.
-fn scan_file(bytes: &Bytes) -> Vec<Found> {
-    let mut out: Vec<Found> = Vec::new();
-    let mut at = 0;
-    let mut newest = 0;
-    while at + BLOCK_HEADER_BYTES <= bytes.len() {
-        let Some(header) = wal_format::decode_block_header(&bytes[at..]) else {
-            at += BLOCK_BYTES;
-            continue;
+        let base = self.groups.get(&group_id).and_then(|directory| directory.state.clone()).map(|state| {
+            let contained = if state.wal_id == self.wal_id { state.lsn } else { 0 };
+            (state, (contained, u32::MAX))
+        });
+        let base =
+            base.map(|(state, (lsn, ordinal))| (state, if lsn == 0 { (0, 0) } else { (lsn, ordinal) }));
+        let known_name = base.as_ref().map(|(state, _)| state.dir_name.clone());
+        let replayed = match replay(base, log) {
+            Ok(Some(replayed)) => replayed,
+            Ok(None) => return Ok(true),
+            Err(reason) => {
+                let from_log = log.iter().rev().find_map(|(_, action)| match action {
+                    Action::State(state) => Some(state.dir_name.clone()),
+                    _ => None,
+                });
+                self.damaged(group_id, &known_name.or(from_log).unwrap_or_default(), reason);
+                return Ok(false);
+            }
         };
-        let from = at + BLOCK_HEADER_BYTES;
-        let to = from + header.payload_len as usize;
-        if header.file_seq < newest {
-            at += BLOCK_BYTES;
-            continue;
+        let dir_name = replayed.state.dir_name.clone();
+        if replayed.deleted {
+            // Its directory was renamed before the deletion was recorded; what has its name now is another group's.
+            self.deleted.insert(group_id);
+            return Ok(true);
         }
-        newest = header.file_seq;
-        let payload = if to <= bytes.len() { bytes.slice(from..to) } else { Bytes::new() };
-        let crc_ok = to <= bytes.len() && crc32c::crc32c(&payload) == header.payload_crc;
-        out.push(Found { header, payload, crc_ok });
-        // A torn block may be followed by remains of an older round: look at every boundary in it.
-        at = if crc_ok { to.next_multiple_of(BLOCK_BYTES) } else { at + BLOCK_BYTES };
+        self.restore(group_id, &dir_name, replayed, !log.is_empty())
     }
-    out.retain(|f| f.header.file_seq == newest);
-    out
+
+    fn restore(
+        &mut self,
+        group_id: GroupId,
+        dir_name: &str,
+        replayed: Replayed,
+        changed: bool,
+    ) -> Result<bool, OpenError> {
+        let dir = self.dir(dir_name);
+        if !self.files.is_dir(&dir) {
+            self.files.create_dir(&dir).map_err(|e| open_error(&dir, "creating the directory", e))?;
+            self.dirs.insert(self.root.join("log"));
+        }
+        let outcome = match restore(&self.files, &dir, replayed, changed, &mut self.warm_bytes) {
+            Ok(outcome) => outcome,
+            Err(RestoreError::Damaged(reason)) => {
+                self.damaged(group_id, dir_name, reason);
+                return Ok(false);
+            }
+            Err(RestoreError::Io(path, error)) => return Err(open_error(&path, "recovering", error)),
+        };
+        let mut state = outcome.state;
+        if outcome.changed {
+            state.wal_id = self.wal_id;
+            state.lsn = u64::MAX;
+            self.metas.push((dir.join("group.meta"), state.encode()));
+        }
+        if !outcome.written.is_empty() {
+            self.dirs.insert(dir);
+        }
+        self.written.extend(outcome.written);
+        self.afterwards.extend(outcome.afterwards);
+        self.recovered.push(RecoveredGroup {
+            group_id,
+            dir_name: dir_name.to_owned(),
+            health: GroupHealth::Ok,
+            hard_state: state.hard_state,
+            last_index: outcome.last_index,
+            last_term: outcome.last_term,
+            log_start_offset: state.log_start,
+            log_end_offset: outcome.log_end,
+            producers: outcome.producers,
+            restored: outcome.restored,
+        });
+        Ok(true)
+    }
+
+    fn sync(&mut self) -> Result<(), OpenError> {
+        let (root, disk) = (self.root.clone(), &self.files);
+        let result = if self.written.len() + self.dirs.len() > SYNC_EACH_MAX {
+            disk.sync_all(&root)
+        } else {
+            let files =
+                self.written.iter().try_for_each(|path| disk.open(path, Mode::default())?.sync_data());
+            files.and_then(|()| self.dirs.iter().try_for_each(|dir| disk.sync_dir(dir)))
+        };
+        result.map_err(|e| open_error(&root, "syncing", e))
+    }
 }
 
-/// The tail rule: a block that is missing or torn ends the log if nothing valid comes after it; if
-/// something does, it is damage within what was acknowledged.
-fn judge(blocks: BTreeMap<u64, Found>) -> LaneContent {
-    let mut content = LaneContent::default();
-    let Some(last_good) = blocks.values().filter(|f| f.crc_ok).map(|f| f.header.lsn).next_back() else {
-        return content;
+fn is_clean(files: &FileSystem, ring: &Path, wal_id: u64) -> bool {
+    read_text(files, &ring.join("CLEAN")).is_ok_and(|text| text.trim() == wal_id.to_string())
+}
+
+pub(crate) fn recover(
+    files: &FileSystem,
+    root: &Path,
+    cache_hint: usize,
+) -> Result<(Vec<RecoveredGroup>, u64), OpenError> {
+    let wal = root.join("wal");
+    let current = wal.join("current");
+    let former = read_wal_id(files, &current)?;
+    let mut work = Work {
+        files: files.clone(),
+        root: root.to_owned(),
+        wal_id: former.unwrap_or(0),
+        groups: BTreeMap::new(),
+        deleted: BTreeSet::new(),
+        recovered: Vec::new(),
+        metas: Vec::new(),
+        written: Vec::new(),
+        dirs: BTreeSet::new(),
+        afterwards: Vec::new(),
+        warm_bytes: cache_hint,
     };
-    let mut expected = None;
-    let mut everyone: BTreeSet<GroupId> = BTreeSet::new();
-    let mut whole_lane = false;
-    for (lsn, found) in blocks.range(..=last_good) {
-        if expected.is_some_and(|e| e != *lsn) {
-            content.damage = Some(format!("block {} is missing before block {lsn}", expected.unwrap_or(0)));
-            whole_lane = true;
+    let (deletions, mut unknown) = work.list_groups()?;
+    let mut seen: BTreeSet<GroupId> = BTreeSet::new();
+    let marked: Vec<(GroupId, String, String)> = work
+        .groups
+        .iter()
+        .filter_map(|(group, directory)| Some((*group, directory.name.clone(), directory.marked.clone()?)))
+        .collect();
+    for (group, name, reason) in marked {
+        if seen.insert(group) && !work.deleted.contains(&group) {
+            work.damaged(group, &name, reason);
         }
-        expected = Some(lsn + 1);
-        if found.crc_ok {
-            match wal_format::decode_records(&found.payload) {
-                Some(records) => {
-                    everyone.extend(records.iter().map(Record::group));
-                    content.records.extend(records);
-                }
-                None => {
-                    content.damage = Some(format!("block {lsn} has records of an unknown kind"));
-                    whole_lane = true;
-                }
-            }
+    }
+    let mut kept_rings = Vec::new();
+    let mut shards: BTreeMap<u32, [Option<PathBuf>; 2]> = BTreeMap::new();
+    for name in names(files, &wal)? {
+        let (number, lane) = match name.strip_suffix("-os") {
+            Some(number) => (number, Lane::Os),
+            None => (name.as_str(), Lane::Durable),
+        };
+        if let Ok(number) = number.parse::<u32>()
+            && files.is_dir(&wal.join(&name))
+        {
+            shards.entry(number).or_default()[lane as usize] = Some(wal.join(&name));
+        }
+    }
+    for (shard, lanes) in shards {
+        let Some(wal_id) = former else { continue };
+        if lanes[Lane::Durable as usize].as_ref().is_some_and(|ring| is_clean(files, ring, wal_id)) {
             continue;
         }
-        content.damage = Some(format!("block {lsn} has a wrong checksum and is not the last"));
-        // Which groups it holds can be told when its record headers still make sense and a batch in it
-        // does not match its own checksum.
-        match wal_format::decode_records(&found.payload) {
-            Some(records) => {
-                let bad: Vec<_> = records
-                    .iter()
-                    .filter(|r| matches!(r, Record::Batch { bytes, .. } if !record_batch::crc_ok(bytes)))
-                    .map(Record::group)
-                    .collect();
-                if bad.len() == 1 {
-                    content.damaged_groups.extend(bad);
-                    everyone.extend(records.iter().map(Record::group));
-                    content.records.extend(records);
-                } else {
-                    whole_lane = true;
-                    everyone.extend(records.iter().map(Record::group));
-                }
+        let mut log = Records::new();
+        let mut rings = Vec::new();
+        for (lane, path) in LANES.into_iter().zip(&lanes) {
+            if let Some(path) = path {
+                rings.push(read_ring(files, path, lane, shard, wal_id, &mut log)?);
             }
-            None => whole_lane = true,
+        }
+        let damage: Vec<&(String, Suspects)> = rings.iter().flat_map(|ring| &ring.damage).collect();
+        let mut keep = !damage.is_empty();
+        // The names of partitions that are only in this WAL.
+        for (group, records) in &mut log {
+            records.sort_by_key(|(position, _)| *position);
+            let state = records.iter().rev().find_map(|(_, action)| match action {
+                Action::State(state) => Some(state),
+                _ => None,
+            });
+            if let Some(state) = state {
+                unknown.retain(|name| *name != state.dir_name);
+                let directory = Directory { name: state.dir_name.clone(), ..Directory::default() };
+                work.groups.entry(*group).or_insert(directory);
+            }
+        }
+        let suspects: Vec<(GroupId, String, String)> = work
+            .groups
+            .iter()
+            .filter(|(group, _)| !seen.contains(group) && !work.deleted.contains(group))
+            .filter_map(|(group, directory)| {
+                let (reason, _) = damage.iter().find(|(_, who)| who.contains(*group))?;
+                Some((*group, directory.name.clone(), reason.clone()))
+            })
+            .collect();
+        for (group, name, reason) in suspects {
+            seen.insert(group);
+            work.damaged(group, &name, reason);
+        }
+        for (group, records) in log {
+            if seen.insert(group) {
+                keep |= !work.group(group, &records)?;
+            }
+        }
+        if keep {
+            kept_rings.extend(rings.into_iter().filter(|ring| !ring.empty).map(|ring| ring.path));
         }
     }
-    if whole_lane {
-        content.damaged_groups = everyone;
+    let rest: Vec<GroupId> = work.groups.keys().copied().filter(|group| !seen.contains(group)).collect();
+    let mut without_state: Vec<(GroupId, String)> = Vec::new();
+    for group in rest {
+        match work.groups.get(&group) {
+            Some(Directory { state: None, name, .. }) => without_state.push((group, name.clone())),
+            _ => {
+                work.group(group, &[])?;
+            }
+        }
     }
-    content
+    without_state.extend(unknown.into_iter().map(|name| (UNKNOWN_GROUP, name)));
+    for (group, name) in without_state {
+        let path = root.join("log").join(&name);
+        let empty = names(files, &path)?.iter().all(|file| file == "group.new");
+        // With a damaged ring it may be one whose records cannot be read.
+        if empty && kept_rings.is_empty() {
+            // Created, and nothing of it ever committed.
+            files.remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
+        } else {
+            let reason = "its group.meta is missing or damaged, and the WAL does not know it".to_owned();
+            work.damaged(group, &name, reason);
+        }
+    }
+    // A killed process may have left names of partitions that were never synced; from here on we rely on them.
+    work.dirs.insert(root.join("log"));
+    work.sync()?;
+    let metas = std::mem::take(&mut work.metas);
+    replace_many(files, root, metas).map_err(|e| open_error(root, "writing group.meta", e))?;
+    for ring in kept_rings {
+        let name = ring.file_name().and_then(|name| name.to_str()).unwrap_or("ring").to_owned();
+        let kept = wal.join(format!("{name}.damaged-{:016x}", work.wal_id));
+        files.rename(&ring, &kept).map_err(|e| open_error(&ring, "putting aside", e))?;
+        tracing::error!(ring = %kept.display(), "kept for repair");
+    }
+    // From here on the old blocks do not count.
+    let wal_id = files.random_id();
+    let line = format!("{wal_id:016x} {:08x}\n", crc32c::crc32c(&wal_id.to_le_bytes()));
+    replace_file(files, &current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
+    for step in work.afterwards {
+        let (path, result) = match &step {
+            Afterwards::Shorten(path, bytes) => {
+                let file = files.open(path, Mode { write: true, ..Mode::default() });
+                (path, file.and_then(|file| file.set_len(*bytes)))
+            }
+            Afterwards::Remove(path) if files.is_dir(path) => (path, files.remove_dir_all(path)),
+            Afterwards::Remove(path) => (path, files.remove_file(path)),
+        };
+        match result {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(open_error(path, "finishing recovery", error));
+            }
+            _ => {}
+        }
+    }
+    for path in deletions {
+        files.remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
+    }
+    work.recovered.sort_by_key(|group| group.group_id);
+    Ok((work.recovered, wal_id))
 }

@@ -1,660 +1,664 @@
-//! One shard's storage: both lanes of the WAL, the groups, and the work behind them.
+//! One shard's store: its two WAL lanes, its partitions, the budget of the tail cache, and the background tasks.
 //!
-//! Background, on the shard's thread: `flush` moves committed runs to segments; `retire` syncs segments,
-//! writes a checkpoint and gives the oldest WAL file back. Order in `retire` is what makes a crash safe:
-//! segments synced -> checkpoint durable -> file reused.
+//! Lives on one shard thread inside a `LocalSet`; nothing here is `Send`. Raft, offset assignment and acknowledgement
+//! are the broker's. The flow of an append: `GroupLog::stage` -> lane block -> one write -> `durable_lsn` rises -> the
+//! broker commits and calls `set_high_watermark` -> the flusher moves the run to its segment -> the WAL file retires.
+//!
+//! Invariants:
+//! - Each lane reports by itself: `durable_lsn(lane)` is its newest commit that is done, and so are all before it.
+//! - LSNs are given out over both lanes, and the records of one group lie in LSN order whatever its lanes were; replay
+//!   after a crash goes by that order.
+//! - After a failed WAL write or sync nothing more is reported durable, and nothing is retried.
 
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
-use std::rc::{Rc, Weak};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use flumen_io::{Disk, File, Mode};
-use flumen_protocol::record_batch;
+use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
-use crate::checkpoint::{self, Checkpoint, GroupCheckpoint};
-use crate::data_dir::{DELETED_SUFFIX, DataDir};
-use crate::entry::{
-    GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, RecoveredGroup, StoreConfig, StoreStats,
+use crate::data_dir::{DataDir, Lock};
+use crate::flush;
+use crate::group::{Group, GroupLog};
+use crate::group_state::{GroupState, valid_dir_name};
+use crate::ring::Class;
+use crate::types::{
+    COMMIT_BUCKETS_US, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
+    OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
 };
-use crate::error::{CreateError, LogPoisoned, OpenError};
-use crate::group::{Group, GroupLog, GroupState};
-use crate::leader_epochs::LeaderEpochs;
-use crate::producer_state::ProducerState;
-use crate::segment::{self, Segment};
-use crate::wal::Wal;
+use crate::wal::{self, Wal, sync_os_lane};
+use crate::wal_format::{GROUP_DELETE, GROUP_STATE, RecordHeader};
 
-/// A group is flushed when this much of it is only in the WAL; larger runs cost less per byte.
-pub(crate) const RUN_BYTES: usize = 512 << 10;
-/// One write to a segment at most.
-const RUN_BYTES_MAX: usize = 2 << 20;
-/// A producer snapshot for every this much of log: what recovery reads again per partition.
-const SNAPSHOT_BYTES: u64 = 64 << 20;
-/// Full WAL files before the oldest is retired: entries of a quiet partition wait for a bigger run.
-const FULL_FILES_KEPT: usize = 1;
-/// How often a full disk is tried again by the flusher.
-const SPACE_RETRY: Duration = Duration::from_millis(200);
+/// Smaller rings cannot hold the records that emptying them needs.
+const MIN_WAL_FILE_BYTES: u64 = 256 << 10;
+/// One being written, one being retired, one in between.
+const MIN_WAL_FILES: usize = 3;
 
+/// Descriptors kept open for segments, per shard: enough for the partitions written and read at one time, and far below
+/// the usual limit of the process. Others are opened again when needed, some ten microseconds.
+const OPEN_FILES: usize = 256;
+
+/// Places where catch-up readers stopped, per shard: the next read of one needs no index. A few dozen bytes each.
+const READ_AHEAD_SLOTS: usize = 1024;
+/// What was read for small readers beyond what they asked for, over all of them, per shard.
+const READ_AHEAD_BYTES: usize = 8 << 20;
+
+/// Files of deleted segments go one by one with this pause, so that freeing their blocks does not stall the journal.
+const UNLINK_PAUSE: Duration = Duration::from_millis(5);
+
+pub(crate) fn is_no_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+struct OpenSegment {
+    file: File,
+    used: u64,
+    /// What the next append has to write again; `None` while an append has it.
+    last_block: Option<LastBlock>,
+}
+
+#[derive(Default)]
+struct FileCache {
+    files: HashMap<(u64, i64), OpenSegment>,
+    clock: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub bytes_appended: Cell<u64>,
+    pub batches_appended: Cell<u64>,
+    pub wal_bytes: Cell<u64>,
+    pub wal_commits: Cell<u64>,
+    pub segment_bytes: Cell<u64>,
+    pub segment_syncs: Cell<u64>,
+    pub files_retired: Cell<u64>,
+    commit_buckets: RefCell<[u64; COMMIT_BUCKETS_US.len() + 1]>,
+    commit_sum_us: Cell<u64>,
+}
+
+pub(crate) fn add(cell: &Cell<u64>, n: u64) {
+    cell.set(cell.get() + n);
+}
+
+pub(crate) struct ReadAhead {
+    pub group: GroupId,
+    /// Segment, and where in it the batch at `offset` begins.
+    pub base: i64,
+    pub position: u64,
+    pub offset: i64,
+    /// From that batch on; may be empty, then only the place is remembered.
+    pub bytes: bytes::Bytes,
+}
+
+struct Trash {
+    path: PathBuf,
+    after: (Lane, Lsn),
+    of: Option<Rc<Group>>,
+}
+
+pub(crate) struct Shard {
+    pub config: StoreConfig,
+    pub root: PathBuf,
+    pub wal_id: u64,
+    pub files: FileSystem,
+    pub disk: Disk,
+    wals: [Wal; 2],
+    os_started: Cell<bool>,
+    pub groups: RefCell<BTreeMap<GroupId, Rc<Group>>>,
+    pub next_lsn: Cell<Lsn>,
+    durable: [Cell<Lsn>; 2],
+    durable_changed: [Notify; 2],
+    poisoned: RefCell<Option<String>>,
+    pub closing: Cell<bool>,
+    closed: Cell<bool>,
+    /// Order in which cached batches came in over all groups, as (group, bytes); eviction follows it.
+    cache_order: RefCell<VecDeque<(GroupId, u32)>>,
+    pub cache_bytes: Cell<u64>,
+    pub unflushed_bytes: Cell<u64>,
+    pub flush_queue: RefCell<VecDeque<Rc<Group>>>,
+    pub flush_wake: Notify,
+    /// Held over each piece of flushing; shutdown takes it to be alone.
+    pub flush_lock: tokio::sync::Mutex<()>,
+    open_files: RefCell<FileCache>,
+    pub read_ahead: RefCell<VecDeque<ReadAhead>>,
+    /// In the order in which they were loaded, with how many entries each had.
+    pub loaded_indexes: RefCell<VecDeque<(GroupId, i64, usize)>>,
+    no_space: Cell<bool>,
+    pub log_dir_dirty: Cell<bool>,
+    /// Deleted groups with records in the os lane. These outlive the deletion's own record when only the durable lane
+    /// moves on, so that record is written again until they are gone.
+    pub tombstones: RefCell<Vec<GroupId>>,
+    /// To be removed once the commit is durable that says why.
+    trash: RefCell<VecDeque<Trash>>,
+    /// Held over a removal and over the renaming of a deletion, so that no removal meets the files of a namesake.
+    removing: tokio::sync::Mutex<()>,
+    trash_wake: Notify,
+    pub counters: Counters,
+    /// The directory's lock lives as long as any shard does.
+    _lock: Arc<Lock>,
+}
+
+impl Shard {
+    pub fn is_live(&self) -> bool {
+        !self.closed.get() && self.poisoned.borrow().is_none()
+    }
+
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.borrow().is_some()
+    }
+
+    pub fn poison(&self, reason: &str) {
+        if self.poisoned.borrow().is_none() {
+            tracing::error!(shard = self.config.shard, reason, "the shard log failed");
+            *self.poisoned.borrow_mut() = Some(reason.to_owned());
+        }
+        self.wake_everybody();
+    }
+
+    fn wake_everybody(&self) {
+        for wal in &self.wals {
+            wal.wake_all();
+        }
+        self.flush_wake.notify_one();
+        self.trash_wake.notify_one();
+        for changed in &self.durable_changed {
+            changed.notify_waiters();
+        }
+    }
+
+    pub fn note_no_space(&self, doing: &str, error: &io::Error) {
+        if !self.no_space.replace(true) {
+            tracing::error!(shard = self.config.shard, doing, %error, "no space on the disk; waiting for some");
+        }
+    }
+
+    pub fn is_out_of_space(&self) -> bool {
+        self.no_space.get()
+    }
+
+    pub fn note_space(&self) {
+        if self.no_space.replace(false) {
+            tracing::info!(shard = self.config.shard, "the disk has space again");
+        }
+    }
+
+    pub fn wal(&self, lane: Lane) -> &Wal {
+        &self.wals[lane as usize]
+    }
+
+    /// A block of a lane is done; those before it were written before it.
+    pub fn note_commit(&self, lane: Lane, lsn: Lsn, bytes: u64, took: Duration) {
+        let counters = &self.counters;
+        add(&counters.wal_bytes, bytes);
+        add(&counters.wal_commits, 1);
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        add(&counters.commit_sum_us, us);
+        let bucket =
+            COMMIT_BUCKETS_US.iter().position(|bound| us <= *bound).unwrap_or(COMMIT_BUCKETS_US.len());
+        counters.commit_buckets.borrow_mut()[bucket] += 1;
+        if self.is_poisoned() {
+            return;
+        }
+        self.durable[lane as usize].set(lsn);
+        self.durable_changed[lane as usize].notify_waiters();
+    }
+
+    pub fn durable_lsn(&self, lane: Lane) -> Lsn {
+        self.durable[lane as usize].get()
+    }
+
+    pub async fn next_durable(&self, lane: Lane, seen: Lsn) -> Result<Lsn, LogPoisoned> {
+        loop {
+            let changed = self.durable_changed[lane as usize].notified();
+            // What became durable before the failure still is; it is reported first.
+            let durable = self.durable_lsn(lane);
+            if durable > seen {
+                return Ok(durable);
+            }
+            if let Some(reason) = &*self.poisoned.borrow() {
+                return Err(LogPoisoned { reason: reason.clone() });
+            }
+            if self.closed.get() {
+                return Err(LogPoisoned { reason: "the store is shut down".to_owned() });
+            }
+            changed.await;
+        }
+    }
+
+    pub async fn wait_durable(&self, lane: Lane, lsn: Lsn) -> Result<(), LogPoisoned> {
+        while self.durable_lsn(lane) < lsn {
+            self.next_durable(lane, self.durable_lsn(lane)).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until no loss of power can take the commit back, in the os lane too: what destroys older bytes because of a
+    /// record must not reach the disk before it.
+    pub async fn wait_safe(self: &Rc<Self>, lane: Lane, lsn: Lsn) -> Result<(), LogPoisoned> {
+        self.wait_durable(lane, lsn).await?;
+        if lane == Lane::Os
+            && let Err(error) = sync_os_lane(self).await
+        {
+            let reason = format!("syncing the os lane: {error}");
+            self.poison(&reason);
+            return Err(LogPoisoned { reason });
+        }
+        Ok(())
+    }
+
+    pub fn wake_flusher(&self) {
+        self.flush_wake.notify_one();
+    }
+
+    pub fn queue_flush(&self, group: &Rc<Group>) {
+        if !group.queued.replace(true) {
+            self.flush_queue.borrow_mut().push_back(Rc::clone(group));
+            self.flush_wake.notify_one();
+        }
+    }
+
+    pub fn group(&self, id: GroupId) -> Option<Rc<Group>> {
+        self.groups.borrow().get(&id).cloned()
+    }
+
+    /// The lane's tasks and directory exist from its first use on.
+    pub fn use_os_lane(self: &Rc<Self>) {
+        if !self.os_started.replace(true) {
+            tokio::task::spawn_local(wal::write_blocks(Rc::clone(self), Lane::Os));
+        }
+    }
+
+    pub fn cache_push(&self, group: GroupId, bytes: usize) {
+        self.cache_order.borrow_mut().push_back((group, u32::try_from(bytes).unwrap_or(u32::MAX)));
+        add(&self.cache_bytes, bytes as u64);
+    }
+
+    /// Drops the oldest cached batches that are in segments until the budget is met.
+    pub fn evict(&self) {
+        let budget = self.config.cache_bytes as u64;
+        if self.cache_bytes.get() <= budget {
+            return;
+        }
+        let mut order = self.cache_order.borrow_mut();
+        while self.cache_bytes.get() > budget {
+            let Some((id, bytes)) = order.pop_front() else { return };
+            let Some(group) = self.group(id) else { continue };
+            match group.evict_one() {
+                Some(freed) => self.cache_bytes.set(self.cache_bytes.get().saturating_sub(freed as u64)),
+                None if group.unflushed_bytes() > 0 => {
+                    // Its oldest is not in a segment yet: it goes as soon as it is, out of turn.
+                    order.push_front((id, bytes));
+                    self.queue_flush(&group);
+                    return;
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// A segment, opened past the page cache: what is read and written goes through `Disk`.
+    pub fn file(&self, group: &Group, base: i64) -> io::Result<File> {
+        let mut cache = self.open_files.borrow_mut();
+        cache.clock += 1;
+        let clock = cache.clock;
+        if let Some(open) = cache.files.get_mut(&(group.id, base)) {
+            open.used = clock;
+            return Ok(open.file.clone());
+        }
+        let mode = Mode { write: true, direct: true, ..Mode::default() };
+        let file = self.files.open(&group.log_path(base), mode)?;
+        self.remember(&mut cache, (group.id, base), file.clone());
+        Ok(file)
+    }
+
+    pub fn create_file(&self, group: &Group, base: i64) -> io::Result<File> {
+        let mode = Mode { write: true, create: true, direct: true, ..Mode::default() };
+        let file = self.files.open(&group.log_path(base), mode)?;
+        let mut cache = self.open_files.borrow_mut();
+        cache.clock += 1;
+        self.remember(&mut cache, (group.id, base), file.clone());
+        Ok(file)
+    }
+
+    fn remember(&self, cache: &mut FileCache, key: (u64, i64), file: File) {
+        if cache.files.len() >= OPEN_FILES
+            && let Some(oldest) = cache.files.iter().min_by_key(|(_, open)| open.used).map(|(key, _)| *key)
+        {
+            cache.files.remove(&oldest);
+        }
+        cache.files.insert(key, OpenSegment { file, used: cache.clock, last_block: None });
+    }
+
+    /// An append takes it and, if it succeeded, leaves it. One that is not there costs the append a read.
+    pub fn take_last_block(&self, group: GroupId, base: i64) -> LastBlock {
+        let mut cache = self.open_files.borrow_mut();
+        cache.files.get_mut(&(group, base)).and_then(|open| open.last_block.take()).unwrap_or_default()
+    }
+
+    pub fn leave_last_block(&self, group: GroupId, base: i64, last: LastBlock) {
+        if let Some(open) = self.open_files.borrow_mut().files.get_mut(&(group, base)) {
+            open.last_block = Some(last);
+        }
+    }
+
+    pub fn forget_file(&self, group: GroupId, base: i64) {
+        self.open_files.borrow_mut().files.remove(&(group, base));
+    }
+
+    pub fn keep_read_ahead(&self, ahead: ReadAhead) {
+        let mut slots = self.read_ahead.borrow_mut();
+        slots.push_back(ahead);
+        let mut bytes: usize = slots.iter().map(|slot| slot.bytes.len()).sum();
+        while slots.len() > READ_AHEAD_SLOTS || bytes > READ_AHEAD_BYTES {
+            let Some(oldest) = slots.pop_front() else { break };
+            bytes -= oldest.bytes.len();
+        }
+    }
+
+    /// Removes a file or directory once the commit is safe that makes it worthless. One in the directory of a partition
+    /// goes with that, should the partition be deleted before.
+    pub fn throw_away(&self, path: PathBuf, after: (Lane, Lsn), of: Option<Rc<Group>>) {
+        self.trash.borrow_mut().push_back(Trash { path, after, of });
+        self.trash_wake.notify_one();
+    }
+
+    /// `None`: the ring is full to its last reserve.
+    pub fn record_deletion(&self, group: GroupId) -> Option<Lsn> {
+        let record = RecordHeader { kind: GROUP_DELETE, group, index: 0, term: 0, offset: 0 };
+        let placed = self.wal(Lane::Durable).append(&self.next_lsn, &record, &[], Class::System);
+        placed.ok().map(|(lsn, _)| lsn)
+    }
+
+    pub fn segments_root(&self) -> PathBuf {
+        self.root.join("log")
+    }
+}
+
+async fn empty_trash(shard: Rc<Shard>) {
+    while shard.is_live() {
+        let Some(Trash { path, after: (lane, lsn), of }) = shard.trash.borrow_mut().pop_front() else {
+            shard.trash_wake.notified().await;
+            continue;
+        };
+        if shard.wait_safe(lane, lsn).await.is_err() {
+            return;
+        }
+        let alone = shard.removing.lock().await;
+        if of.is_some_and(|group| group.deleted.get()) {
+            continue;
+        }
+        let (shown, files) = (path.clone(), shard.files.clone());
+        let removed = shard.disk.off_thread(move || remove(&files, &path)).await;
+        match removed {
+            Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %shown.display(), %error, "could not remove; the next start tries again");
+            }
+            _ => {}
+        }
+        drop(alone);
+        tokio::time::sleep(UNLINK_PAUSE).await;
+    }
+}
+
+fn remove(files: &FileSystem, path: &Path) -> io::Result<()> {
+    if files.is_dir(path) { files.remove_dir_all(path) } else { files.remove_file(path) }
+}
+
+/// One shard's log. Cheap to clone; stays on the thread that opened it.
 #[derive(Clone)]
-pub struct ShardStore(pub(crate) Rc<Store>);
+pub struct ShardStore {
+    shard: Rc<Shard>,
+}
 
-pub(crate) struct Store {
-    config: StoreConfig,
-    dir: Arc<DataDir>,
-    pub(crate) disk: Disk,
-    durable: Rc<Wal>,
-    /// Opened by the first topic that asks for it.
-    os: OnceCell<Rc<Wal>>,
-    groups: RefCell<HashMap<GroupId, Rc<Group>>>,
-    flush_queue: RefCell<VecDeque<Weak<Group>>>,
-    flush_due: Notify,
-    file_filled: Rc<Notify>,
-    /// Appends in order, to evict the oldest first.
-    cache_order: RefCell<VecDeque<(Weak<Group>, usize)>>,
-    cache_bytes: Cell<usize>,
-    pub(crate) no_space: Cell<bool>,
-    poison: RefCell<Option<LogPoisoned>>,
-    bytes_appended: Cell<u64>,
-    segment_bytes: Cell<u64>,
-    stopping: Cell<bool>,
+impl std::fmt::Debug for ShardStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ShardStore").field("shard", &self.shard.config.shard).finish_non_exhaustive()
+    }
 }
 
 impl ShardStore {
-    /// Opens the shard's WAL. Must run on the shard's thread, in its `LocalSet`, after `DataDir::recover`.
-    pub async fn open(dir: &Arc<DataDir>, config: StoreConfig) -> Result<ShardStore, OpenError> {
-        let disk = Disk::open(config.io).map_err(|e| OpenError::Io {
-            path: dir.path().to_path_buf(),
-            source: io::Error::other(e.to_string()),
+    /// After `DataDir::recover`, on the shard's thread, inside its `LocalSet`: spawns the writer and the flusher there.
+    pub async fn open(dir: &DataDir, config: StoreConfig) -> Result<ShardStore, OpenError> {
+        let kind = match config.io {
+            IoKind::Auto => DiskKind::Auto,
+            IoKind::Uring => DiskKind::Uring,
+            IoKind::Sync => DiskKind::Sync,
+        };
+        let disk = Disk::open_for(dir.files(), kind).map_err(|error| OpenError::Uring(error.0))?;
+        Self::open_on(dir, config, disk).await
+    }
+
+    /// As `open`, on a disk of the caller's choice (one with faults, in tests).
+    pub async fn open_on(dir: &DataDir, config: StoreConfig, disk: Disk) -> Result<ShardStore, OpenError> {
+        if config.wal_file_bytes < MIN_WAL_FILE_BYTES || config.wal_files_max < MIN_WAL_FILES {
+            return Err(OpenError::Config(format!(
+                "a WAL ring needs at least {MIN_WAL_FILES} files of {MIN_WAL_FILE_BYTES} bytes"
+            )));
+        }
+        let wal_id = dir.wal_id().ok_or(OpenError::NotRecovered)?;
+        let (root, files) = (dir.path().to_owned(), dir.files().clone());
+        let shard_number = u32::try_from(config.shard)
+            .map_err(|_| OpenError::Config("shard number out of range".to_owned()))?;
+        let file_bytes = config.wal_file_bytes.next_multiple_of(4096);
+        let wal = |lane: Lane| {
+            let name = match lane {
+                Lane::Durable => format!("{shard_number}"),
+                Lane::Os => format!("{shard_number}-os"),
+            };
+            let path = root.join("wal").join(name);
+            files.create_dir_all(&path).map_err(|source| OpenError::Io {
+                path: path.display().to_string(),
+                action: "creating the directory",
+                source,
+            })?;
+            let ids = (wal_id, crate::data_dir::boot_id(&files));
+            Ok::<_, OpenError>(Wal::new(
+                lane,
+                files.clone(),
+                path,
+                shard_number,
+                ids,
+                file_bytes,
+                config.wal_files_max,
+            ))
+        };
+        let wals = [wal(Lane::Durable)?, wal(Lane::Os)?];
+        let wal_root = root.join("wal");
+        files.sync_dir(&wal_root).map_err(|source| OpenError::Io {
+            path: wal_root.display().to_string(),
+            action: "syncing the directory",
+            source,
         })?;
-        tracing::debug!(shard = config.shard, io = disk.description(), "log opened");
-        let file_filled = Rc::new(Notify::new());
-        let path = dir.wal_dir(config.shard, Lane::Durable);
-        let durable = Wal::open(
-            path.clone(),
-            Lane::Durable,
-            disk.clone(),
-            config.wal_file_bytes,
-            config.wal_files,
-            0,
-            file_filled.clone(),
-        )
-        .map_err(OpenError::io(&path))?;
-        let store = Rc::new(Store {
+        if disk.description() != "io_uring" {
+            tracing::info!(shard = config.shard, io = disk.description(), "disk driver");
+        }
+        let shard = Rc::new(Shard {
             config,
-            dir: dir.clone(),
+            root,
+            wal_id,
+            files,
             disk,
-            durable,
-            os: OnceCell::new(),
+            wals,
+            os_started: Cell::new(false),
             groups: RefCell::default(),
-            flush_queue: RefCell::default(),
-            flush_due: Notify::new(),
-            file_filled,
+            next_lsn: Cell::new(1),
+            durable: Default::default(),
+            durable_changed: Default::default(),
+            poisoned: RefCell::new(None),
+            closing: Cell::new(false),
+            closed: Cell::new(false),
             cache_order: RefCell::default(),
             cache_bytes: Cell::new(0),
+            unflushed_bytes: Cell::new(0),
+            flush_queue: RefCell::default(),
+            flush_wake: Notify::new(),
+            flush_lock: tokio::sync::Mutex::new(()),
+            open_files: RefCell::default(),
+            read_ahead: RefCell::default(),
+            loaded_indexes: RefCell::default(),
             no_space: Cell::new(false),
-            poison: RefCell::new(None),
-            bytes_appended: Cell::new(0),
-            segment_bytes: Cell::new(0),
-            stopping: Cell::new(false),
+            log_dir_dirty: Cell::new(false),
+            tombstones: RefCell::default(),
+            trash: RefCell::default(),
+            removing: tokio::sync::Mutex::new(()),
+            trash_wake: Notify::new(),
+            counters: Counters::default(),
+            _lock: dir.lock(),
         });
-        tokio::task::spawn_local(store.clone().keep_flushing());
-        tokio::task::spawn_local(store.clone().keep_retiring());
-        Ok(ShardStore(store))
+        tokio::task::spawn_local(wal::write_blocks(Rc::clone(&shard), Lane::Durable));
+        tokio::task::spawn_local(wal::fill_zeros(Rc::clone(&shard)));
+        tokio::task::spawn_local(flush::run(Rc::clone(&shard)));
+        tokio::task::spawn_local(empty_trash(Rc::clone(&shard)));
+        Ok(ShardStore { shard })
     }
 
-    /// Takes over a group that recovery returned.
-    pub fn attach(&self, found: RecoveredGroup, config: GroupConfig) -> GroupLog {
-        let group = Rc::new(Group {
-            id: found.group_id,
-            dir: self.0.dir.log_root().join(&found.dir_name),
-            health: RefCell::new(found.health),
-            config: RefCell::new(config),
-            producers: RefCell::new(found.producers),
-            state: RefCell::new(GroupState {
-                hard_state: found.hard_state,
-                last_index: found.last_index,
-                last_term: found.last_term,
-                log_start_offset: found.log_start_offset,
-                log_end_offset: found.log_end_offset,
-                high_watermark: found.log_end_offset,
-                tail: VecDeque::new(),
-                flushed: 0,
-                unflushed_bytes: 0,
-                flushed_index: found.last_index,
-                flushed_term: found.last_term,
-                snapshot_offset: found.log_end_offset,
-                synced_end_offset: found.log_end_offset,
-                segments: found.segments,
-                active: None,
-                dirty: Vec::new(),
-                leader_epochs: found.leader_epochs,
-            }),
-            flushing: Cell::new(false),
-            queued: Cell::new(false),
-            deleted: Cell::new(false),
-        });
-        self.0.groups.borrow_mut().insert(group.id, group.clone());
-        GroupLog { group, store: self.clone() }
+    /// Takes over a partition that recovery found.
+    pub fn attach(&self, recovered: RecoveredGroup, config: GroupConfig) -> GroupLog {
+        let group = Rc::new(Group::attach(&self.shard, recovered, config));
+        self.insert(group)
     }
 
-    /// Creates an empty group: its directory is durable when this returns.
+    fn insert(&self, group: Rc<Group>) -> GroupLog {
+        let mut groups = self.shard.groups.borrow_mut();
+        assert!(!groups.contains_key(&group.id), "group {} is attached twice", group.id);
+        groups.insert(group.id, Rc::clone(&group));
+        for wal in &self.shard.wals {
+            wal.set_groups(groups.len());
+        }
+        GroupLog { shard: Rc::clone(&self.shard), group }
+    }
+
+    /// Creates an empty partition. It is durable with the first commit that follows.
     pub fn create(
         &self,
         group_id: GroupId,
         dir_name: &str,
         config: GroupConfig,
     ) -> Result<GroupLog, CreateError> {
-        if let Some(poison) = self.0.poisoned() {
-            return Err(poison.into());
+        let shard = &self.shard;
+        if let Some(reason) = &*shard.poisoned.borrow() {
+            return Err(CreateError::Poisoned(reason.clone()));
         }
-        let path = self.0.dir.log_root().join(dir_name);
-        let made = std::fs::create_dir_all(&path).and_then(|()| flumen_io::sync_dir(&self.0.dir.log_root()));
-        made.map_err(|source| CreateError::Io { path, source })?;
-        Ok(self.attach(
-            RecoveredGroup {
-                group_id,
-                dir_name: dir_name.to_string(),
-                health: GroupHealth::Ok,
-                hard_state: HardState::default(),
-                last_index: 0,
-                last_term: 0,
-                log_start_offset: 0,
-                log_end_offset: 0,
-                producers: ProducerState::default(),
-                leader_epochs: LeaderEpochs::default(),
-                segments: Vec::new(),
-            },
-            config,
-        ))
-    }
-
-    /// Forgets a group and removes its files. The rename is what decides; the rest may be cut short.
-    pub async fn delete(&self, group_id: GroupId) -> io::Result<()> {
-        let Some(group) = self.0.groups.borrow_mut().remove(&group_id) else { return Ok(()) };
-        group.deleted.set(true);
-        {
-            let mut state = group.state.borrow_mut();
-            state.tail.clear();
-            state.flushed = 0;
-            state.unflushed_bytes = 0;
-            state.active = None;
-            state.dirty.clear();
+        if shard.groups.borrow().contains_key(&group_id) {
+            return Err(CreateError::GroupExists(group_id));
         }
-        let mut doomed = group.dir.clone().into_os_string();
-        doomed.push(DELETED_SUFFIX);
-        std::fs::rename(&group.dir, &doomed)?;
-        flumen_io::sync_dir(&self.0.dir.log_root())?;
-        tokio::task::spawn_blocking(move || std::fs::remove_dir_all(doomed))
-            .await
-            .map_err(io::Error::other)?
-    }
-
-    pub fn durable_lsn(&self, lane: Lane) -> Lsn {
-        match lane {
-            Lane::Durable => self.0.durable.durable_lsn(),
-            Lane::Os => self.0.os.get().map_or(0, |wal| wal.durable_lsn()),
+        if !valid_dir_name(dir_name) {
+            return Err(CreateError::BadName(dir_name.to_owned()));
         }
-    }
-
-    /// Waits until the lane's durable LSN is above `seen`, and returns it.
-    pub async fn next_durable(&self, lane: Lane, seen: Lsn) -> Result<Lsn, LogPoisoned> {
-        let wal = self.0.wal(lane).map_err(|e| LogPoisoned(e.to_string()))?;
-        loop {
-            let progressed = wal.progressed.notified();
-            let lsn = wal.durable_lsn();
-            if lsn > seen {
-                return Ok(lsn);
+        let path = shard.segments_root().join(dir_name);
+        match shard.files.create_dir(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(CreateError::DirectoryExists(dir_name.to_owned()));
             }
-            if let Some(poison) = self.0.poisoned() {
-                return Err(poison);
-            }
-            progressed.await;
+            Err(error) if is_no_space(&error) => return Err(CreateError::NoSpace),
+            Err(source) => return Err(CreateError::Io { path: path.display().to_string(), source }),
         }
+        // That a partition exists is always durable; one of the os lane goes there once this is done.
+        let state = GroupState::new(group_id, dir_name);
+        let record = RecordHeader { kind: GROUP_STATE, group: group_id, index: 0, term: 0, offset: 0 };
+        let wal = shard.wal(Lane::Durable);
+        let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
+            let _ = shard.files.remove_dir(&path);
+            return Err(CreateError::NoSpace);
+        };
+        shard.log_dir_dirty.set(true);
+        let group = Rc::new(Group::create(shard, group_id, dir_name, config, lsn));
+        group.touch(wal, file_seq);
+        wal.wake_writer();
+        Ok(self.insert(group))
     }
 
-    /// Puts everything into segments and says so in a checkpoint, so that the next start has no WAL to read.
-    pub async fn shutdown(&self) -> Result<(), LogPoisoned> {
-        let store = &self.0;
-        for wal in store.wals() {
-            let mut seen = wal.durable_lsn();
-            let lane = wal_lane(store, &wal);
-            while seen < wal.last_staged_lsn() {
-                seen = self.next_durable(lane, seen).await?;
-            }
+    pub fn group(&self, group_id: GroupId) -> Option<GroupLog> {
+        self.shard.group(group_id).map(|group| GroupLog { shard: Rc::clone(&self.shard), group })
+    }
+
+    /// Deletes a partition. When this returns, no restart brings it back; its files go in the background.
+    pub async fn delete(&self, group_id: GroupId) -> Result<(), DeleteError> {
+        let shard = &self.shard;
+        let group = shard.group(group_id).ok_or(DeleteError::Unknown(group_id))?;
+        // Takes no more entries; the second of two deletions finds nothing to do.
+        if group.deleting.replace(true) {
+            return Err(DeleteError::Unknown(group_id));
         }
-        store.stopping.set(true);
-        let groups: Vec<_> = store.groups.borrow().values().cloned().collect();
-        for group in &groups {
-            store.flush_all(group).await?;
+        // Not while a run of it is on its way to a segment, nor while a WAL file retires: until the new name is sure, a
+        // restart would find the partition, and all of its records with it.
+        let alone = (shard.flush_lock.lock().await, shard.removing.lock().await);
+        let root = shard.segments_root();
+        let from = root.join(&group.dir_name);
+        let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
+        let (files, renamed) = (shard.files.clone(), to.clone());
+        let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
+        if let Err(source) = rename.and_then(|result| result) {
+            group.deleting.set(false);
+            return Err(DeleteError::Io { path: to.display().to_string(), source });
         }
-        store.checkpoint_all(true).await?;
-        for wal in store.wals() {
-            wal.close();
+        let files = shard.files.clone();
+        let synced = shard.disk.off_thread(move || files.sync_dir(&root)).await;
+        if let Err(error) = synced.and_then(|result| result) {
+            // Nobody knows which name is on the disk.
+            shard.poison(&format!("syncing the name of {}: {error}", to.display()));
         }
+        shard.groups.borrow_mut().remove(&group_id);
+        group.mark_deleted(shard);
+        for base in group.segment_bases() {
+            shard.forget_file(group_id, base);
+        }
+        if shard.wal(Lane::Os).has_records_of(group_id) {
+            shard.tombstones.borrow_mut().push(group_id);
+        }
+        drop(alone);
+        let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
+        shard.wal(Lane::Durable).wake_writer();
+        shard.wait_durable(Lane::Durable, lsn).await?;
+        shard.throw_away(to, (Lane::Durable, lsn), None);
         Ok(())
+    }
+
+    /// Everything staged in this lane under this LSN or a lower one is as safe as its topic asked for.
+    pub fn durable_lsn(&self, lane: Lane) -> Lsn {
+        self.shard.durable_lsn(lane)
+    }
+
+    /// Waits until the lane's durable LSN is above `seen`.
+    pub async fn next_durable(&self, lane: Lane, seen: Lsn) -> Result<Lsn, LogPoisoned> {
+        self.shard.next_durable(lane, seen).await
+    }
+
+    /// Moves everything committed to segments, writes snapshots and checkpoints, and ends the background tasks. Nothing
+    /// may be staged afterwards.
+    pub async fn shutdown(&self) -> Result<(), ShutdownError> {
+        let result = flush::shut_down(&self.shard).await;
+        self.shard.closed.set(true);
+        self.shard.wake_everybody();
+        result
     }
 
     pub fn stats(&self) -> StoreStats {
-        let store = &self.0;
-        let sum = |f: fn(&Wal) -> u64| store.wals().iter().map(|w| f(w)).sum();
+        let shard = &self.shard;
+        let counters = &shard.counters;
         StoreStats {
-            wal_bytes_written: sum(|w| w.bytes_written.get()),
-            wal_commits: sum(|w| w.commits.get()),
-            segment_bytes_written: store.segment_bytes.get(),
-            bytes_appended: store.bytes_appended.get(),
-            cache_bytes: store.cache_bytes.get(),
-            no_space: store.no_space.get() || store.wals().iter().any(|w| w.no_space()),
+            bytes_appended: counters.bytes_appended.get(),
+            batches_appended: counters.batches_appended.get(),
+            wal_bytes_written: counters.wal_bytes.get(),
+            wal_commits: counters.wal_commits.get(),
+            segment_bytes_written: counters.segment_bytes.get(),
+            segment_syncs: counters.segment_syncs.get(),
+            cache_bytes: shard.cache_bytes.get(),
+            unflushed_bytes: shard.unflushed_bytes.get(),
+            wal_files_in_use: LANES.iter().map(|lane| shard.wal(*lane).files_in_use()).sum(),
+            wal_files_retired: counters.files_retired.get(),
+            groups: shard.groups.borrow().len() as u64,
+            open_files: shard.open_files.borrow().files.len() as u64,
+            no_space: shard.no_space.get(),
+            poisoned: shard.is_poisoned(),
+            commit_time_buckets: *counters.commit_buckets.borrow(),
+            commit_time_sum_us: counters.commit_sum_us.get(),
+            io: shard.disk.description().to_owned(),
         }
-    }
-}
-
-fn wal_lane(store: &Store, wal: &Rc<Wal>) -> Lane {
-    if Rc::ptr_eq(&store.durable, wal) { Lane::Durable } else { Lane::Os }
-}
-
-impl Store {
-    pub(crate) fn wal(&self, lane: Lane) -> io::Result<Rc<Wal>> {
-        match lane {
-            Lane::Durable => Ok(self.durable.clone()),
-            Lane::Os => {
-                if let Some(wal) = self.os.get() {
-                    return Ok(wal.clone());
-                }
-                let wal = Wal::open(
-                    self.dir.wal_dir(self.config.shard, Lane::Os),
-                    Lane::Os,
-                    self.disk.clone(),
-                    self.config.wal_file_bytes,
-                    self.config.wal_files,
-                    0,
-                    self.file_filled.clone(),
-                )?;
-                Ok(self.os.get_or_init(|| wal).clone())
-            }
-        }
-    }
-
-    fn wals(&self) -> Vec<Rc<Wal>> {
-        std::iter::once(self.durable.clone()).chain(self.os.get().cloned()).collect()
-    }
-
-    pub(crate) fn poisoned(&self) -> Option<LogPoisoned> {
-        self.poison
-            .borrow()
-            .clone()
-            .or_else(|| self.durable.poisoned())
-            .or_else(|| self.os.get().and_then(|w| w.poisoned()))
-    }
-
-    fn set_poison(&self, what: &std::path::Path, error: &io::Error) -> LogPoisoned {
-        let poison = LogPoisoned(format!("{}: {error}", what.display()));
-        *self.poison.borrow_mut() = Some(poison.clone());
-        for wal in self.wals() {
-            wal.progressed.notify_waiters();
-        }
-        poison
-    }
-
-    pub(crate) fn note_appended(&self, group: &Rc<Group>, bytes: usize) {
-        self.bytes_appended.set(self.bytes_appended.get() + bytes as u64);
-        self.cache_bytes.set(self.cache_bytes.get() + bytes);
-        self.cache_order.borrow_mut().push_back((Rc::downgrade(group), bytes));
-    }
-
-    /// Lets the oldest entries go while the cache is over its budget; those not yet in a segment stay.
-    fn evict(&self) {
-        let mut order = self.cache_order.borrow_mut();
-        while self.cache_bytes.get() > self.config.cache_bytes {
-            let Some((group, bytes)) = order.front() else { break };
-            let bytes = *bytes;
-            if let Some(group) = group.upgrade() {
-                let mut state = group.state.borrow_mut();
-                // Retention may have taken it already: then the count below is off by one entry, in the
-                // direction of evicting early.
-                if state.flushed > 0 {
-                    state.tail.pop_front();
-                    state.flushed -= 1;
-                } else if !state.tail.is_empty() {
-                    break;
-                }
-            }
-            order.pop_front();
-            self.cache_bytes.set(self.cache_bytes.get() - bytes);
-        }
-    }
-
-    pub(crate) fn queue_flush(&self, group: &Rc<Group>) {
-        if !group.queued.replace(true) {
-            self.flush_queue.borrow_mut().push_back(Rc::downgrade(group));
-            self.flush_due.notify_one();
-        }
-    }
-
-    async fn keep_flushing(self: Rc<Self>) {
-        loop {
-            let next = self.flush_queue.borrow_mut().pop_front();
-            let Some(group) = next else {
-                self.flush_due.notified().await;
-                continue;
-            };
-            let Some(group) = group.upgrade() else { continue };
-            group.queued.set(false);
-            if self.flush_run(&group).await.is_err() {
-                return;
-            }
-            if group.state.borrow().unflushed_bytes >= RUN_BYTES {
-                self.queue_flush(&group);
-                // A group whose entries are not committed yet must not spin.
-                tokio::task::yield_now().await;
-            }
-        }
-    }
-
-    /// Flushes what is committed of a group, in as many runs as it takes.
-    async fn flush_all(&self, group: &Rc<Group>) -> Result<(), LogPoisoned> {
-        while self.flush_run(group).await? {}
-        Ok(())
-    }
-
-    /// Moves one run of committed entries to the active segment. Returns whether there may be more.
-    async fn flush_run(&self, group: &Rc<Group>) -> Result<bool, LogPoisoned> {
-        while group.flushing.get() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        group.flushing.set(true);
-        let outcome = self.flush_run_alone(group).await;
-        group.flushing.set(false);
-        self.evict();
-        outcome
-    }
-
-    async fn flush_run_alone(&self, group: &Rc<Group>) -> Result<bool, LogPoisoned> {
-        let mut run: Vec<Bytes> = Vec::new();
-        let mut count = 0;
-        let mut bytes = 0usize;
-        let mut last = (0, 0);
-        {
-            let mut state = group.state.borrow_mut();
-            let config = group.config.borrow();
-            let start = state.flushed;
-            let first_batch = state.tail.range(start..).find(|e| e.next_offset > e.base_offset);
-            if let Some(first) = first_batch.filter(|e| e.next_offset <= state.high_watermark) {
-                let (base, size) = (first.base_offset, first.bytes.len() as u64);
-                let timestamp = record_batch::parse_header(&first.bytes).map_or(0, |h| h.max_timestamp);
-                let roll = state.segments.last().is_none_or(|s| {
-                    s.bytes > 0
-                        && (s.bytes + size > config.segment_bytes
-                            || timestamp.saturating_sub(s.first_timestamp) >= config.segment_ms)
-                });
-                if roll {
-                    state.active = None;
-                    if state.segments.last().is_none_or(|s| s.base_offset != base) {
-                        state.segments.push(Segment::new(base));
-                    }
-                }
-            }
-            let room = state.segments.last().map_or(0, |s| config.segment_bytes.saturating_sub(s.bytes));
-            for entry in state.tail.range(start..) {
-                let durable = match entry.lane {
-                    Lane::Durable => self.durable.durable_lsn(),
-                    Lane::Os => self.os.get().map_or(0, |w| w.durable_lsn()),
-                };
-                if entry.next_offset > state.high_watermark || entry.lsn > durable {
-                    break;
-                }
-                let is_batch = entry.next_offset > entry.base_offset;
-                if is_batch {
-                    let over = (bytes + entry.bytes.len()) as u64 > room && bytes > 0;
-                    if over || bytes + entry.bytes.len() > RUN_BYTES_MAX && bytes > 0 {
-                        break;
-                    }
-                    bytes += entry.bytes.len();
-                    run.push(entry.bytes.clone());
-                }
-                last = (entry.index, entry.term);
-                count += 1;
-            }
-        }
-        if count == 0 {
-            return Ok(false);
-        }
-        if !run.is_empty() {
-            self.write_run(group, &run, bytes).await?;
-        }
-        if group.deleted.get() {
-            return Ok(false);
-        }
-        let mut state = group.state.borrow_mut();
-        state.flushed += count;
-        state.flushed_index = last.0;
-        state.flushed_term = last.1;
-        state.unflushed_bytes -= bytes;
-        // Control entries are in no segment and nobody reads them back.
-        Ok(true)
-    }
-
-    async fn write_run(&self, group: &Rc<Group>, run: &[Bytes], bytes: usize) -> Result<(), LogPoisoned> {
-        let (base, position) = {
-            let state = group.state.borrow();
-            match state.segments.last() {
-                Some(s) => (s.base_offset, s.bytes),
-                None => return Ok(()),
-            }
-        };
-        let path = segment::log_path(&group.dir, base);
-        loop {
-            let opened = self.active_file(group, &path);
-            let written = match opened {
-                Ok(file) => self.disk.write_vectored_at(&file, run.to_vec(), position).await,
-                Err(e) => Err(e),
-            };
-            match written {
-                Ok(()) => break,
-                Err(_) if group.deleted.get() => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::StorageFull => {
-                    // The entries are safe in the WAL; the disk may get room again.
-                    self.no_space.set(true);
-                    tokio::time::sleep(SPACE_RETRY).await;
-                }
-                Err(e) => return Err(self.set_poison(&path, &e)),
-            }
-        }
-        self.no_space.set(false);
-        self.segment_bytes.set(self.segment_bytes.get() + bytes as u64);
-        let mut state = group.state.borrow_mut();
-        if let Some(segment) = state.segments.last_mut() {
-            for batch in run {
-                segment.note(&record_batch::parse_header(batch).expect("staged batches are whole"));
-            }
-        }
-        Ok(())
-    }
-
-    fn active_file(&self, group: &Rc<Group>, path: &std::path::Path) -> io::Result<File> {
-        let mut state = group.state.borrow_mut();
-        if let Some(file) = &state.active {
-            return Ok(file.clone());
-        }
-        let fresh = !path.exists();
-        let file = File::open(path, Mode { write: true, create: true, ..Mode::default() })?;
-        if fresh {
-            flumen_io::sync_dir(&group.dir)?;
-        }
-        state.active = Some(file.clone());
-        state.dirty.push(file.clone());
-        Ok(file)
-    }
-
-    async fn keep_retiring(self: Rc<Self>) {
-        loop {
-            self.file_filled.notified().await;
-            for wal in self.wals() {
-                while wal.full_files() > FULL_FILES_KEPT || (wal.full_files() > 0 && wal.no_space()) {
-                    let Some((seq, lsn)) = wal.oldest_full() else { break };
-                    let lane = wal_lane(&self, &wal);
-                    if self.retire(&wal, lane, seq, lsn).await.is_err() {
-                        return;
-                    }
-                }
-                // A ring that is still growing gets its next file zeroed before it is needed.
-                match wal.prepare_file().await {
-                    Ok(_) => {}
-                    Err(e) if e.kind() == io::ErrorKind::StorageFull => {}
-                    Err(e) => {
-                        self.set_poison(self.dir.path(), &e);
-                        return;
-                    }
-                }
-            }
-        }
-    }
-
-    async fn retire(&self, wal: &Rc<Wal>, lane: Lane, seq: u64, lsn: Lsn) -> Result<(), LogPoisoned> {
-        let behind = |g: &Rc<Group>| {
-            let state = g.state.borrow();
-            state.tail.range(state.flushed..).any(|e| e.lane == lane && e.lsn <= lsn)
-        };
-        let groups: Vec<_> = self.groups.borrow().values().cloned().collect();
-        for group in groups {
-            while behind(&group) && !group.deleted.get() {
-                if !self.flush_run(&group).await? {
-                    // Not committed yet: durable entries of a group of one are, a moment later.
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-            }
-        }
-        self.checkpoint_all(false).await?;
-        wal.retire(seq).map_err(|e| self.set_poison(self.dir.path(), &e))
-    }
-
-    /// Syncs every dirty segment and writes the shard's checkpoint.
-    async fn checkpoint_all(&self, snapshot_everything: bool) -> Result<(), LogPoisoned> {
-        let groups: BTreeMap<GroupId, Rc<Group>> =
-            self.groups.borrow().iter().map(|(id, g)| (*id, g.clone())).collect();
-        let mut checkpoint = Checkpoint::new();
-        for (id, group) in groups {
-            if !matches!(&*group.health.borrow(), GroupHealth::Ok) {
-                continue;
-            }
-            let (dirty, end, index, term) = {
-                let mut state = group.state.borrow_mut();
-                let dirty = std::mem::take(&mut state.dirty);
-                // The active file stays open and will be dirty again with the next run.
-                if let Some(active) = state.active.clone() {
-                    state.dirty.push(active);
-                }
-                let end = state.segments.last().map_or(state.log_start_offset, |s| s.end_offset);
-                (dirty, end, state.flushed_index, state.flushed_term)
-            };
-            let unsynced = group.state.borrow().synced_end_offset < end;
-            if unsynced {
-                for file in dirty {
-                    if let Err(e) = self.disk.fdatasync(&file).await
-                        && !group.deleted.get()
-                    {
-                        return Err(self.set_poison(&group.dir, &e));
-                    }
-                }
-                self.write_index(&group);
-            }
-            self.snapshot_producers(&group, snapshot_everything);
-            let mut state = group.state.borrow_mut();
-            state.synced_end_offset = end;
-            if snapshot_everything {
-                state.active = None;
-                state.dirty.clear();
-            }
-            checkpoint.insert(
-                id,
-                GroupCheckpoint {
-                    hard_state: state.hard_state,
-                    last_index: index,
-                    last_term: term,
-                    log_start_offset: state.log_start_offset,
-                    synced_end_offset: end,
-                    leader_epochs: state.leader_epochs.clone(),
-                },
-            );
-        }
-        let path = self.dir.wal_root().join(format!("{}.checkpoint", self.config.shard));
-        let bytes = checkpoint::encode(&checkpoint);
-        loop {
-            match checkpoint::write_atomically(&path, &bytes) {
-                Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::StorageFull && !self.stopping.get() => {
-                    self.no_space.set(true);
-                    tokio::time::sleep(SPACE_RETRY).await;
-                }
-                Err(e) => return Err(self.set_poison(&path, &e)),
-            }
-        }
-    }
-
-    /// Index entries are a convenience: a failure costs the next start a scan.
-    fn write_index(&self, group: &Group) {
-        let mut state = group.state.borrow_mut();
-        for segment in state.segments.iter_mut().filter(|s| s.index_written < s.index.len()) {
-            let fresh = segment.index_written == 0;
-            let bytes = segment.take_unwritten_index();
-            let path = segment::index_path(&group.dir, segment.base_offset);
-            let written = std::fs::OpenOptions::new()
-                .create(true)
-                .write(true)
-                .append(!fresh)
-                .truncate(fresh)
-                .open(&path)
-                .and_then(|mut f| io::Write::write_all(&mut f, &bytes));
-            if let Err(error) = written {
-                tracing::debug!(path = %path.display(), %error, "index not written; the next start rebuilds it");
-            }
-        }
-    }
-
-    /// A snapshot holds what is in synced segments and a little more: applying a batch twice changes
-    /// nothing, since the later state wins.
-    fn snapshot_producers(&self, group: &Group, even_if_recent: bool) {
-        let (end, bytes_since, has_tail) = {
-            let state = group.state.borrow();
-            let end = state.segments.last().map_or(0, |s| s.end_offset);
-            let since: u64 =
-                state.segments.iter().filter(|s| s.end_offset > state.snapshot_offset).map(|s| s.bytes).sum();
-            (end, since, state.tail.len() > state.flushed)
-        };
-        let producers = group.producers.borrow();
-        let fresh = group.state.borrow().snapshot_offset;
-        // Only a state that is exactly that of the segments may stand for them.
-        if has_tail || end == fresh || (producers.is_empty() && fresh == 0) {
-            return;
-        }
-        if !even_if_recent && bytes_since < SNAPSHOT_BYTES {
-            return;
-        }
-        let path = group.dir.join(format!("{end:020}.snapshot"));
-        if checkpoint::write_atomically(&path, &producers.encode()).is_ok() {
-            let old = group.dir.join(format!("{fresh:020}.snapshot"));
-            group.state.borrow_mut().snapshot_offset = end;
-            let _ = std::fs::remove_file(old);
-        }
-    }
-
-    /// Unlinks segments off the thread: freeing a large file's blocks takes milliseconds.
-    pub(crate) fn remove_segments(&self, group: &Rc<Group>, bases: Vec<i64>) {
-        if bases.is_empty() {
-            return;
-        }
-        let dir = group.dir.clone();
-        tokio::task::spawn_blocking(move || {
-            for base in bases {
-                // The index goes first: a log without one is whole, an index without a log is litter.
-                let _ = std::fs::remove_file(segment::index_path(&dir, base));
-                if let Err(error) = std::fs::remove_file(segment::log_path(&dir, base)) {
-                    tracing::warn!(dir = %dir.display(), base, %error, "an old segment could not be removed");
-                }
-            }
-        });
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::bail;
 
 use crate::flumen::http;
-use crate::process::{Process, flumen_binary};
+use crate::process::{Process, flumen_binary, repository};
 
 pub struct ClickHouse {
     process: Option<Process>,
@@ -22,6 +22,11 @@ impl ClickHouse {
         {
             return Ok(ClickHouse { process: None, data_dir: data_dir.to_path_buf(), port: 0, url });
         }
+        Self::start_own(data_dir, port)
+    }
+
+    /// The embedded engine, whatever else there is: for tests that kill it.
+    pub fn start_own(data_dir: &Path, port: u16) -> anyhow::Result<ClickHouse> {
         let url = format!("http://127.0.0.1:{port}");
         let mut engine = ClickHouse { process: None, data_dir: data_dir.to_path_buf(), port, url };
         engine.restart()?;
@@ -31,6 +36,10 @@ impl ClickHouse {
     /// Whether this process may be killed: an outside server may not.
     pub fn is_ours(&self) -> bool {
         self.port != 0
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     pub fn restart(&mut self) -> anyhow::Result<()> {
@@ -44,6 +53,11 @@ impl ClickHouse {
             .arg("clickhouse")
             .args(["--data-dir".as_ref(), self.data_dir.join("clickhouse").as_os_str()])
             .args(["--listen", &format!("127.0.0.1:{}", self.port)]);
+        // `make engine` puts it there; tests do not run at the top of the repository, where it would be found.
+        let library = repository().join(".cache/chdb/libchdb.so");
+        if std::env::var_os("FLUMEN_CHDB_LIB").is_none() && library.is_file() {
+            command.args(["--lib".as_ref(), library.as_os_str()]);
+        }
         let log = self.data_dir.join("clickhouse.log");
         let (process, _ready) =
             Process::start("flumen clickhouse", command, "flumen clickhouse ready", &log)?;

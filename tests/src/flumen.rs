@@ -88,6 +88,11 @@ impl Flumen {
         Ok(serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
+    /// The command line, asking this broker.
+    pub fn cli(&self, arguments: &[&str]) -> anyhow::Result<CliOutput> {
+        cli(&[arguments, &["--admin", &self.admin]].concat())
+    }
+
     pub fn create_topic(&self, name: &str, partitions: i32, configs: &Value) -> anyhow::Result<()> {
         let body = serde_json::json!({ "name": name, "partitions": partitions, "configs": configs });
         self.call("POST", "/v1/topics", Some(&body)).map(drop)
@@ -103,6 +108,25 @@ impl Flumen {
             .filter_map(|p| p["high_watermark"].as_i64())
             .collect())
     }
+}
+
+/// How a command of the command line ended.
+pub struct CliOutput {
+    pub success: bool,
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs `flumen` with these arguments until it ends.
+pub fn cli(arguments: &[&str]) -> anyhow::Result<CliOutput> {
+    let output = Command::new(flumen_binary()?).args(arguments).output()?;
+    Ok(CliOutput {
+        success: output.status.success(),
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
 }
 
 /// One HTTP request; a status is an answer, not an error.

@@ -3,7 +3,13 @@
 #![forbid(unsafe_code)]
 
 pub mod clickhouse;
+pub mod export;
 pub mod flumen;
+pub mod kafka;
+pub mod mount;
 pub mod probe;
 pub mod process;
 pub mod wire;
+// The proxy of the export's own tests, shared and not written twice.
+#[path = "../../sink/tests/support/proxy.rs"]
+pub mod proxy;

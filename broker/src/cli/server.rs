@@ -22,7 +22,7 @@ pub struct ServerArgs {
     /// Address for the admin API and metrics
     #[arg(long, default_value = "127.0.0.1:9644")]
     admin: SocketAddr,
-    /// Shards (threads with partitions of their own); one per core when absent
+    /// Shards (threads with partitions of their own); one per core but one when absent
     #[arg(long)]
     shards: Option<usize>,
     /// File of `key=value` lines (server.properties style; # starts a comment)

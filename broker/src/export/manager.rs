@@ -1,34 +1,40 @@
 //! The export thread: starts, reconfigures and stops one exporter per exported topic, as the metadata says.
 //!
 //! Runs on a thread of its own with a `current_thread` runtime. State: which exporters run, with which
-//! configuration. A changed configuration stops the exporter and starts it anew from its state log.
+//! configuration. A changed configuration stops the exporter and starts it anew from its state log. Nothing here waits
+//! for ClickHouse: what does (admission, resets) runs as a task beside the loop, so that one server that does not answer
+//! keeps no other export waiting.
 
-use std::collections::{BTreeMap, HashMap};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use axum::http::StatusCode;
 use bytes::Bytes;
-use flumen_sink::admission;
-use flumen_sink::client::{ClickHouse, Endpoint};
+use flumen_sink::client::Endpoint;
 use flumen_sink::config::ExportConfig;
-use flumen_sink::exporter::{ExportHandle, ExportSetup, Exporter};
-use serde_json::{Value, json};
+use flumen_sink::exporter::{Before, ExportHandle, ExportSetup, Exporter, ResetTo};
+use flumen_sink::plan::{ExportState, codec};
+use flumen_sink::status::{ExportStatus, LastError, State};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::source::TopicSource;
 use super::state_log::{self, TopicStateLog};
-use super::{Command, ExportCommands, View};
-use crate::admin_http::Problem;
-use crate::node::Node;
+use super::state_trim::StateTrim;
+use super::{Command, ExportCommands, ResetRefused, View, admit};
+use crate::node::{Node, now_ms};
 
 /// How often statuses are copied to where other threads read them.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(250);
-/// Records looked at when the columns of a table have to be guessed.
-const SAMPLE_RECORDS: usize = 100;
-const SAMPLE_BYTES: usize = 256 << 10;
+/// How often the state log is looked at for records that nothing needs any more.
+const TRIM_INTERVAL: Duration = Duration::from_secs(5);
+/// How long an export that could not be started waits for the next try.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
+/// An exporter ends within this, or is ended where it stands: what it recorded is whole either way.
+const STOP_MAX: Duration = Duration::from_secs(10);
 
 struct Running {
     topic: String,
@@ -51,28 +57,54 @@ pub fn start(node: Arc<Node>, commands: ExportCommands) -> std::io::Result<()> {
     Ok(())
 }
 
+/// An export that is wanted and does not run.
+struct Refused {
+    topic: String,
+    message: String,
+    hint: String,
+    since_ms: i64,
+}
+
 struct Manager {
     node: Arc<Node>,
     running: BTreeMap<Uuid, Running>,
-    /// Topics whose configuration cannot be run, with the reason that was reported.
-    refused: BTreeMap<Uuid, (String, String)>,
+    refused: BTreeMap<Uuid, Refused>,
+    trim: Rc<RefCell<StateTrim>>,
+    state_group: Option<u64>,
+    retry_at: Instant,
 }
 
 impl Manager {
     fn new(node: Arc<Node>) -> Manager {
-        Manager { node, running: BTreeMap::new(), refused: BTreeMap::new() }
+        Manager {
+            node,
+            running: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            trim: Rc::default(),
+            state_group: None,
+            retry_at: Instant::now(),
+        }
     }
 
     async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         self.reconcile().await;
         let mut publish = tokio::time::interval(PUBLISH_INTERVAL);
+        let mut trim = tokio::time::interval(TRIM_INTERVAL);
+        for interval in [&mut publish, &mut trim] {
+            interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        }
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(Command::MetadataChanged) => self.reconcile().await,
-                    Some(Command::Validate { topic, configs, answer }) => {
-                        let _ = answer.send(validate(&self.node, &topic, &configs).await);
+                    Some(Command::Admit { topic, configs, answer }) => {
+                        let node = self.node.clone();
+                        tokio::task::spawn_local(async move {
+                            let _ = answer.send(admit::admit(&node, &topic, &configs).await);
+                        });
                     }
+                    Some(Command::Reset { topic, positions, answer }) => self.reset(topic, positions, answer),
+                    Some(Command::Resume { topic }) => self.resume(&topic).await,
                     Some(Command::Stop { done }) => {
                         for (_, export) in std::mem::take(&mut self.running) {
                             stop(export).await;
@@ -82,23 +114,47 @@ impl Manager {
                     }
                     None => return,
                 },
-                _ = publish.tick() => self.publish(),
+                _ = publish.tick() => {
+                    self.publish();
+                    let ended = self.running.values().any(|e| e.task.is_finished());
+                    if (ended || !self.refused.is_empty()) && Instant::now() >= self.retry_at {
+                        self.reconcile().await;
+                    }
+                }
+                _ = trim.tick() => self.trim_state().await,
             }
         }
     }
 
     /// Makes the running exporters those that the metadata asks for.
     async fn reconcile(&mut self) {
+        self.retry_at = Instant::now() + RETRY_INTERVAL;
         let image = self.node.image.load_full();
         let mut wanted: BTreeMap<Uuid, ExportConfig> = BTreeMap::new();
-        self.refused.clear();
+        let mut refused: BTreeMap<Uuid, (String, String, String)> = BTreeMap::new();
         for topic in image.topics.values().filter(|t| !t.internal) {
             match ExportConfig::from_topic(&topic.name, &topic.configs) {
                 Ok(Some(config)) => drop(wanted.insert(topic.id, config)),
                 Ok(None) => {}
-                Err(error) => drop(self.refused.insert(topic.id, (topic.name.clone(), error.to_string()))),
+                Err(error) => {
+                    let hint = "correct the topic's configuration".to_string();
+                    refused.insert(topic.id, (topic.name.clone(), error.to_string(), hint));
+                }
             }
         }
+        for (id, export) in &mut self.running {
+            let Some(config) = wanted.get(id) else { continue };
+            let as_wanted = ExportConfig { paused: config.paused, ..export.config.clone() };
+            if export.config != *config && as_wanted == *config {
+                // An error means that it has ended: it is started anew below.
+                let _ = match config.paused {
+                    true => export.handle.pause("flumen.clickhouse.paused is true").await,
+                    false => export.handle.resume().await,
+                };
+                export.config = as_wanted;
+            }
+        }
+        let mut before: BTreeMap<Uuid, Before> = BTreeMap::new();
         let outdated: Vec<Uuid> = self
             .running
             .iter()
@@ -107,175 +163,260 @@ impl Manager {
             .collect();
         for id in outdated {
             if let Some(export) = self.running.remove(&id) {
-                let topic = export.topic.clone();
+                let handle = export.handle.clone();
                 stop(export).await;
-                if !wanted.contains_key(&id) {
-                    self.node.exports.forget(&topic);
-                }
+                before.insert(id, handle.before());
             }
         }
         wanted.retain(|id, _| !self.running.contains_key(id));
-        if wanted.is_empty() {
-            return;
+        if !wanted.is_empty() {
+            match self.load_state().await {
+                Ok(mut records) => {
+                    for (id, config) in wanted {
+                        let topic = config.topic.clone();
+                        let own = records.remove(&id).unwrap_or_default();
+                        match self.start_one(id, config, own, before.remove(&id)) {
+                            Ok(export) => drop(self.running.insert(id, export)),
+                            Err((reason, hint)) => drop(refused.insert(id, (topic, reason, hint))),
+                        }
+                    }
+                }
+                Err(error) => {
+                    let message = format!("the state of exports cannot be read or written: {error}");
+                    let hint = "look at the broker's log and disk; the export is tried again by itself";
+                    for (id, config) in wanted {
+                        refused.insert(id, (config.topic, message.clone(), hint.to_string()));
+                    }
+                }
+            }
         }
-        let mut records = match self.load_state().await {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::error!(%error, "the state of exports cannot be read; they do not start");
-                for (id, config) in wanted {
-                    self.refused
-                        .insert(id, (config.topic, format!("the export state cannot be read: {error}")));
-                }
-                return;
-            }
-        };
-        for (id, config) in wanted {
-            let topic = config.topic.clone();
-            let own = records.1.remove(&id).unwrap_or_default();
-            match self.start_one(id, config, records.0, own) {
-                Ok(export) => drop(self.running.insert(id, export)),
-                Err(reason) => {
-                    tracing::warn!(topic, reason, "export not started");
-                    self.refused.insert(id, (topic, reason));
-                }
-            }
+        self.take_refused(refused);
+        self.publish();
+    }
+
+    fn take_refused(&mut self, refused: BTreeMap<Uuid, (String, String, String)>) {
+        let mut before = std::mem::take(&mut self.refused);
+        for (id, (topic, message, hint)) in refused {
+            let known = before.remove(&id).filter(|known| known.message == message);
+            let since_ms = known.map_or_else(
+                || {
+                    tracing::warn!(topic, message, hint, "export not started");
+                    now_ms()
+                },
+                |known| known.since_ms,
+            );
+            self.refused.insert(id, Refused { topic, message, hint, since_ms });
         }
     }
 
-    async fn load_state(&self) -> Result<(u64, HashMap<Uuid, Vec<Bytes>>), String> {
+    /// Records by topic.
+    async fn load_state(&mut self) -> Result<HashMap<Uuid, Vec<Bytes>>, String> {
         let group_id = state_log::open(&self.node).await?;
-        Ok((group_id, state_log::load(&self.node, group_id).await?))
+        let (records, trim) = state_log::load(&self.node, group_id).await?;
+        // Later loads run beside exporters, whose appends `trim` hears of by itself.
+        if self.state_group.is_none() {
+            *self.trim.borrow_mut() = trim;
+            self.state_group = Some(group_id);
+        }
+        Ok(records)
     }
 
     fn start_one(
         &self,
         topic_id: Uuid,
         config: ExportConfig,
-        state_group: u64,
         records: Vec<Bytes>,
-    ) -> Result<Running, String> {
+        before: Option<Before>,
+    ) -> Result<Running, (String, String)> {
         let endpoint = endpoint(&self.node, &config)?;
         let topic = config.topic.clone();
+        let Some(group_id) = self.state_group else {
+            return Err(("the state of exports is not open".to_string(), "report this defect".to_string()));
+        };
         let setup = ExportSetup {
             cluster_id: self.node.image.load().cluster_id.clone(),
             topic_id: *topic_id.as_bytes(),
             config: config.clone(),
             endpoint,
             source: TopicSource { node: self.node.clone(), topic_id },
-            state_log: TopicStateLog { node: self.node.clone(), group_id: state_group, topic_id },
+            state_log: TopicStateLog::new(self.node.clone(), group_id, topic_id, self.trim.clone()),
             records,
+            before,
         };
-        let (exporter, handle) = Exporter::recover(setup).map_err(|e| e.to_string())?;
+        let (exporter, handle) = Exporter::recover(setup).map_err(|e| {
+            let hint =
+                "a newer broker may have written it: start that version; the records of the topic are safe";
+            (e.to_string(), hint.to_string())
+        })?;
         let task = tokio::task::spawn_local(exporter.run());
         tracing::info!(topic, "export started");
         Ok(Running { topic, config, handle, task })
     }
 
-    fn publish(&self) {
-        for export in self.running.values() {
-            let status = export.handle.status();
-            let settled = status.partitions.iter().map(|p| (p.partition, p.settled_offset)).collect();
-            let mut value = serde_json::to_value(&*status).unwrap_or(Value::Null);
-            for sample in export.handle.metrics().samples().iter().filter(|s| s.labels.is_empty()) {
-                // Counters that the status document does not carry, under the names that it would use.
-                if let Some(name) = sample.name.strip_prefix("flumen_export_")
-                    && value.get(name).is_none()
-                {
-                    value[name] = json!(sample.value);
+    /// A person has seen to what the export waits for.
+    async fn resume(&mut self, topic: &str) {
+        match self.running.values().find(|e| e.topic == topic && !e.config.paused) {
+            Some(export) => {
+                if export.handle.resume().await.is_err() {
+                    self.reconcile().await;
                 }
             }
-            self.node.exports.publish(&export.topic, View { status: value, settled });
+            None => self.reconcile().await,
         }
-        for (topic, reason) in self.refused.values() {
-            let status = json!({ "topic": topic, "state": "failed", "last_error": { "message": reason } });
-            self.node.exports.publish(topic, View { status, settled: Vec::new() });
+    }
+
+    fn reset(
+        &self,
+        topic: String,
+        positions: Vec<(i32, ResetTo)>,
+        answer: tokio::sync::oneshot::Sender<Result<(), ResetRefused>>,
+    ) {
+        let Some(export) = self.running.values().find(|e| e.topic == topic) else {
+            let _ = answer.send(Err(ResetRefused::NotExported));
+            return;
+        };
+        let (node, handle) = (self.node.clone(), export.handle.clone());
+        tokio::task::spawn_local(async move {
+            let outcome = match handle.reset(positions).await {
+                Ok(outcome) => outcome.map_err(ResetRefused::Reset),
+                Err(_) => Err(ResetRefused::NotExported),
+            };
+            // Whoever asked may ask for the new offsets next.
+            if outcome.is_ok() {
+                node.exports.publish(&topic, View::of(&handle));
+            }
+            let _ = answer.send(outcome);
+        });
+    }
+
+    fn publish(&self) {
+        let mut views = BTreeMap::new();
+        for export in self.running.values() {
+            let mut view = View::of(&export.handle);
+            if export.task.is_finished() && view.status.state != State::Stopped {
+                let status = ExportStatus {
+                    state: State::Failed,
+                    last_error: Some(problem(
+                        "the export ended unexpectedly",
+                        "see the broker's log for why; it is started again by itself",
+                        now_ms(),
+                    )),
+                    ..(*view.status).clone()
+                };
+                view.status = Arc::new(status);
+            }
+            views.insert(export.topic.clone(), view);
         }
+        for refused in self.refused.values() {
+            let status = ExportStatus {
+                topic: refused.topic.clone(),
+                state: State::Failed,
+                since_ms: refused.since_ms,
+                last_error: Some(problem(&refused.message, &refused.hint, refused.since_ms)),
+                ..ExportStatus::default()
+            };
+            views.insert(refused.topic.clone(), View { status: Arc::new(status), metrics: None });
+        }
+        self.node.exports.publish_all(views);
+    }
+
+    /// Cuts the state log where it may be cut, and asks for the snapshots that would let it be cut further.
+    async fn trim_state(&mut self) {
+        let Some(group_id) = self.state_group else { return };
+        let live: BTreeSet<Uuid> = self.node.image.load().topics.values().map(|t| t.id).collect();
+        self.trim.borrow_mut().retain(&live);
+        let (due, laggards) = {
+            let trim = self.trim.borrow();
+            (trim.due(), trim.laggards())
+        };
+        if let Some(offset) = due {
+            match state_log::cut(&self.node, group_id, offset).await {
+                Ok(()) => self.trim.borrow_mut().cut(offset),
+                Err(error) => tracing::warn!(%error, "the export state log cannot be cut; tried again"),
+            }
+        }
+        let mut dormant = Vec::new();
+        for id in laggards {
+            match self.running.get(&id) {
+                Some(export) if !export.task.is_finished() => export.handle.want_snapshot(),
+                _ => dormant.push(id),
+            }
+        }
+        if !dormant.is_empty()
+            && let Err(error) = self.snapshot_dormant(group_id, &dormant).await
+        {
+            tracing::warn!(%error, "no snapshot of an export that is turned off; tried again");
+        }
+    }
+
+    /// Exports that are turned off keep their positions; nobody but the manager writes their snapshots.
+    async fn snapshot_dormant(&self, group_id: u64, dormant: &[Uuid]) -> Result<(), String> {
+        let (mut records, _) = state_log::load(&self.node, group_id).await?;
+        for id in dormant {
+            let own = records.remove(id).unwrap_or_default();
+            let state = ExportState::replay(own.iter().map(|b| &b[..])).map_err(|e| e.to_string())?;
+            let snapshot = codec::encode(&state.snapshot());
+            let offset = state_log::append(&self.node, group_id, *id, &snapshot).await?;
+            self.trim.borrow_mut().snapshot(*id, offset);
+        }
+        Ok(())
+    }
+}
+
+fn problem(message: &str, hint: &str, since_ms: i64) -> LastError {
+    LastError {
+        class: None,
+        alarm: None,
+        ch_code: None,
+        message: message.to_string(),
+        hint: hint.to_string(),
+        first_seen_ms: since_ms,
+        last_seen_ms: now_ms(),
+        count: 1,
     }
 }
 
 async fn stop(export: Running) {
-    if export.handle.stop().await.is_ok() {
-        // The task ends by itself within the exporter's own bound.
-        let _ = export.task.await;
+    let Running { topic, handle, mut task, .. } = export;
+    // An error means that it has ended already.
+    let _ = handle.stop().await;
+    if tokio::time::timeout(STOP_MAX, &mut task).await.is_err() {
+        tracing::warn!(
+            topic,
+            "the export did not stop by itself; its open inserts are looked up at the next start"
+        );
+        task.abort();
+        let _ = task.await;
     }
-    tracing::info!(topic = export.topic, "export stopped");
+    tracing::info!(topic, "export stopped");
 }
 
-fn endpoint(node: &Node, config: &ExportConfig) -> Result<Endpoint, String> {
+/// The server of an export; what is wrong and what to do otherwise.
+pub(super) fn endpoint(node: &Node, config: &ExportConfig) -> Result<Endpoint, (String, String)> {
     let url = match (&config.endpoint, &node.config.clickhouse_url) {
         (Some(own), _) => own.0.clone(),
         (None, Some(url)) => url.clone(),
         (None, None) => {
-            return Err("no ClickHouse is named: set clickhouse.url on the broker or flumen.clickhouse.endpoint on the topic".to_string());
+            return Err((
+                "no ClickHouse is named".to_string(),
+                "start the broker with --set clickhouse.url=http://HOST:8123, or set flumen.clickhouse.endpoint on \
+                 the topic"
+                    .to_string(),
+            ));
         }
     };
-    let endpoint = Endpoint::parse(&url).map_err(|e| e.to_string())?;
-    Ok(match &node.config.clickhouse_password {
-        // The broker's credentials go to the broker's server only.
-        Some(password) if config.endpoint.is_none() => {
-            endpoint.with_user(&node.config.clickhouse_user, password.reveal())
-        }
-        _ => endpoint,
-    })
-}
-
-/// Says what an export with these settings would guarantee; an error when it would not run.
-async fn validate(
-    node: &Arc<Node>,
-    topic: &str,
-    configs: &BTreeMap<String, String>,
-) -> Result<Value, Problem> {
-    let config = ExportConfig::from_topic(topic, configs)
-        .map_err(|e| Problem::bad_request(e.to_string()))?
-        .ok_or_else(|| Problem::bad_request("the export is not enabled"))?;
-    let endpoint = endpoint(node, &config).map_err(Problem::bad_request)?;
-    let database = config.database.clone().unwrap_or_else(|| endpoint.database.clone());
-    let samples = samples(node, topic).await;
-    let samples: Vec<&[u8]> = samples.iter().map(AsRef::as_ref).collect();
-    let server = ClickHouse::new(&endpoint);
-    let admission = admission::admit(&server, &database, &config, &samples).await.map_err(|e| Problem {
-        status: StatusCode::BAD_GATEWAY,
-        code: "CLICKHOUSE",
-        detail: format!("{}: {e}", endpoint.shown()),
-        fix: Some(e.hint().to_string()),
+    let endpoint = Endpoint::parse(&url).map_err(|e| {
+        (e.to_string(), "correct flumen.clickhouse.endpoint, or the broker's clickhouse.url".to_string())
     })?;
-    if !admission.admitted {
-        return Err(Problem {
-            status: StatusCode::CONFLICT,
-            code: "EXPORT_REFUSED",
-            detail: admission.reasons.join("; "),
-            fix: (!admission.fixes.is_empty()).then(|| admission.fixes.join("; ")),
-        });
+    if config.endpoint.is_some() {
+        // The broker's credentials go to the broker's server only.
+        return Ok(endpoint);
     }
-    serde_json::to_value(&admission).map_err(|e| Problem::bad_request(e.to_string()))
-}
-
-/// Values of the first records of a topic.
-async fn samples(node: &Arc<Node>, topic: &str) -> Vec<Bytes> {
-    let groups: Vec<u64> = {
-        let image = node.image.load();
-        image.topics.get(topic).map_or_else(Vec::new, |t| t.partitions.iter().map(|p| p.group_id).collect())
-    };
-    let mut out = Vec::new();
-    for group_id in groups {
-        let read = node.shards[node.shard_of(group_id)]
-            .run(move |s| async move {
-                let partition = s.partition(group_id)?;
-                partition.fetch(partition.log_start_offset(), SAMPLE_BYTES).await.ok()
-            })
-            .await;
-        let Ok(Some(slice)) = read else { continue };
-        for batch in slice.records.iter().flat_map(|b| flumen_protocol::record_batch::batches(b)).flatten() {
-            let mut scratch = Vec::new();
-            let Ok(records) = flumen_protocol::record::decode_records(batch.1, &mut scratch, 16 << 20) else {
-                continue;
-            };
-            out.extend(records.flatten().filter_map(|r| r.value.map(Bytes::copy_from_slice)));
-            if out.len() >= SAMPLE_RECORDS {
-                out.truncate(SAMPLE_RECORDS);
-                return out;
-            }
-        }
-    }
-    out
+    let endpoint = endpoint.with_default_database(&node.config.clickhouse_database);
+    let password = node.config.clickhouse_password.as_ref().map_or("", |p| p.reveal());
+    Ok(match node.config.clickhouse_user.as_str() {
+        // The URL may name user and password as well.
+        "default" if password.is_empty() => endpoint,
+        user => endpoint.with_user(user, password),
+    })
 }

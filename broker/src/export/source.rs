@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use flumen_protocol::record::BatchBuilder;
+use flumen_protocol::record_batch;
 use flumen_sink::source::{DeadLetter, Source, SourceError, SourceRead};
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -57,7 +58,7 @@ impl Source for TopicSource {
                 reason: "it is being opened or deleted".to_string(),
             }),
             Some(Ok(slice)) => Ok(SourceRead {
-                batches: slice.records,
+                batches: one_by_one(&slice.records).map_err(SourceError::Broker)?,
                 last_stable_offset: slice.high_watermark,
                 log_start_offset: slice.log_start_offset,
             }),
@@ -116,7 +117,7 @@ impl Source for TopicSource {
     fn settled(&self, partition: i32, offset: i64) {
         let Ok(group_id) = self.group_of(partition) else { return };
         let node = self.node.clone();
-        // Late is safe: the hold only moves up.
+        // Late is safe: too much is held for a moment. A reset moves it down, and finds at its next read if it was late.
         tokio::task::spawn_local(async move {
             let _ = node.shards[node.shard_of(group_id)]
                 .post(move |s| {
@@ -163,7 +164,7 @@ impl Source for TopicSource {
             .and_then(|t| t.partitions.first())
             .map(|p| p.group_id)
             .ok_or_else(|| broker(format!("topic {topic} has no partition")))?;
-        append(&self.node, group_id, builder.build(0)).await.map_err(broker)
+        append(&self.node, group_id, builder.build(0)).await.map(drop).map_err(broker)
     }
 
     async fn producer_id(&self) -> Result<i64, SourceError> {
@@ -171,32 +172,63 @@ impl Source for TopicSource {
     }
 }
 
-/// Appends a batch of the broker's own and returns when it is durable and committed.
-pub async fn append(node: &Arc<Node>, group_id: u64, batch: bytes::BytesMut) -> Result<(), String> {
+/// A fetch hands out runs of batches; the exporter takes them one by one.
+fn one_by_one(runs: &[Bytes]) -> Result<Vec<Bytes>, String> {
+    let batches = runs.iter().flat_map(|run| {
+        let slice = |batch: &[u8]| run.slice_ref(batch);
+        record_batch::batches(run).map(move |b| b.map(|(_, batch)| slice(batch)).map_err(|e| e.to_string()))
+    });
+    batches.collect()
+}
+
+/// Appends a batch of the broker's own and returns its offset when it is durable and committed.
+pub async fn append(node: &Arc<Node>, group_id: u64, batch: bytes::BytesMut) -> Result<i64, String> {
     let (done, stored) = oneshot::channel();
+    let (tell, told) = oneshot::channel();
     node.shards[node.shard_of(group_id)]
         .post(move |s| {
-            let Some(partition) = s.partition(group_id) else { return };
+            let Some(partition) = s.partition(group_id) else {
+                let _ = tell.send(Err("the partition is not open".to_string()));
+                return;
+            };
             let completion = Completion::Callback(Box::new(move || {
                 let _ = done.send(());
             }));
-            if let Err((error, _)) = partition.append(batch, Origin::Broker, now_ms(), Some(completion)) {
-                // Dropping the completion tells the waiter that nothing was stored.
+            let appended = partition.append(batch, Origin::Broker, now_ms(), Some(completion));
+            let appended = appended.map(|a| a.base_offset).map_err(|(error, _)| error.to_string());
+            if let Err(error) = &appended {
                 tracing::warn!(topic = %partition.topic, %error, "append refused");
             }
+            let _ = tell.send(appended);
         })
         .await
         .map_err(|e| e.to_string())?;
-    stored.await.map_err(|_| "the append was refused or the broker is stopping".to_string())
+    let stopping = "the broker is stopping";
+    let offset = told.await.map_err(|_| stopping.to_string())??;
+    stored.await.map_err(|_| stopping.to_string())?;
+    Ok(offset)
 }
 
-/// Reads a whole partition from its start; used for small logs of the broker's own.
-pub async fn read_all(node: &Arc<Node>, group_id: u64) -> Result<Vec<Bytes>, String> {
+pub struct WholeLog {
+    pub start: i64,
+    pub batches: Vec<Bytes>,
+}
+
+/// Reads a whole partition from its start, with everything that was appended before the call, committed or on its way
+/// to be; used for small logs of the broker's own.
+pub async fn read_all(node: &Arc<Node>, group_id: u64) -> Result<WholeLog, String> {
     node.shards[node.shard_of(group_id)]
         .run(move |s| async move {
             let Some(partition) = s.partition(group_id) else { return Err("not open".to_string()) };
-            let (mut offset, end) = (partition.log_start_offset(), partition.high_watermark());
-            let mut out = Vec::new();
+            let end = partition.log_end_offset();
+            while partition.high_watermark() < end {
+                let waiter = Rc::new(DataWaiter::default());
+                partition.wait_for_data(&waiter);
+                waiter.notify.notified().await;
+            }
+            let start = partition.log_start_offset();
+            let mut offset = start;
+            let mut batches = Vec::new();
             while offset < end {
                 let slice = partition.fetch(offset, 1 << 20).await.map_err(|e| e.to_string())?;
                 let before = offset;
@@ -206,12 +238,12 @@ pub async fn read_all(node: &Arc<Node>, group_id: u64) -> Result<Vec<Bytes>, Str
                         offset = header.next_offset();
                     }
                 }
-                out.extend(slice.records);
+                batches.extend(slice.records);
                 if offset == before {
                     return Err(format!("the log ends at {offset} although it should reach {end}"));
                 }
             }
-            Ok(out)
+            Ok(WholeLog { start, batches })
         })
         .await
         .map_err(|e| e.to_string())?

@@ -53,8 +53,11 @@ pub fn describe_log_dirs(request: &Request<'_>) -> Result<Answer, RequestError> 
     let node = &request.shard.node;
     let image = node.image.load();
     let path = node.data_dir.to_string_lossy();
-    let usable_bytes =
-        flumen_io::free_bytes(&node.data_dir).ok().and_then(|b| i64::try_from(b).ok()).unwrap_or(-1);
+    let usable_bytes = flumen_io::FileSystem::machine()
+        .free_bytes(&node.data_dir)
+        .ok()
+        .and_then(|b| i64::try_from(b).ok())
+        .unwrap_or(-1);
     let dir = LogDir { path: &path, total_bytes: -1, usable_bytes };
     request.answer(&admin::describe_log_dirs(&asked, request.header.api_version, &image, dir, &|group| {
         status_of(node, group)

@@ -200,49 +200,75 @@ async fn read_all(shard: &Rc<Shard>, items: &[Item], max_bytes: usize) -> Vec<Re
     out
 }
 
+/// Partitions of one fetch that are read at one time: enough for a disk to work on several, and what a client may make the
+/// shard hold for one request beyond its answer.
+const READS_IN_FLIGHT: usize = 4;
+
+/// An answer that has room for less than this is full: each further partition would cost a read for a batch or two.
+const SCRAPS_BYTES: usize = 64 << 10;
+
+/// Reads in the client's order, a few at a time. Each gets what the ones before it left of the budget; where they did not
+/// use it, the next few get it.
 async fn read_here(shard: &Rc<Shard>, items: Vec<Item>, mut budget: usize, mut any: bool) -> Vec<ReadItem> {
     let mut out = Vec::with_capacity(items.len());
-    for item in items {
-        let mut data = empty(0, ErrorCode::NONE);
-        let mut bytes = 0;
-        match shard.partition(item.group_id) {
-            None => data.error = ErrorCode::NOT_LEADER_OR_FOLLOWER,
-            Some(partition) => {
-                // The first partition with data always gives a whole batch, so that a batch larger than
-                // every limit can still be read; later ones keep to the budget.
-                let limit = item.max_bytes.min(budget);
-                let limit = if any { limit } else { limit.max(1) };
-                let read = match partition.check_epoch(item.leader_epoch) {
-                    Ok(()) => partition.fetch(item.offset, limit).await,
-                    Err(e) => Err(e),
-                };
-                match read {
-                    Ok(slice) => {
-                        bytes = slice.records.iter().map(Bytes::len).sum();
-                        if any && bytes > limit {
-                            // Its first batch alone is over what is left: it comes first next time.
-                            bytes = 0;
-                        } else {
-                            data.records = slice.records;
-                        }
-                        data.high_watermark = slice.high_watermark;
-                        data.last_stable_offset = slice.high_watermark;
-                        data.log_start_offset = slice.log_start_offset;
-                    }
-                    Err(error) => {
-                        data.error = error.code();
-                        if data.error == ErrorCode::OFFSET_OUT_OF_RANGE {
-                            data.log_start_offset = -1;
-                        }
-                    }
-                }
+    let mut left = items.into_iter().peekable();
+    while left.peek().is_some() {
+        let mut reserved = 0;
+        let mut wave = Vec::with_capacity(READS_IN_FLIGHT);
+        while wave.len() < READS_IN_FLIGHT {
+            // With the budget reserved, those that follow wait for what this wave leaves of it.
+            if !wave.is_empty() && reserved >= budget && budget > 0 {
+                break;
             }
+            let Some(item) = left.next() else { break };
+            // The first partition with data always gives a whole batch, so that a batch larger than
+            // every limit can still be read; later ones keep to the budget.
+            let limit = item.max_bytes.min(budget - reserved);
+            reserved += limit;
+            let limit = if any || !wave.is_empty() { limit } else { limit.max(1) };
+            wave.push(read_one(shard, item, limit));
         }
-        any |= bytes > 0;
-        budget = budget.saturating_sub(bytes);
-        out.push(ReadItem { slot: item.slot, bytes, data });
+        for (mut read, limit) in futures_util::future::join_all(wave).await {
+            if any && read.bytes > limit {
+                // Its first batch alone is over what is left: it comes first next time, and the answer is full.
+                read.bytes = 0;
+                read.data.records.clear();
+                budget = 0;
+            }
+            any |= read.bytes > 0;
+            budget = budget.saturating_sub(read.bytes);
+            if any && budget < SCRAPS_BYTES {
+                budget = 0;
+            }
+            out.push(read);
+        }
     }
     out
+}
+
+async fn read_one(shard: &Rc<Shard>, item: Item, limit: usize) -> (ReadItem, usize) {
+    let mut data = empty(0, ErrorCode::NONE);
+    let mut bytes = 0;
+    match shard.partition(item.group_id) {
+        None => data.error = ErrorCode::NOT_LEADER_OR_FOLLOWER,
+        Some(partition) => {
+            let read = match partition.check_epoch(item.leader_epoch) {
+                Ok(()) => partition.fetch(item.offset, limit).await,
+                Err(e) => Err(e),
+            };
+            match read {
+                Ok(slice) => {
+                    bytes = slice.records.iter().map(Bytes::len).sum();
+                    data.records = slice.records;
+                    data.high_watermark = slice.high_watermark;
+                    data.last_stable_offset = slice.high_watermark;
+                    data.log_start_offset = slice.log_start_offset;
+                }
+                Err(error) => data.error = error.code(),
+            }
+        }
+    }
+    (ReadItem { slot: item.slot, bytes, data }, limit)
 }
 
 /// Where a waiting fetch stands: on its own shard directly, on others through a task there.

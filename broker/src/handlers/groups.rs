@@ -1,6 +1,7 @@
 //! Group APIs: find the offsets partition that owns the group, ask its coordinator there, encode.
 //!
-//! Exports show up here as read-only groups `export.<topic>`, so that every lag tool sees them.
+//! Exports show up here as groups `export.<topic>`, so that every lag tool sees them. Nobody can join such a group;
+//! setting its offsets while the export is paused is replay.
 
 use std::rc::Rc;
 
@@ -30,7 +31,10 @@ use kafka_protocol::messages::{
 use kafka_protocol::protocol::StrBytes;
 
 use crate::coordinator::OFFSETS_TOPIC;
+use flumen_sink::exporter::{ResetError, ResetTo};
+
 use crate::dispatch::{Answer, Request, RequestError};
+use crate::export::ResetRefused;
 use crate::shard::Shard;
 
 /// Groups are "coordinated" by this key type; 1 is transactions, 2 share groups.
@@ -162,6 +166,17 @@ pub async fn join(request: &Request<'_>) -> Result<Answer, RequestError> {
     let version = request.header.api_version;
     let group = join.group_id.0.to_string();
     let member_id = join.member_id.clone();
+    if is_export(request, &group) {
+        // The export is the only member its group can have.
+        let mut response =
+            JoinGroupResponse::default().with_error_code(ErrorCode::GROUP_AUTHORIZATION_FAILED.0);
+        response.generation_id = -1;
+        response.member_id = member_id;
+        if version < 7 {
+            response.protocol_name = Some(StrBytes::default());
+        }
+        return request.answer(&response);
+    }
     match ask(request, &group, GroupRequest::Join { request: join, version }).await {
         Ok(GroupResponse::Join(response)) => request.answer(&response),
         other => {
@@ -232,8 +247,9 @@ pub async fn offset_commit(request: &Request<'_>) -> Result<Answer, RequestError
             .collect();
         OffsetCommitResponse::default().with_topics(topics)
     };
-    if is_export(request, &group) {
-        return request.answer(&answer_all(&commit, ErrorCode::GROUP_AUTHORIZATION_FAILED));
+    if let Some(topic) = request.shard.node.exports.topic_of(&group) {
+        let error = reset_export(request, &topic, &commit).await.err().unwrap_or(ErrorCode::NONE);
+        return request.answer(&answer_all(&commit, error));
     }
     // Partitions that do not exist are refused here: the coordinator does not know topics.
     let mut unknown = Vec::new();
@@ -275,6 +291,43 @@ pub async fn offset_commit(request: &Request<'_>) -> Result<Answer, RequestError
         }
     }
     request.answer(&response)
+}
+
+/// Offsets set from outside let a paused export go on from them: Kafka's tools for resetting a group are the tools for
+/// replaying an export. All partitions or none.
+async fn reset_export(
+    request: &Request<'_>,
+    topic: &str,
+    commit: &OffsetCommitRequest,
+) -> Result<(), ErrorCode> {
+    if !commit.member_id.is_empty() || commit.generation_id_or_member_epoch >= 0 {
+        return Err(ErrorCode::UNKNOWN_MEMBER_ID);
+    }
+    if commit.topics.iter().any(|t| t.name.as_str() != topic) {
+        return Err(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION);
+    }
+    let positions: Vec<(i32, ResetTo)> = commit
+        .topics
+        .iter()
+        .flat_map(|t| &t.partitions)
+        .map(|p| (p.partition_index, ResetTo::Offset(p.committed_offset)))
+        .collect();
+    let refused = match request.shard.node.exports.reset(topic, positions).await {
+        Ok(()) => return Ok(()),
+        Err(refused) => refused,
+    };
+    tracing::warn!(topic, reason = %refused, client = request.client_id(), "offsets of the export were not reset");
+    Err(match refused {
+        // Kafka's answer to offsets for a group that has members.
+        ResetRefused::Reset(ResetError::Running) => ErrorCode::NON_EMPTY_GROUP,
+        ResetRefused::Reset(ResetError::OutOfRange { .. }) => ErrorCode::OFFSET_OUT_OF_RANGE,
+        ResetRefused::Reset(ResetError::NoPartition(_)) => ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
+        // Clients ask again by themselves.
+        ResetRefused::Reset(ResetError::Unsettled(_)) => ErrorCode::COORDINATOR_LOAD_IN_PROGRESS,
+        ResetRefused::Reset(ResetError::NotRecorded(_)) => ErrorCode::KAFKA_STORAGE_ERROR,
+        ResetRefused::Reset(ResetError::NotStarted) | ResetRefused::NotExported => ErrorCode::INVALID_REQUEST,
+        ResetRefused::Stopping => ErrorCode::COORDINATOR_NOT_AVAILABLE,
+    })
 }
 
 /// Settled offsets of an export, in the shape of committed ones.
@@ -489,7 +542,11 @@ pub async fn describe(request: &Request<'_>) -> Result<Answer, RequestError> {
     let describe: DescribeGroupsRequest = request.decode()?;
     let mut response = DescribeGroupsResponse::default();
     for group in describe.groups {
-        if let Some(described) = request.shard.node.exports.described_group(group.0.as_str()) {
+        let own = {
+            let image = request.shard.node.image.load();
+            request.shard.node.exports.described_group(group.0.as_str(), &image)
+        };
+        if let Some(described) = own {
             response.groups.push(described);
             continue;
         }
@@ -530,7 +587,7 @@ pub async fn delete(request: &Request<'_>) -> Result<Answer, RequestError> {
 }
 
 fn is_export(request: &Request<'_>, group: &str) -> bool {
-    request.shard.node.exports.settled_offsets(group).is_some()
+    request.shard.node.exports.topic_of(group).is_some()
 }
 
 fn offsets_partitions(shard: &Rc<Shard>) -> Vec<u64> {

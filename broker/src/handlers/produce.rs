@@ -4,7 +4,10 @@
 //! this shard are appended before this function returns, those of other shards travel in one mailbox
 //! message, and mailboxes keep order.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use flumen_protocol::error_code::ErrorCode;
@@ -22,6 +25,39 @@ use crate::partition::{Completion, Origin, ProduceInFlight};
 use crate::shard::Shard;
 
 pub type Results = Vec<ProducePartitionResult>;
+
+/// Produce requests of one shard that wait for room in its log, oldest first. Bounded by what connections may have
+/// unanswered.
+#[derive(Default)]
+pub struct ProduceLine {
+    waiting: RefCell<VecDeque<InLine>>,
+}
+
+struct InLine {
+    items: Vec<Item>,
+    done: oneshot::Sender<Results>,
+}
+
+impl ProduceLine {
+    fn is_empty(&self) -> bool {
+        self.waiting.borrow().is_empty()
+    }
+
+    /// True when it is the first, so that somebody has to let the line in.
+    fn push(&self, request: InLine) -> bool {
+        let mut waiting = self.waiting.borrow_mut();
+        waiting.push_back(request);
+        waiting.len() == 1
+    }
+
+    fn head<T>(&self, look: impl FnOnce(&InLine) -> T) -> Option<T> {
+        self.waiting.borrow().front().map(look)
+    }
+
+    fn pop(&self) -> Option<InLine> {
+        self.waiting.borrow_mut().pop_front()
+    }
+}
 
 /// One record batch on its way to its partition.
 struct Item {
@@ -170,8 +206,43 @@ fn result(topic: u32, partition: i32, error: ErrorCode, message: Option<&str>) -
     }
 }
 
-/// Appends what belongs to this shard, in order, without waiting.
+/// Appends what belongs to this shard, in order. Where the log takes no more until some of it has moved to segments, the
+/// request waits in line, and with it all that come after it: the clients' own limits on unanswered requests slow them
+/// down, and none of them sees an error.
 fn append_all(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results>) {
+    if shard.produce_line.is_empty() && !must_wait(shard, &items) {
+        append_now(shard, items, done);
+        return;
+    }
+    if shard.produce_line.push(InLine { items, done }) {
+        tokio::task::spawn_local(let_in(shard.clone()));
+    }
+}
+
+/// How often the head of the line looks whether there is room: a file of the log is free after some ten milliseconds.
+const ROOM_POLL: Duration = Duration::from_millis(1);
+
+async fn let_in(shard: Rc<Shard>) {
+    while let Some(waits) = shard.produce_line.head(|head| must_wait(&shard, &head.items)) {
+        if waits {
+            tokio::time::sleep(ROOM_POLL).await;
+        } else if let Some(InLine { items, done }) = shard.produce_line.pop() {
+            append_now(&shard, items, done);
+        }
+    }
+}
+
+fn must_wait(shard: &Shard, items: &[Item]) -> bool {
+    let total = items.iter().map(|item| item.records.len()).sum();
+    let largest = items.iter().map(|item| item.records.len()).max().unwrap_or(0);
+    // One partition of each durability would do; requests rarely name both.
+    items
+        .iter()
+        .filter_map(|item| shard.partition(item.group_id))
+        .any(|p| p.must_wait(total, largest, items.len()))
+}
+
+fn append_now(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results>) {
     let now = now_ms();
     let results = items.iter().map(|i| result(i.topic, i.partition, ErrorCode::NONE, None)).collect();
     let in_flight = ProduceInFlight::new(results, done);

@@ -13,12 +13,16 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::ready;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use flumen_protocol::frame::{FrameAssembler, REQUEST_BYTES_MAX};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -35,7 +39,6 @@ const WRITE_SLICES_MAX: usize = 256;
 const WRITE_BATCH_BYTES: usize = 1 << 20;
 
 struct Shared {
-    stream: TcpStream,
     answers: RefCell<VecDeque<Answer>>,
     answer_added: Notify,
     answer_sent: Notify,
@@ -85,8 +88,8 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
             return;
         }
     };
+    let (mut reads, writes) = stream.into_split();
     let shared = Rc::new(Shared {
-        stream,
         answers: RefCell::default(),
         answer_added: Notify::new(),
         answer_sent: Notify::new(),
@@ -98,7 +101,7 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
     });
     let writer = shared.clone();
     tokio::task::spawn_local(async move {
-        if let Err(error) = write_answers(&writer).await {
+        if let Err(error) = write_answers(&writer, &writes).await {
             tracing::debug!(%address, %error, "connection closed while answering");
         }
         writer.close();
@@ -107,7 +110,7 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
     tokio::task::spawn_local(async move {
         let peer = Peer { address };
         tokio::select! {
-            outcome = read_requests(&shard, &shared, &peer) => match outcome {
+            outcome = read_requests(&shard, &shared, &mut reads, &peer) => match outcome {
                 Ok(()) => {}
                 Err(error) => tracing::debug!(%address, %error, "connection closed"),
             },
@@ -128,17 +131,19 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
     });
 }
 
-async fn read_requests(shard: &Rc<Shard>, shared: &Rc<Shared>, peer: &Peer) -> io::Result<()> {
+async fn read_requests(
+    shard: &Rc<Shard>,
+    shared: &Rc<Shared>,
+    reads: &mut OwnedReadHalf,
+    peer: &Peer,
+) -> io::Result<()> {
     let mut assembler = FrameAssembler::new(REQUEST_BYTES_MAX);
     let mut frames: Vec<BytesMut> = Vec::new();
     while !shared.closed.get() {
-        shared.stream.readable().await?;
-        match read_some(shard, shared, &mut assembler, &mut frames) {
-            Ok(0) => return Ok(()),
-            Ok(_) => shared.last_active.set(Instant::now()),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(e) => return Err(e),
+        if read_some(shard, reads, &mut assembler, &mut frames).await? == 0 {
+            return Ok(());
         }
+        shared.last_active.set(Instant::now());
         for frame in frames.drain(..) {
             while shared.answers.borrow().len() >= PIPELINE_MAX && !shared.closed.get() {
                 shared.answer_sent.notified().await;
@@ -155,9 +160,11 @@ async fn read_requests(shard: &Rc<Shard>, shared: &Rc<Shared>, peer: &Peer) -> i
     Ok(())
 }
 
-fn read_some(
+/// One read from the socket. It goes through `poll_read`, which takes a read that did not fill its buffer for the end of
+/// what is there and saves the call that would only say so.
+async fn read_some(
     shard: &Shard,
-    shared: &Shared,
+    reads: &mut OwnedReadHalf,
     assembler: &mut FrameAssembler,
     frames: &mut Vec<BytesMut>,
 ) -> io::Result<usize> {
@@ -166,19 +173,22 @@ fn read_some(
     {
         // The buffer's spare room is bounded by what has arrived so far; never read past the frame.
         let mut limited = bytes::BufMut::limit(buffer, missing);
-        let read = shared.stream.try_read_buf(&mut limited)?;
-        if let Some(frame) = assembler.take_complete() {
-            frames.push(frame);
-        }
+        let read = reads.read_buf(&mut limited).await?;
+        frames.extend(assembler.take_complete());
         return Ok(read);
     }
-    let mut scratch = shard.scratch.borrow_mut();
-    let read = shared.stream.try_read(&mut scratch)?;
-    assembler.push(&scratch[..read], frames).map_err(io::Error::other)?;
-    Ok(read)
+    std::future::poll_fn(|context| {
+        // Borrowed for this poll only: the scratch belongs to every connection of the shard.
+        let mut scratch = shard.scratch.borrow_mut();
+        let mut buffer = ReadBuf::new(&mut scratch);
+        ready!(Pin::new(&mut *reads).poll_read(context, &mut buffer))?;
+        assembler.push(buffer.filled(), frames).map_err(io::Error::other)?;
+        io::Result::Ok(buffer.filled().len()).into()
+    })
+    .await
 }
 
-async fn write_answers(shared: &Shared) -> io::Result<()> {
+async fn write_answers(shared: &Shared, writes: &OwnedWriteHalf) -> io::Result<()> {
     let mut batch: VecDeque<Bytes> = VecDeque::new();
     loop {
         let next = shared.answers.borrow_mut().pop_front();
@@ -187,7 +197,7 @@ async fn write_answers(shared: &Shared) -> io::Result<()> {
             Some(Answer::Waiting(mut waiting)) => {
                 // What is ready goes out before we wait for something that is not.
                 if !batch.is_empty() && !waiting.is_ready() {
-                    write_all(&shared.stream, &mut batch).await?;
+                    write_all(writes, &mut batch).await?;
                 }
                 match waiting.finish().await {
                     Some(segments) => batch.extend(segments),
@@ -197,7 +207,7 @@ async fn write_answers(shared: &Shared) -> io::Result<()> {
             Some(Answer::None) => {}
             None => {
                 if !batch.is_empty() {
-                    write_all(&shared.stream, &mut batch).await?;
+                    write_all(writes, &mut batch).await?;
                     continue;
                 }
                 if shared.reader_done.get() || shared.closed.get() {
@@ -211,12 +221,12 @@ async fn write_answers(shared: &Shared) -> io::Result<()> {
         shared.last_active.set(Instant::now());
         if batch.iter().map(Bytes::len).sum::<usize>() >= WRITE_BATCH_BYTES || batch.len() >= WRITE_SLICES_MAX
         {
-            write_all(&shared.stream, &mut batch).await?;
+            write_all(writes, &mut batch).await?;
         }
     }
 }
 
-async fn write_all(stream: &TcpStream, batch: &mut VecDeque<Bytes>) -> io::Result<()> {
+async fn write_all(stream: &OwnedWriteHalf, batch: &mut VecDeque<Bytes>) -> io::Result<()> {
     while let Some(front) = batch.front() {
         if front.is_empty() {
             batch.pop_front();

@@ -40,7 +40,7 @@ pub struct Appended {
 pub enum AppendError {
     #[error("{0}")]
     Batch(#[from] BatchError),
-    #[error("the batch of {size} bytes is larger than max.message.bytes={max}")]
+    #[error("the batch of {size} bytes is larger than the {max} that max.message.bytes or the log allows")]
     TooLarge { size: usize, max: usize },
     #[error("one or more records have a timestamp outside the limits of the topic")]
     Timestamp { records: Box<[i32]> },
@@ -48,7 +48,7 @@ pub enum AppendError {
     KeyMissing { records: Box<[i32]> },
     #[error("{0}")]
     Producer(#[from] ProducerError),
-    #[error("the log has no room: the disk is full")]
+    #[error("the log has no room: the disk is full, or does not keep up")]
     NoSpace,
     #[error("the log of this partition is damaged: {0}")]
     Damaged(String),
@@ -169,6 +169,11 @@ impl Partition {
         })
     }
 
+    /// Whether the log takes no more until some of what it has moved to segments.
+    pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
+        self.log.must_wait(total, largest, count)
+    }
+
     fn admit(&self, records: &[u8], origin: Origin, now_ms: i64) -> Result<Admitted, AppendError> {
         if let Some(reason) = self.damage() {
             return Err(AppendError::Damaged(reason.to_string()));
@@ -180,6 +185,7 @@ impl Partition {
         if origin == Origin::Client {
             let config = self.config.borrow();
             let max = usize::try_from(config.max_message_bytes).unwrap_or(usize::MAX);
+            let max = max.min(self.log.entry_bytes_max());
             if records.len() > max {
                 return Err(AppendError::TooLarge { size: records.len(), max });
             }
@@ -208,15 +214,15 @@ impl Partition {
             }
         }
         if header.has_producer_id()
-            && let Verdict::Duplicate { base_offset, log_append_time } =
-                self.log.producers().check(&header)?
+            && let Verdict::Duplicate { base_offset, timestamp } = self.log.producers().check(&header)?
         {
             let last_offset = base_offset + i64::from(header.last_offset_delta);
             let stamped = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
-            let log_append_time_ms = if stamped { log_append_time } else { -1 };
+            let log_append_time_ms = if stamped { timestamp } else { -1 };
             return Ok(Admitted::Duplicate { base_offset, log_append_time_ms, last_offset });
         }
-        if !self.log.has_room(records.len()) {
+        let turned_away = origin == Origin::Client && self.disk.is_low();
+        if turned_away || !self.log.has_room(records.len()) {
             return Err(AppendError::NoSpace);
         }
         Ok(Admitted::New(header))

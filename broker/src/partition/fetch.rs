@@ -153,7 +153,8 @@ impl Partition {
         // What an export still needs stays; the caller sees how far it went.
         let target = target.min(self.hold_offset.get());
         if target > self.log_start_offset() {
-            self.log.advance_log_start(target).map_err(|e| FetchError::Storage(e.to_string()))?;
+            // Answered when no crash can bring them back.
+            self.log.delete_below(target).await.map_err(|e| FetchError::Storage(e.to_string()))?;
         }
         self.publish_gauges();
         Ok(self.log_start_offset())

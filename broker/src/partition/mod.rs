@@ -21,12 +21,13 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 
 use flumen_metadata::TopicConfig;
 use flumen_raft::{Group, GroupStart};
-use flumen_storage::{GroupHealth, GroupLog, Payload};
+use flumen_storage::{GroupLog, Payload};
 
 pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
+use crate::disk_space::DiskSpace;
 use crate::shard::Shard;
 use pending::Pending;
 
@@ -47,10 +48,10 @@ pub struct Partition {
     pub group_id: u64,
     pub gauges: Arc<PartitionGauges>,
     shard: Weak<Shard>,
+    disk: Arc<DiskSpace>,
     log: GroupLog,
     config: RefCell<TopicConfig>,
     state: RefCell<State>,
-    damage: Option<String>,
     /// The highest raft output number known to be durable, collected before raft is told once.
     persisted_number: Cell<u64>,
     persisted_dirty: Cell<bool>,
@@ -83,10 +84,6 @@ pub struct PartitionSpec {
 impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
-        let damage = match log.health() {
-            GroupHealth::Ok => None,
-            GroupHealth::Damaged { reason } => Some(reason),
-        };
         let hard_state = log.hard_state();
         let start = GroupStart {
             node_id: u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1,
@@ -111,6 +108,7 @@ impl Partition {
             group_id: spec.group_id,
             gauges,
             shard: Rc::downgrade(shard),
+            disk: shard.node.disk.clone(),
             log,
             config: RefCell::new(spec.config),
             state: RefCell::new(State {
@@ -121,24 +119,22 @@ impl Partition {
                 pending: VecDeque::new(),
                 waiters: Vec::new(),
             }),
-            damage,
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),
             hold_offset: Cell::new(hold),
         });
-        if partition.damage.is_none() {
+        if partition.damage().is_none() {
             partition.log.set_high_watermark(end);
             partition.state.borrow_mut().raft.campaign().expect("a group of one may always campaign");
             partition.advance();
-        } else {
-            partition.gauges.damaged.store(1, Ordering::Relaxed);
         }
         partition.publish_gauges();
         partition
     }
 
+    /// Why it refuses to serve; found at start, or by a reader since.
     pub fn damage(&self) -> Option<&str> {
-        self.damage.as_deref()
+        self.log.damage()
     }
 
     pub fn log_start_offset(&self) -> i64 {
@@ -179,10 +175,9 @@ impl Partition {
     }
 
     pub fn enforce_retention(&self, now_ms: i64) {
-        if self.damage.is_some() {
-            return;
-        }
-        if !self.config.borrow().deletes() {
+        if self.damage().is_some() || !self.config.borrow().deletes() {
+            // Gauges tell of damage that a reader found.
+            self.publish_gauges();
             return;
         }
         self.log.enforce_retention(now_ms, self.hold_offset.get().min(self.high_watermark()));
@@ -267,6 +262,7 @@ impl Partition {
     }
 
     fn publish_gauges(&self) {
+        self.gauges.damaged.store(i32::from(self.damage().is_some()), Ordering::Relaxed);
         self.gauges.leader_epoch.store(self.leader_epoch(), Ordering::Relaxed);
         self.gauges.log_start_offset.store(self.log.log_start_offset(), Ordering::Relaxed);
         self.gauges.high_watermark.store(self.high_watermark(), Ordering::Relaxed);

@@ -49,6 +49,8 @@ pub struct Admission {
     pub warnings: Vec<String>,
     /// The statement that creates the table, if it does not exist and may be created.
     pub ddl: Option<String>,
+    /// The table is created from the topic's first record, and there is none yet.
+    pub waits_for_record: bool,
     /// The table as it is, or as `ddl` makes it.
     #[serde(skip)]
     pub schema: Option<TableSchema>,
@@ -70,6 +72,7 @@ impl Admission {
             fixes,
             warnings: Vec::new(),
             ddl: None,
+            waits_for_record: false,
             schema: None,
             options: MappingOptions::default(),
             traits: None,
@@ -82,6 +85,7 @@ pub fn mapping_options(config: &ExportConfig) -> MappingOptions {
     MappingOptions {
         unknown_fields: config.unknown_fields,
         server_default_columns: config.server_default_columns.clone(),
+        time_unit: config.time_unit,
         ..MappingOptions::default()
     }
 }
@@ -111,13 +115,14 @@ pub fn plan_creation(database: &str, config: &ExportConfig, samples: &[&[u8]]) -
     let columns = match (&config.columns, samples.is_empty()) {
         (Some(columns), _) => columns.clone(),
         (None, true) => {
-            return Admission::refused(
-                vec![format!(
-                    "table {name} does not exist and the topic holds no record to take columns from; set \
-                     flumen.clickhouse.columns or produce a record"
-                )],
-                Vec::new(),
-            );
+            let facts = TableFacts::created(database, config, crate::ddl::with_metadata_columns(&[]));
+            let mut admission = judge(&facts, config);
+            admission.waits_for_record = admission.admitted;
+            admission.warnings.push(format!(
+                "table {name} is created when the topic holds its first record, with columns taken from it; to choose \
+                 them, set flumen.clickhouse.columns"
+            ));
+            return admission;
         }
         (None, false) => match infer_columns(samples.iter().copied()) {
             Ok(columns) => columns,
@@ -256,6 +261,7 @@ pub fn judge(facts: &TableFacts, config: &ExportConfig) -> Admission {
         fixes,
         warnings,
         ddl: None,
+        waits_for_record: false,
         schema: Some(schema),
         options,
         traits: Some(Traits {

@@ -18,7 +18,7 @@ use crate::mapping::{MappedColumn, RowMapping, Source};
 
 pub use crate::json::RowError;
 use leaf::{Rules, put_text, put_varint};
-use node::Node;
+use node::{MAX_ROW_BYTES, Node};
 
 /// What a record brings besides its value.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,8 @@ pub struct BlockBuilder {
     nodes: Vec<Node>,
     order: FieldOrder,
     rows: usize,
+    /// Of column data, whole rows only.
+    bytes: usize,
 }
 
 impl BlockBuilder {
@@ -47,10 +49,12 @@ impl BlockBuilder {
             rules: Rules {
                 json_text_in_strings: options.json_text_in_strings,
                 truncate_time_fraction: options.truncate_time_fraction,
+                time_unit: options.time_unit,
             },
             nodes: mapping.columns().iter().map(|column| Node::new(&column.wire)).collect(),
             order: FieldOrder::new(mapping),
             rows: 0,
+            bytes: 0,
             mapping: mapping.clone(),
         }
     }
@@ -63,13 +67,16 @@ impl BlockBuilder {
     pub fn push_json(&mut self, meta: &RowMeta<'_>, value: Option<&[u8]>) -> Result<(), RowError> {
         let value = value
             .ok_or_else(|| RowError::new(code::TOMBSTONE, None, "the record has no value (tombstone)"))?;
+        if value.len() > MAX_ROW_BYTES {
+            return Err(RowError::new(code::ROW_TOO_LARGE, None, "the record exceeds 64 MiB"));
+        }
         let text = std::str::from_utf8(value).map_err(|e| {
             let message = format!("the record is not UTF-8 at byte {}", e.valid_up_to());
             RowError::new(code::BAD_UTF8, None, message)
         })?;
         match self.push_row(meta, text) {
             Ok(()) => {
-                self.nodes.iter_mut().for_each(Node::commit);
+                self.bytes = self.nodes.iter_mut().map(Node::commit).sum();
                 self.rows += 1;
                 Ok(())
             }
@@ -113,7 +120,7 @@ impl BlockBuilder {
 
     /// Bytes of column data so far; the finished block adds a header of names and types.
     pub fn bytes(&self) -> usize {
-        self.nodes.iter().map(Node::bytes).sum()
+        self.bytes
     }
 
     /// The block, exactly one; the builder is empty again and keeps its memory for the next.
@@ -136,7 +143,7 @@ impl BlockBuilder {
     /// Drops all rows.
     pub fn clear(&mut self) {
         self.nodes.iter_mut().for_each(Node::clear);
-        self.rows = 0;
+        (self.rows, self.bytes) = (0, 0);
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::column_type::ColumnType;
-use crate::mapping::{MappingOptions, UnknownFields};
+use crate::mapping::{MappingOptions, TimeUnit, UnknownFields};
 use crate::table::{Column, TableSchema};
 use proptest::prelude::*;
 
@@ -129,8 +129,29 @@ fn times() {
     assert!(encode("DateTime('Europe/Berlin')", "\"2023-11-14 22:13:20+01:00\"").is_ok());
     assert!(encode("DateTime('Europe/Berlin')", "1700000000").is_ok());
     assert_eq!(refused("DateTime('Europe/Berlin')", "\"2023-11-14 22:13:20\""), code::NO_TIME_ZONE);
-    assert_eq!(refused("DateTime64(3)", "1700000000000"), code::OUT_OF_RANGE);
-    assert_eq!(refused("DateTime", "1700000000000"), code::OUT_OF_RANGE);
+    // Whole numbers count what their size says, or what the options say.
+    for text in ["1700000000", "1700000000000", "1700000000000000", "1700000000000000000"] {
+        assert_eq!(encode("DateTime64(3)", text).unwrap(), 1_700_000_000_000i64.to_le_bytes(), "{text}");
+        assert_eq!(encode("DateTime", text).unwrap(), 1_700_000_000u32.to_le_bytes(), "{text}");
+    }
+    assert_eq!(encode("DateTime64(3)", "-1700000000001").unwrap(), (-1_700_000_000_001i64).to_le_bytes());
+    assert_eq!(encode("DateTime64(0)", "-1700000000001").unwrap(), (-1_700_000_001i64).to_le_bytes());
+    assert_eq!(encode("DateTime64(6)", "1700000000123").unwrap(), 1_700_000_000_123_000i64.to_le_bytes());
+    for (time_unit, text, ticks) in [
+        (TimeUnit::Milliseconds, "5", 5i64),
+        (TimeUnit::Microseconds, "5000", 5),
+        (TimeUnit::Nanoseconds, "5000000", 5),
+        (TimeUnit::Nanoseconds, "5000000000000000000", 5_000_000_000_000),
+    ] {
+        let options = MappingOptions { time_unit, ..Default::default() };
+        assert_eq!(encode_with("DateTime64(3)", text, options).unwrap(), ticks.to_le_bytes());
+    }
+    let seconds = MappingOptions { time_unit: TimeUnit::Seconds, ..Default::default() };
+    let refusal = encode_with("DateTime64(3)", "1700000000000", seconds).unwrap_err();
+    assert_eq!(refusal.code, code::OUT_OF_RANGE);
+    assert!(refusal.message.contains("flumen.clickhouse.time.unit"), "{}", refusal.message);
+    assert_eq!(refused("DateTime64(3)", "1e300"), code::OUT_OF_RANGE);
+    assert_eq!(refused("DateTime64(3)", "99999999999999999999999999999"), code::OUT_OF_RANGE);
     assert_eq!(refused("DateTime", "-1"), code::OUT_OF_RANGE);
     assert_eq!(refused("DateTime", "4294967296"), code::OUT_OF_RANGE);
     assert_eq!(refused("DateTime64(9)", "\"2263-01-01 00:00:00\""), code::OUT_OF_RANGE);

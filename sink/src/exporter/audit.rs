@@ -40,6 +40,8 @@ struct Item {
     /// The server's start when the plan was settled; 0 if not known.
     server_started_s: i64,
     counted: u32,
+    /// Repairs that the server acknowledged.
+    repairs: u32,
 }
 
 #[derive(Debug, Default)]
@@ -86,7 +88,13 @@ impl Audit {
         if self.items.len() >= MAX_PLANS {
             self.items.pop_front();
         }
-        self.items.push_back(Item { plan, settled_at: Instant::now(), server_started_s, counted: 0 });
+        self.items.push_back(Item {
+            plan,
+            settled_at: Instant::now(),
+            server_started_s,
+            counted: 0,
+            repairs: 0,
+        });
     }
 
     pub fn settled(&mut self, plan: Plan, server_started_s: i64) {
@@ -117,8 +125,8 @@ impl Audit {
         Some(plans).filter(|plans| !plans.is_empty())
     }
 
-    /// Takes a pass's outcome in; returns plans with rows to insert again.
-    pub fn judge(&mut self, pass: AuditPass, link: &Link, board: &Rc<RefCell<Board>>) -> Vec<Plan> {
+    /// Takes a pass's outcome in; returns plans with rows to insert again, and how often that was done before.
+    pub fn judge(&mut self, pass: AuditPass, link: &Link, board: &Rc<RefCell<Board>>) -> Vec<(Plan, u32)> {
         let mut board = board.borrow_mut();
         let (found, server_started_s) = match pass.outcome {
             Ok(outcome) => outcome,
@@ -169,7 +177,7 @@ impl Audit {
             if short.contains(&plan.seq) && off.is_none() && (restarted || age < EARLY) {
                 // Counted once more after the repair.
                 item.counted = 0;
-                repairs.push(plan.clone());
+                repairs.push((plan.clone(), item.repairs));
             } else if age >= LAST_AGE {
                 self.items.remove(at);
             }
@@ -177,7 +185,10 @@ impl Audit {
         repairs
     }
 
-    pub fn repaired(&mut self, rows: u64, board: &Rc<RefCell<Board>>) {
+    pub fn repaired(&mut self, plan: &Plan, rows: u64, board: &Rc<RefCell<Board>>) {
+        if let Some(item) = self.items.iter_mut().find(|item| item.plan.seq == plan.seq) {
+            item.repairs += 1;
+        }
         let mut board = board.borrow_mut();
         board.status.audit.repaired_rows += rows;
         board.metrics.repaired_rows.fetch_add(rows, Relaxed);

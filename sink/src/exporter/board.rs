@@ -81,14 +81,18 @@ impl Board {
     pub fn set_state(&mut self, state: State, reason: &str) {
         let index = State::ALL.iter().position(|s| *s == state).unwrap_or(0);
         self.metrics.state.store(index as u64, Relaxed);
-        if self.status.state != state || self.status.since_ms == 0 {
-            self.status.state = state;
-            self.status.since_ms = now_ms();
+        let other_state = self.status.state != state || self.status.since_ms == 0;
+        if other_state || self.status.reason != reason {
             tracing::info!(topic = %self.status.topic, state = state.as_str(), reason, "export state");
             self.status.history.push(StateChange { at_ms: now_ms(), state, reason: reason.to_owned() });
             if self.status.history.len() > HISTORY {
                 self.status.history.remove(0);
             }
+            reason.clone_into(&mut self.status.reason);
+        }
+        if other_state {
+            self.status.state = state;
+            self.status.since_ms = now_ms();
         }
         self.publish();
     }
@@ -125,7 +129,7 @@ impl Board {
                 if acknowledged {
                     let ms = seen.elapsed().as_secs_f64() * 1000.0;
                     self.visibility.record(now, ms);
-                    self.metrics.visibility_seconds.record_ms(ms);
+                    self.metrics.visibility_seconds.record(ms / 1000.0);
                 }
                 ends.marks.pop_front();
             }
@@ -155,7 +159,8 @@ impl Board {
         self.insert_ewma_ms += (ms - self.insert_ewma_ms) * 0.2;
         self.insert.record(now, ms);
         self.batch_rows.record(now, rows as f64);
-        self.metrics.insert_seconds.record_ms(ms);
+        self.metrics.insert_seconds.record(ms / 1000.0);
+        self.metrics.batch_rows.record(rows as f64);
         self.metrics.inserts.fetch_add(1, Relaxed);
         self.metrics.block_bytes.fetch_add(bytes, Relaxed);
         self.status.last_success_ms = Some(now_ms());
@@ -178,6 +183,7 @@ impl Board {
     ) {
         let now = now_ms();
         let ch_code = error.and_then(|e| e.code);
+        self.metrics.error(class.map_or("alarm", Class::as_str), ch_code);
         match &mut self.status.last_error {
             Some(last) if last.message == message && last.class == class => {
                 last.count += 1;
@@ -235,6 +241,12 @@ impl Board {
         status.insert = Percentiles { p50_ms, p99_ms };
         let (p50_ms, p99_ms) = self.visibility.quantiles(now);
         status.visibility = Percentiles { p50_ms, p99_ms };
+        let records = self.metrics.records.load(Relaxed);
+        let lag_records = status.lag_records.unsigned_abs();
+        let raw = u128::from(self.metrics.raw_bytes.load(Relaxed));
+        let lag_bytes = (raw * u128::from(lag_records)).checked_div(u128::from(records)).unwrap_or(0);
+        self.metrics.lag_bytes.store(u64::try_from(lag_bytes).unwrap_or(u64::MAX), Relaxed);
+        self.metrics.target_lag_met.store(u64::from(status.target_lag_met), Relaxed);
         self.metrics.lag_records.store(status.lag_records.unsigned_abs(), Relaxed);
         self.metrics.lag_ms.store(u64::try_from(lag.as_millis()).unwrap_or(u64::MAX), Relaxed);
         self.published.set(status.clone());

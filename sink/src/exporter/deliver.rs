@@ -180,8 +180,10 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
             timeout: Duration::from_millis(self.config.insert_timeout_ms),
             known_settings: &link.info.known_settings,
         };
+        self.board.borrow().metrics.inflight_bytes.store(bytes, Relaxed);
         let result = link.server.insert(&insert, self.config.compress).await;
         let mut board = self.board.borrow_mut();
+        board.metrics.inflight_bytes.store(0, Relaxed);
         match &result {
             Ok(()) => board.inserted(rows, bytes, started.elapsed()),
             Err(e) => {
@@ -260,7 +262,10 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
     }
 
     async fn await_quiet(&mut self, link: &Link, plan: &Plan) -> Result<(), Trouble> {
-        let token = plan.token(&self.cluster_id);
+        let token = match plan.look_first {
+            true => plan.topic_token(&self.cluster_id),
+            false => plan.token(&self.cluster_id),
+        };
         let mut wait = QUIET_FIRST;
         while link.server.is_running(&token).await? {
             if self.interrupt.get() {
@@ -307,9 +312,12 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         Ok(inserted.map(|()| encoded.rows))
     }
 
-    /// Rows of a settled plan that the audit misses, inserted again. Returns how many.
-    pub(super) async fn repair_settled(&mut self, link: &Link, plan: &Plan) -> Result<u64, Trouble> {
+    /// Rows of a settled plan that the audit misses, inserted again. Returns how many. `n` is the number of this plan's
+    /// repairs that were acknowledged: as long as one is not, the same rows go under the same token, so that a repair
+    /// whose answer was lost is recognised.
+    pub(super) async fn repair_settled(&mut self, link: &Link, plan: &Plan, n: u32) -> Result<u64, Trouble> {
         let Ok(mapping) = self.mapping(plan.mapping_version) else { return Ok(0) };
+        self.await_quiet(link, plan).await?;
         let present = link.server.list_present(&self.place(&mapping), &plan.ranges).await?;
         let encoded = match self.rebuild(plan, Some(present)).await {
             Ok(encoded) => encoded,
@@ -320,7 +328,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         if encoded.rows == 0 {
             return Ok(0);
         }
-        let token = format!("{}~a{}", plan.token(&self.cluster_id), super::board::now_ms());
+        let token = format!("{}~a{n}-{:08x}", plan.token(&self.cluster_id), crc32c::crc32c(&encoded.block));
         self.insert(link, plan, encoded.block, encoded.rows, &token).await?;
         Ok(encoded.rows)
     }

@@ -23,6 +23,9 @@ const MAX_DECOMPRESSED: usize = 256 << 20;
 /// A plan's dead letters travel as one batch; a plan is closed when they reach this size.
 const MAX_DEAD_LETTER_BYTES: usize = 768 << 10;
 const MAX_DEAD_LETTERS: usize = 10_000;
+/// A larger record stays where it is, and its dead letter says where: the log takes no batch that is larger than a part
+/// of its own files, and a record may be that large only by decompression.
+const MAX_DEAD_LETTER: usize = 8 << 20;
 
 pub const BATCH_UNREADABLE: &str = "BATCH_UNREADABLE";
 pub const REFUSED_BY_SERVER: &str = "REFUSED_BY_CLICKHOUSE";
@@ -72,6 +75,17 @@ impl Refused {
             + self.message.len()
             + headers
             + 200
+    }
+
+    /// Bounds what the dead letter takes; the record itself is found at its offset.
+    fn bounded(mut self) -> Refused {
+        let bytes = self.bytes();
+        if bytes > MAX_DEAD_LETTER {
+            let value = self.value.take().map_or(0, |v| v.len());
+            self.key = self.key.take().filter(|key| key.len() <= MAX_DEAD_LETTER / 8);
+            self.headers = vec![("ch.value.left.out".to_owned(), value.to_string().into_bytes())];
+        }
+        self
     }
 
     pub fn dead_letter(self, topic: &str, seq: u64) -> DeadLetter {
@@ -255,6 +269,7 @@ impl Encoder {
             Err(e) => {
                 if !rules.without_found_dead_letters {
                     let refused = unreadable(*next, format!("the batch cannot be read: {e}"));
+                    let refused = refused.bounded();
                     *refused_bytes += refused.bytes();
                     out.refused.push(refused);
                 }
@@ -268,7 +283,8 @@ impl Encoder {
                 Ok(record) => record,
                 Err(e) => {
                     if !rules.without_found_dead_letters {
-                        let refused = unreadable(*next, format!("a record of the batch cannot be read: {e}"));
+                        let message = format!("a record of the batch cannot be read: {e}");
+                        let refused = unreadable(*next, message).bounded();
                         *refused_bytes += refused.bytes();
                         out.refused.push(refused);
                     }
@@ -338,7 +354,8 @@ impl Encoder {
                             })
                             .collect(),
                         timestamp_ms: record.timestamp,
-                    };
+                    }
+                    .bounded();
                     *refused_bytes += refused.bytes();
                     out.refused.push(refused);
                 }
@@ -346,5 +363,34 @@ impl Encoder {
         }
         *next = batch_end.max(*next);
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dead_letters_are_bounded_and_say_what_they_left_out() {
+        let refused = |key: usize, value: usize| Refused {
+            partition: 3,
+            offset: 7,
+            code: "NOT_JSON".to_owned(),
+            column: None,
+            message: "no".to_owned(),
+            key: Some(vec![1; key].into()),
+            value: Some(vec![2; value].into()),
+            headers: vec![("h".to_owned(), vec![3; 10])],
+            timestamp_ms: 0,
+        };
+        let small = refused(10, 1000);
+        assert_eq!(small.clone().bounded(), small);
+        let large = refused(10, MAX_DEAD_LETTER).bounded();
+        assert_eq!((large.key.as_ref().map(Bytes::len), large.value.is_none()), (Some(10), true));
+        assert_eq!(
+            large.headers,
+            [("ch.value.left.out".to_owned(), MAX_DEAD_LETTER.to_string().into_bytes())]
+        );
+        assert!(refused(MAX_DEAD_LETTER, 5).bounded().bytes() < 1000);
     }
 }

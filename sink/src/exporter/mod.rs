@@ -15,21 +15,23 @@ mod session;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::breaker::Breaker;
+use crate::breaker::{Breaker, BreakerState};
 use crate::client::{CallError, Endpoint};
 use crate::config::ExportConfig;
-use crate::plan::{ExportState, StateError, codec};
+use crate::plan::{ExportState, Record, StateError, codec};
 use crate::settle::{Alarm, Class, hint};
 use crate::source::{Source, SourceError, StateLog, StateLogError};
-use crate::status::{ExportMetrics, ExportStatus, Published, State};
+use crate::status::{ExportMetrics, ExportStatus, Published, State, StateChange};
 
 use board::Board;
 use encode::{Encoder, MappingInUse};
@@ -43,6 +45,8 @@ const RECHECK: Duration = Duration::from_secs(30);
 /// How long a stop waits for the insert that is on its way; after that the insert's outcome is looked up at the next
 /// start.
 const STOP_GRACE: Duration = Duration::from_secs(2);
+/// How long a reset waits for the outcome of plans that are open. A Kafka client waits 30 s for its answer.
+const RESET_SETTLE_MAX: Duration = Duration::from_secs(20);
 /// Identical failures of an unknown kind before the export waits for a person.
 const MAX_UNKNOWN: u32 = 3;
 
@@ -61,12 +65,38 @@ pub enum Command {
     },
     Resume,
     /// Export again from these positions, in a new epoch; partitions not named stay where they are. Exactly-once
-    /// exports insert only what is not in the table.
+    /// exports insert only what is not in the table. Refused while the export runs.
     Reset {
         positions: Vec<(i32, ResetTo)>,
-        reply: oneshot::Sender<Result<(), String>>,
+        reply: oneshot::Sender<Result<(), ResetError>>,
     },
     Stop,
+}
+
+/// Why an export stays where it is.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResetError {
+    #[error("the export is running: pause it, reset it, then resume it")]
+    Running,
+    #[error(
+        "the export has not started yet, so it has no position: let it run once, or choose where it starts with \
+         flumen.clickhouse.start"
+    )]
+    NotStarted,
+    #[error(
+        "offset {offset} of partition {partition} is outside the log, which holds {earliest} to {latest}"
+    )]
+    OutOfRange { partition: i32, offset: i64, earliest: i64, latest: i64 },
+    #[error("there is no partition {0}")]
+    NoPartition(i32),
+    /// What was sent before could arrive after the reset, and double rows.
+    #[error(
+        "an insert is open whose outcome is not known yet ({0}): when ClickHouse answers again, reset again; nothing \
+         was changed"
+    )]
+    Unsettled(String),
+    #[error("the new position could not be recorded: {0}")]
+    NotRecorded(String),
 }
 
 /// The commands that wait, with the next one at hand.
@@ -104,6 +134,7 @@ pub struct ExportHandle {
     commands: mpsc::Sender<Command>,
     published: Arc<Published>,
     metrics: Arc<ExportMetrics>,
+    snapshot_wanted: Arc<AtomicBool>,
 }
 
 /// The export's task has ended.
@@ -120,6 +151,11 @@ impl ExportHandle {
         &self.metrics
     }
 
+    /// For the export that follows this one.
+    pub fn before(&self) -> Before {
+        Before { metrics: self.metrics.clone(), history: self.status().history.clone() }
+    }
+
     pub async fn pause(&self, reason: &str) -> Result<(), NotRunning> {
         self.send(Command::Pause { reason: reason.to_owned() }).await
     }
@@ -133,8 +169,14 @@ impl ExportHandle {
         self.send(Command::Stop).await
     }
 
+    /// Asks for a snapshot in the state log, so that what lies before it can be dropped. The export writes it when it
+    /// next has nothing better to do, within a second or so.
+    pub fn want_snapshot(&self) {
+        self.snapshot_wanted.store(true, Relaxed);
+    }
+
     /// Waits until the new epoch is recorded.
-    pub async fn reset(&self, positions: Vec<(i32, ResetTo)>) -> Result<Result<(), String>, NotRunning> {
+    pub async fn reset(&self, positions: Vec<(i32, ResetTo)>) -> Result<Result<(), ResetError>, NotRunning> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Reset { positions, reply }).await?;
         answer.await.map_err(|_| NotRunning)
@@ -157,6 +199,15 @@ pub struct ExportSetup<S, L> {
     pub state_log: L,
     /// Everything the state log holds, oldest first.
     pub records: Vec<Bytes>,
+    /// What the export counted and went through before it was started anew, in this process.
+    pub before: Option<Before>,
+}
+
+/// What outlives an export that is started anew with other settings.
+#[derive(Clone, Debug)]
+pub struct Before {
+    metrics: Arc<ExportMetrics>,
+    history: Vec<StateChange>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -183,10 +234,27 @@ enum Trouble {
         hint: String,
         recheck: bool,
     },
+    /// Not an error: the table is made from the topic's first record, and there is none yet.
+    NoRecord,
     /// Not an error: begin the session anew (the table changed).
     Again,
     /// Not an error: a command wants the export's attention.
     Interrupted,
+}
+
+impl Trouble {
+    /// What happened, in one sentence.
+    fn text(&self) -> String {
+        match self {
+            Trouble::Call(e) => e.to_string(),
+            Trouble::Source(e) => e.to_string(),
+            Trouble::StateLog(e) => e.to_string(),
+            Trouble::Alarm { message, .. } | Trouble::Failed { message, .. } => message.clone(),
+            Trouble::NoRecord | Trouble::Again | Trouble::Interrupted => {
+                "the server did not say what became of it".to_owned()
+            }
+        }
+    }
 }
 
 impl From<CallError> for Trouble {
@@ -211,9 +279,20 @@ impl From<StateLogError> for Trouble {
 enum Mode {
     Run,
     BackOff,
+    /// Until the topic holds a record to take columns from.
+    AwaitRecord,
     Paused,
-    Failed { recheck: bool },
+    Failed {
+        recheck: bool,
+    },
     Stop,
+}
+
+/// A record handed to the state log. It may be on its way, so nothing else happens before its end is known, whatever
+/// the caller that wanted it has come to.
+struct Appending {
+    record: Record,
+    done: Pin<Box<dyn Future<Output = Result<(), StateLogError>>>>,
 }
 
 pub struct Exporter<S, L> {
@@ -222,7 +301,8 @@ pub struct Exporter<S, L> {
     config: ExportConfig,
     endpoint: Endpoint,
     source: Rc<S>,
-    log: L,
+    log: Rc<L>,
+    appending: Option<Appending>,
     state: ExportState,
     /// Open plans of which this process knows that nothing was ever sent.
     fresh: BTreeSet<u64>,
@@ -231,6 +311,7 @@ pub struct Exporter<S, L> {
     commands: Option<Commands>,
     /// A command waits: long waits end early.
     interrupt: Rc<Cell<bool>>,
+    snapshot_wanted: Arc<AtomicBool>,
     breaker: Breaker,
     unknown_in_a_row: u32,
     rejected_in_a_row: usize,
@@ -253,7 +334,10 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                 expected: uuid::Uuid::from_bytes(setup.topic_id),
             });
         }
-        let metrics = Arc::new(ExportMetrics::default());
+        let (metrics, history) = match setup.before {
+            Some(before) => (before.metrics, before.history),
+            None => (Arc::default(), Vec::new()),
+        };
         let published = Arc::new(Published::default());
         let config = setup.config;
         let status = ExportStatus {
@@ -263,6 +347,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
             table: config.table.clone(),
             target_lag_ms: config.target_lag_ms,
             dead_letter_topic: config.dead_letter_topic.clone(),
+            history,
             ..ExportStatus::default()
         };
         let mut board = Board::new(status, metrics.clone(), published.clone());
@@ -273,6 +358,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         }
         let (sender, commands) = mpsc::channel(MAX_COMMANDS);
         let audit = audit::Audit::from_records(&setup.records, &state);
+        let snapshot_wanted = Arc::new(AtomicBool::new(false));
         let exporter = Exporter {
             cluster_id: setup.cluster_id,
             topic_id: setup.topic_id,
@@ -280,13 +366,15 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
             config,
             endpoint: setup.endpoint,
             source: Rc::new(setup.source),
-            log: setup.state_log,
+            log: Rc::new(setup.state_log),
+            appending: None,
             state,
             fresh: BTreeSet::new(),
             mappings: BTreeMap::new(),
             board: Rc::new(RefCell::new(board)),
             commands: Some(Commands { receiver: commands, next: None, closed: false }),
             interrupt: Rc::new(Cell::new(false)),
+            snapshot_wanted: snapshot_wanted.clone(),
             breaker: Breaker::new(),
             unknown_in_a_row: 0,
             rejected_in_a_row: 0,
@@ -297,7 +385,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
             turn: 0,
             next_insert_at: Instant::now(),
         };
-        Ok((exporter, ExportHandle { commands: sender, published, metrics }))
+        Ok((exporter, ExportHandle { commands: sender, published, metrics, snapshot_wanted }))
     }
 
     /// Runs until it is told to stop, the topic is gone, or another broker took the export over. Must run inside a
@@ -321,6 +409,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                     self.board.borrow().metrics.backoff_ms.fetch_add(wait.as_millis() as u64, Relaxed);
                     self.rest(&mut commands, Some(wait), Mode::BackOff).await
                 }
+                Mode::AwaitRecord => self.rest(&mut commands, None, Mode::AwaitRecord).await,
                 Mode::Paused => self.rest(&mut commands, None, Mode::Paused).await,
                 Mode::Failed { recheck } => {
                     let wait = recheck.then_some(RECHECK);
@@ -329,6 +418,8 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                 Mode::Stop => break,
             };
         }
+        // Whoever takes over reads the log: nothing may arrive there behind its back.
+        let _ = self.finish_append().await;
         self.set_state(State::Stopped, "the export was stopped");
     }
 
@@ -340,11 +431,17 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         let mut board = self.board.borrow_mut();
         board.status.log_holds_until_ms =
             if state == State::Running { None } else { self.source.held_until_ms() };
-        board.status.breaker = Some(self.breaker.state(board.monotonic_ms()));
-        board.metrics.breaker_open.store(u64::from(self.breaker.needs_probe()), Relaxed);
+        self.show_breaker(&mut board);
         board.status.retry_in_ms =
             (state == State::BackingOff).then(|| self.breaker.wait_ms(board.monotonic_ms()));
         board.set_state(state, reason);
+    }
+
+    fn show_breaker(&self, board: &mut Board) {
+        let state = self.breaker.state(board.monotonic_ms());
+        let code = BreakerState::ALL.iter().position(|s| *s == state).unwrap_or(0);
+        board.status.breaker = Some(state);
+        board.metrics.breaker.store(code as u64, Relaxed);
     }
 
     /// Waits for time or a command, keeping the status fresh.
@@ -362,7 +459,11 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                         return Mode::Paused;
                     }
                     Some(Command::Reset { positions, reply }) => {
-                        let outcome = self.reset(&positions).await;
+                        let outcome = match resting {
+                            Mode::Paused | Mode::Failed { .. } => self.reset(&positions).await,
+                            // It moves by itself as soon as the server answers.
+                            _ => Err(ResetError::Running),
+                        };
                         let failed = matches!(resting, Mode::Failed { .. }) && outcome.is_ok();
                         let _ = reply.send(outcome);
                         // The reset was the way out.
@@ -375,8 +476,14 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                     if until.is_some_and(|until| Instant::now() >= until) {
                         return Mode::Run;
                     }
+                    if matches!(resting, Mode::AwaitRecord) && !self.samples().await.is_empty() {
+                        return Mode::Run;
+                    }
                     self.look_at_ends().await;
+                    // A log that cannot be written to is noticed when it is needed.
+                    let _ = self.snapshot_if_wanted().await;
                     let mut board = self.board.borrow_mut();
+                    self.show_breaker(&mut board);
                     board.status.log_holds_until_ms = self.source.held_until_ms();
                     board.publish();
                 }
@@ -401,8 +508,17 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
 
     async fn after_session(&mut self, trouble: Trouble, commands: &mut Commands) -> Mode {
         self.interrupt.set(false);
+        let trouble = match self.finish_append().await {
+            Ok(()) => trouble,
+            Err(e) => Trouble::StateLog(e),
+        };
         let (class, error) = match trouble {
             Trouble::Again => return Mode::Run,
+            Trouble::NoRecord => {
+                let reason = "waits for the topic's first record, to take the table's columns from it";
+                self.set_state(State::Starting, reason);
+                return Mode::AwaitRecord;
+            }
             Trouble::Interrupted => return self.obey(commands).await,
             Trouble::StateLog(StateLogError::Fenced) => {
                 self.set_state(State::Stopped, "another broker has taken this export over");
@@ -475,8 +591,8 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                 self.set_state(State::Paused, &reason);
                 Mode::Paused
             }
-            Some(Command::Reset { positions, reply }) => {
-                let _ = reply.send(self.reset(&positions).await);
+            Some(Command::Reset { reply, .. }) => {
+                let _ = reply.send(Err(ResetError::Running));
                 Mode::Run
             }
             Some(Command::Resume) => Mode::Run,
@@ -484,33 +600,72 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
     }
 
     /// Records a new epoch that goes on at these positions.
-    async fn reset(&mut self, positions: &[(i32, ResetTo)]) -> Result<(), String> {
-        let mut start = self.state.settled_offsets();
+    async fn reset(&mut self, positions: &[(i32, ResetTo)]) -> Result<(), ResetError> {
+        let not_recorded = |e: StateLogError| ResetError::NotRecorded(e.to_string());
+        self.finish_append().await.map_err(not_recorded)?;
+        if !self.state.is_opened() {
+            return Err(ResetError::NotStarted);
+        }
+        let partitions = self.source.partitions().await;
+        let mut wanted = BTreeMap::new();
         for (partition, to) in positions {
-            let (earliest, latest) = self.ends(*partition).await.map_err(|e| e.to_string())?;
+            if !partitions.contains(partition) {
+                return Err(ResetError::NoPartition(*partition));
+            }
+            let ends = self.ends(*partition).await;
+            let (earliest, latest) = ends.map_err(|e| ResetError::NotRecorded(e.to_string()))?;
             let offset = match to {
                 ResetTo::Earliest => earliest,
                 ResetTo::Latest => latest,
                 ResetTo::Offset(offset) if (earliest..=latest).contains(offset) => *offset,
                 ResetTo::Offset(offset) => {
-                    return Err(format!(
-                        "offset {offset} of partition {partition} is outside the log, which holds {earliest} to {latest}"
-                    ));
+                    return Err(ResetError::OutOfRange {
+                        partition: *partition,
+                        offset: *offset,
+                        earliest,
+                        latest,
+                    });
                 }
             };
-            start.insert(*partition, offset);
+            wanted.insert(*partition, offset);
         }
+        // An insert that is still on its way would arrive under a token of the old epoch, which nothing compares with
+        // what the new epoch inserts.
+        if !self.state.open.is_empty() {
+            let (state, reason) = {
+                let board = self.board.borrow();
+                (board.status.state, board.status.reason.clone())
+            };
+            let settled = tokio::time::timeout(RESET_SETTLE_MAX, self.settle_open()).await;
+            self.set_state(state, &reason);
+            self.finish_append().await.map_err(not_recorded)?;
+            match settled {
+                Ok(Ok(())) => {}
+                // It waits for a person, and this is what the person decided.
+                Ok(Err(Trouble::Alarm { .. })) => {}
+                Ok(Err(trouble)) => return Err(ResetError::Unsettled(trouble.text())),
+                Err(_) => return Err(ResetError::Unsettled("ClickHouse takes long to answer".to_owned())),
+            }
+        }
+        let mut start = self.state.settled_offsets();
+        start.extend(wanted);
         let opened = self.state.reopen(self.topic_id, &start, &BTreeMap::new());
-        self.record(&opened).await.map_err(|e| e.to_string())?;
+        self.record(&opened).await.map_err(not_recorded)?;
         self.fresh.clear();
         self.audit.forget();
         for (partition, offset) in self.state.settled_offsets() {
             self.source.settled(partition, offset);
         }
+        self.look_at_ends().await;
         let mut board = self.board.borrow_mut();
         board.positions(&self.state, false);
         board.publish();
         Ok(())
+    }
+
+    async fn settle_open(&mut self) -> Result<(), Trouble> {
+        let mut link = self.connect().await?;
+        self.deliver_all(&mut link, None).await
     }
 
     /// First offset held and last stable offset.
@@ -524,13 +679,39 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         }
     }
 
-    /// Makes a record durable, then true.
-    async fn record(&mut self, record: &crate::plan::Record) -> Result<(), StateLogError> {
-        self.log.append(codec::encode(record)).await?;
-        if let Err(e) = self.state.apply(record) {
+    /// Makes a record durable, then true. Dropped half-way, it is finished by whoever records or stops next.
+    async fn record(&mut self, record: &Record) -> Result<(), StateLogError> {
+        self.finish_append().await?;
+        let (log, bytes) = (self.log.clone(), codec::encode(record));
+        let done = Box::pin(async move { log.append(bytes).await });
+        self.appending = Some(Appending { record: record.clone(), done });
+        self.finish_append().await
+    }
+
+    async fn finish_append(&mut self) -> Result<(), StateLogError> {
+        let Some(appending) = &mut self.appending else { return Ok(()) };
+        let outcome = appending.done.as_mut().await;
+        let Some(Appending { record, .. }) = self.appending.take() else { return Ok(()) };
+        outcome?;
+        if let Err(e) = self.state.apply(&record) {
             // The record was made from this very state: only a defect here can bring us to this line, and going on
             // with a state that replay would refuse must not happen.
             panic!("the export recorded what its own state refuses: {e}");
+        }
+        Ok(())
+    }
+
+    /// A snapshot, and leave for the log to forget what came before it.
+    async fn write_snapshot(&mut self) -> Result<(), StateLogError> {
+        self.finish_append().await?;
+        self.record(&self.state.snapshot()).await?;
+        self.log.truncate_before_snapshot();
+        Ok(())
+    }
+
+    async fn snapshot_if_wanted(&mut self) -> Result<(), StateLogError> {
+        if self.snapshot_wanted.swap(false, Relaxed) {
+            self.write_snapshot().await?;
         }
         Ok(())
     }

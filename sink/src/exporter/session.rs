@@ -70,7 +70,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         self.config.database.clone().unwrap_or_else(|| self.endpoint.database.clone())
     }
 
-    async fn connect(&mut self) -> Result<Link, Trouble> {
+    pub(super) async fn connect(&mut self) -> Result<Link, Trouble> {
         let server = ClickHouse::new(&self.endpoint);
         if self.breaker.state(self.monotonic_ms()) != BreakerState::Closed {
             server.probe().await?;
@@ -113,6 +113,9 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
         };
         let values: Vec<&[u8]> = samples.iter().map(|value| &value[..]).collect();
         let mut admission = admit(server, &database, &self.config, &values).await?;
+        if admission.waits_for_record {
+            return Err(Trouble::NoRecord);
+        }
         if admission.admitted
             && let Some(ddl) = &admission.ddl
         {
@@ -124,7 +127,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
     }
 
     /// The topic's first record values.
-    async fn samples(&self) -> Vec<Bytes> {
+    pub(super) async fn samples(&self) -> Vec<Bytes> {
         let mut samples = Vec::new();
         let mut scratch = Vec::new();
         for partition in self.source.partitions().await {
@@ -237,6 +240,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                         schema_checked = Instant::now();
                         self.check_schema(link).await?;
                     }
+                    self.snapshot_if_wanted().await?;
                     self.board.borrow_mut().publish();
                     None
                 }
@@ -285,8 +289,7 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
                     }
                 }
                 if next_step(&self.state, Event::Settled).contains(&Action::Snapshot) {
-                    self.record(&self.state.snapshot()).await?;
-                    self.log.truncate_before_snapshot();
+                    self.write_snapshot().await?;
                 }
                 match next {
                     Some(CollectEnd::Prepared(prepared)) => ready = Some(prepared),
@@ -428,9 +431,9 @@ impl<S: Source + 'static, L: StateLog + 'static> Exporter<S, L> {
 
     async fn audited(&mut self, link: &mut Link, pass: AuditPass) -> Result<(), Trouble> {
         let repairs = self.audit.judge(pass, link, &self.board);
-        for item in repairs {
-            let inserted = self.repair_settled(link, &item).await?;
-            self.audit.repaired(inserted, &self.board);
+        for (plan, n) in repairs {
+            let inserted = self.repair_settled(link, &plan, n).await?;
+            self.audit.repaired(&plan, inserted, &self.board);
         }
         Ok(())
     }

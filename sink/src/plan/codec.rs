@@ -7,7 +7,7 @@
 use bytes::Bytes;
 
 use super::{ExportState, MappingColumn, MappingRecord, OpenPlan, Origin, Plan, Range, Record, Rejected};
-use crate::mapping::MAX_COLUMNS;
+use crate::mapping::{MAX_COLUMNS, TimeUnit};
 use crate::table::DefaultKind;
 
 /// Raised when a field is added or changes its meaning; older versions stay readable.
@@ -94,6 +94,11 @@ pub fn encode(record: &Record) -> Bytes {
         }
     }
     Bytes::from(w.out)
+}
+
+/// Whether a record is a snapshot, from its head alone.
+pub fn is_snapshot(bytes: &[u8]) -> bool {
+    matches!(bytes, [FORMAT_VERSION, SNAPSHOT, ..])
 }
 
 pub fn decode(bytes: &[u8]) -> Result<Record, CodecError> {
@@ -221,6 +226,7 @@ impl Writer {
         self.byte(u8::from(mapping.unknown_to_dead_letters));
         self.byte(u8::from(mapping.json_text_in_strings));
         self.byte(u8::from(mapping.truncate_time_fraction));
+        self.byte(TimeUnit::ALL.iter().position(|unit| *unit == mapping.time_unit).unwrap_or(0) as u8);
         self.byte(u8::from(mapping.tombstones_to_dead_letters));
     }
 
@@ -415,6 +421,9 @@ impl Reader<'_> {
             unknown_to_dead_letters: self.flag()?,
             json_text_in_strings: self.flag()?,
             truncate_time_fraction: self.flag()?,
+            time_unit: *TimeUnit::ALL
+                .get(usize::from(self.byte()?))
+                .ok_or(CodecError::Bounds("time unit"))?,
             tombstones_to_dead_letters: self.flag()?,
         })
     }

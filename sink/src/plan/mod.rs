@@ -13,7 +13,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use crate::column_type::ColumnType;
-use crate::mapping::{MappingError, MappingOptions, RowMapping, UnknownFields};
+use crate::mapping::{MappingError, MappingOptions, RowMapping, TimeUnit, UnknownFields};
 use crate::table::{Column, DefaultKind, TableSchema};
 
 /// Partitions in one plan. Kafka clusters stop at some thousands of partitions per topic.
@@ -84,12 +84,13 @@ impl Plan {
     pub fn token(&self, cluster_id: &str) -> String {
         let (partition, first, last) =
             self.ranges.first().map_or((0, 0, 0), |r| (r.partition, r.first, r.last));
-        format!(
-            "{cluster_id}/{}/{}/{}:{partition}:{first}-{last}",
-            uuid::Uuid::from_bytes(self.topic_id),
-            self.sink_epoch,
-            self.seq,
-        )
+        let topic = self.topic_token(cluster_id);
+        format!("{topic}{}/{}:{partition}:{first}-{last}", self.sink_epoch, self.seq)
+    }
+
+    /// What the tokens of all plans of the topic begin with, in every epoch.
+    pub fn topic_token(&self, cluster_id: &str) -> String {
+        format!("{cluster_id}/{}/", uuid::Uuid::from_bytes(self.topic_id))
     }
 
     /// The token of the n-th insert of only the missing rows.
@@ -110,6 +111,7 @@ pub struct MappingRecord {
     pub unknown_to_dead_letters: bool,
     pub json_text_in_strings: bool,
     pub truncate_time_fraction: bool,
+    pub time_unit: TimeUnit,
     pub tombstones_to_dead_letters: bool,
 }
 
@@ -153,6 +155,7 @@ impl MappingRecord {
             unknown_to_dead_letters: options.unknown_fields == UnknownFields::DeadLetter,
             json_text_in_strings: options.json_text_in_strings,
             truncate_time_fraction: options.truncate_time_fraction,
+            time_unit: options.time_unit,
             tombstones_to_dead_letters,
         };
         // The record without its version names exactly what the bytes depend on.
@@ -187,6 +190,7 @@ impl MappingRecord {
             server_default_columns: self.server_default_columns.clone(),
             json_text_in_strings: self.json_text_in_strings,
             truncate_time_fraction: self.truncate_time_fraction,
+            time_unit: self.time_unit,
         };
         Ok(RowMapping::new(&table, &options)?)
     }
@@ -290,10 +294,13 @@ pub fn add_sequence(sequence: i32, records: u32) -> i32 {
 }
 
 impl ExportState {
-    /// The state after all these records, which start at the beginning of the log or at a snapshot.
+    /// The state after all these records. A snapshot stands for everything before it, and the log may begin in the
+    /// middle of that, so replay starts at the last one; without one the records start at the beginning.
     pub fn replay<'a>(records: impl IntoIterator<Item = &'a [u8]>) -> Result<ExportState, StateError> {
+        let records: Vec<&[u8]> = records.into_iter().collect();
+        let from = records.iter().rposition(|bytes| codec::is_snapshot(bytes)).unwrap_or(0);
         let mut state = ExportState::default();
-        for (at, bytes) in records.into_iter().enumerate() {
+        for (at, bytes) in records.into_iter().enumerate().skip(from) {
             let record = codec::decode(bytes).map_err(|reason| StateError::Record { at, reason })?;
             state.apply(&record)?;
         }

@@ -21,6 +21,20 @@ pub enum Class {
     Unknown,
 }
 
+impl Class {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Class::Transient => "transient",
+            Class::Ambiguous => "ambiguous",
+            Class::Resource => "resource",
+            Class::BatchShape => "batch_shape",
+            Class::BadRows => "bad_rows",
+            Class::Operator => "operator",
+            Class::Unknown => "unknown",
+        }
+    }
+}
+
 /// What is known of a failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure<'a> {

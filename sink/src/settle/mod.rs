@@ -88,7 +88,8 @@ pub enum Action {
     WriteDeadLetters,
     /// Insert the whole block under the plan's token.
     Send,
-    /// Wait until no insert with the plan's token, or one derived from it, runs on the server. Never kill it.
+    /// Wait until no insert with the plan's token, or one derived from it, runs on the server; if the plan must look
+    /// first, no insert of the topic at all. Never kill it.
     AwaitQuiet,
     ReadBack,
     /// List the offsets that are present, then insert the others under a repair token (`repair_number`).
@@ -192,8 +193,7 @@ impl Delivery {
         self.untouched = self.fresh && !self.look_first;
         match (self.untouched, self.traits.read_back) {
             (true, _) | (_, false) => Action::Send,
-            // Nothing of this epoch was sent; rows of an earlier one may be there.
-            (false, true) if self.fresh => Action::ReadBack,
+            // Rows of an earlier epoch may be there, or on their way.
             (false, true) => Action::AwaitQuiet,
         }
     }

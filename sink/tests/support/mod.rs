@@ -15,25 +15,8 @@ use flumen_sink::config::ExportConfig;
 use flumen_sink::exporter::{ExportHandle, ExportSetup, Exporter};
 
 pub use engine::Engine;
-pub use proxy::{Fault, Proxy};
+pub use proxy::{Fault, Proxy, Random};
 pub use topic::{MemoryLog, MemoryTopic};
-
-/// A small generator of its own, so that a seed names a run.
-#[derive(Clone, Debug)]
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
 
 pub fn config(topic: &str, pairs: &[(&str, &str)]) -> ExportConfig {
     let mut configs = BTreeMap::from([("flumen.clickhouse.enable".to_owned(), "true".to_owned())]);
@@ -59,6 +42,7 @@ impl Running {
             source: topic.clone(),
             state_log: log.clone(),
             records: log.records(),
+            before: None,
         })
         .unwrap_or_else(|e| panic!("the state log does not replay: {e}"));
         Running { handle, task: tokio::task::spawn_local(exporter.run()) }

@@ -1,13 +1,30 @@
 //! An HTTP proxy that breaks inserts on purpose and passes everything else through.
+//!
+//! Shared by the tests of the export alone and by those of the whole broker, so it stands on its own: `start` needs a
+//! tokio runtime and serves as long as that runs.
 
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::Random;
+/// A small generator of its own, so that a seed names a run.
+#[derive(Clone, Debug)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -25,7 +42,7 @@ pub enum Fault {
     CutBody,
     /// The server gets it twice; the client gets the second answer.
     Twice,
-    /// Held back longer than the client waits, then forwarded all the same.
+    /// Held back longer than the client waits, then sent all the same, if the server it was on its way to still runs.
     Late,
     /// The server's answer is cut in the middle of its head.
     CutAnswer,
@@ -33,17 +50,20 @@ pub enum Fault {
 
 struct Shared {
     server: u16,
-    /// Chosen from for every insert; empty: no faults.
+    /// Dealt out to inserts, all of them before any comes again; empty: no faults.
     faults: Vec<Fault>,
+    deck: Vec<Fault>,
     random: Random,
     late: Duration,
     log: Vec<Fault>,
+    /// Faults that are over: whatever was to reach the server has.
+    over: Vec<Fault>,
 }
 
 #[derive(Clone)]
 pub struct Proxy {
     pub port: u16,
-    shared: Rc<RefCell<Shared>>,
+    shared: Arc<Mutex<Shared>>,
 }
 
 struct Request {
@@ -55,28 +75,61 @@ impl Proxy {
     pub async fn start(server: u16, seed: u64, late: Duration) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = listener.local_addr().expect("bound").port();
-        let shared = Shared { server, faults: Vec::new(), random: Random(seed), late, log: Vec::new() };
-        let proxy = Proxy { port, shared: Rc::new(RefCell::new(shared)) };
+        let shared = Shared {
+            server,
+            faults: Vec::new(),
+            deck: Vec::new(),
+            random: Random(seed),
+            late,
+            log: Vec::new(),
+            over: Vec::new(),
+        };
+        let proxy = Proxy { port, shared: Arc::new(Mutex::new(shared)) };
         let serving = proxy.clone();
-        tokio::task::spawn_local(async move {
+        tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let proxy = serving.clone();
-                tokio::task::spawn_local(async move { proxy.serve(client).await });
+                tokio::spawn(async move { proxy.serve(client).await });
             }
         });
         proxy
+    }
+
+    /// For tests without a runtime: serves on a thread of its own until the process ends.
+    pub fn start_on_thread(server: u16, seed: u64, late: Duration) -> Proxy {
+        let (tell, started) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async move {
+                let _ = tell.send(Proxy::start(server, seed, late).await);
+                std::future::pending::<()>().await;
+            });
+        });
+        started.recv().expect("the proxy starts")
     }
 
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}/", self.port)
     }
 
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().expect("no panic under this lock")
+    }
+
     pub fn set_faults(&self, faults: &[Fault]) {
-        self.shared.borrow_mut().faults = faults.to_vec();
+        let mut shared = self.shared();
+        shared.faults = faults.to_vec();
+        shared.deck.clear();
     }
 
     pub fn happened(&self, fault: Fault) -> usize {
-        self.shared.borrow().log.iter().filter(|f| **f == fault).count()
+        self.shared().log.iter().filter(|f| **f == fault).count()
+    }
+
+    /// How many faults of the kind are over, with all that reached the server because of them.
+    pub fn answered(&self, fault: Fault) -> usize {
+        self.shared().over.iter().filter(|f| **f == fault).count()
     }
 
     async fn serve(&self, mut client: TcpStream) {
@@ -84,11 +137,14 @@ impl Proxy {
         while let Some(request) = read_request(&mut client, &mut buffer).await {
             let insert = request.head.contains("INSERT") && !request.head.contains("SELECT");
             let fault = {
-                let mut shared = self.shared.borrow_mut();
-                if insert && !shared.faults.is_empty() {
-                    let kinds = shared.faults.len() as u64;
-                    let at = shared.random.below(kinds) as usize;
-                    let fault = shared.faults[at];
+                let mut shared = self.shared();
+                if insert && shared.deck.is_empty() {
+                    shared.deck = shared.faults.clone();
+                }
+                if insert && !shared.deck.is_empty() {
+                    let left = shared.deck.len() as u64;
+                    let at = shared.random.below(left) as usize;
+                    let fault = shared.deck.swap_remove(at);
                     shared.log.push(fault);
                     fault
                 } else {
@@ -96,7 +152,7 @@ impl Proxy {
                 }
             };
             let (server, late) = {
-                let shared = self.shared.borrow();
+                let shared = self.shared();
                 (shared.server, shared.late)
             };
             let answer = match fault {
@@ -121,8 +177,10 @@ impl Proxy {
                     return;
                 }
                 Fault::Late => {
+                    let Ok(upstream) = TcpStream::connect(("127.0.0.1", server)).await else { return };
                     tokio::time::sleep(late).await;
-                    forward(server, &request, None).await;
+                    send(upstream, &request, None).await;
+                    self.shared().over.push(fault);
                     return;
                 }
                 Fault::CutAnswer => forward(server, &request, None).await.map(|mut answer| {
@@ -198,7 +256,10 @@ async fn read_request(client: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Re
 
 /// Sends the request on a connection of its own and returns the whole answer; with `cut`, only that much of the body.
 async fn forward(server: u16, request: &Request, cut: Option<usize>) -> Option<Vec<u8>> {
-    let mut upstream = TcpStream::connect(("127.0.0.1", server)).await.ok()?;
+    send(TcpStream::connect(("127.0.0.1", server)).await.ok()?, request, cut).await
+}
+
+async fn send(mut upstream: TcpStream, request: &Request, cut: Option<usize>) -> Option<Vec<u8>> {
     let mut head = String::new();
     for line in request.head.trim_end().lines() {
         let lower = line.to_ascii_lowercase();

@@ -1,7 +1,7 @@
 //! A topic in memory: real v2 batches, retention held by the export, an idempotent dead-letter topic. It outlives the
 //! export's crashes, as a broker's log does.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
@@ -187,11 +187,29 @@ impl Source for MemoryTopic {
 #[derive(Clone, Default)]
 pub struct MemoryLog {
     records: Rc<RefCell<Vec<Bytes>>>,
+    /// Set: appends reach the log at once, and are answered when it is cleared.
+    stalled: Rc<Cell<bool>>,
+    waiting: Rc<Cell<usize>>,
+    released: Rc<Notify>,
 }
 
 impl MemoryLog {
     pub fn records(&self) -> Vec<Bytes> {
         self.records.borrow().clone()
+    }
+
+    pub fn stall(&self) {
+        self.stalled.set(true);
+    }
+
+    pub fn release(&self) {
+        self.stalled.set(false);
+        self.released.notify_waiters();
+    }
+
+    /// Appends that are in the log and not answered.
+    pub fn waiting(&self) -> usize {
+        self.waiting.get()
     }
 }
 
@@ -200,7 +218,12 @@ impl StateLog for MemoryLog {
         // A crash before or after the write, with and without the caller knowing.
         tokio::task::yield_now().await;
         self.records.borrow_mut().push(record);
+        self.waiting.set(self.waiting.get() + 1);
+        while self.stalled.get() {
+            self.released.notified().await;
+        }
         tokio::task::yield_now().await;
+        self.waiting.set(self.waiting.get() - 1);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use crate::{AlignedBuf, File};
 /// Small buffers are joined up to this size before they are written, instead of one system call each.
 const JOIN_BYTES: usize = 256 * 1024;
 
-async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)
 }
 
@@ -59,6 +59,25 @@ pub async fn read_at(file: &File, at: u64, len: usize) -> io::Result<Bytes> {
         Ok(buf.into())
     })
     .await?
+}
+
+/// Reads whole blocks into the front of `buf`; returns how much there was.
+pub async fn read_aligned(
+    file: &File,
+    mut buf: AlignedBuf,
+    len: usize,
+    at: u64,
+) -> (AlignedBuf, io::Result<usize>) {
+    let file = file.clone();
+    let done = run(move || {
+        let result = file.read_full_at(&mut buf[..len], at);
+        (buf, result)
+    })
+    .await;
+    match done {
+        Ok(done) => done,
+        Err(error) => (AlignedBuf::zeroed(len), Err(error)),
+    }
 }
 
 pub async fn fdatasync(file: &File) -> io::Result<()> {

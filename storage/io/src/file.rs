@@ -1,6 +1,7 @@
 //! Files as storage needs them: open flags for direct and synchronous writes, preallocation, locks, free space.
 //!
-//! All calls here are plain system calls on the calling thread; the ones on a hot path are in `Disk`.
+//! All calls here are plain system calls on the calling thread; the ones on a hot path are in `Disk`. A file of a
+//! simulated disk answers the same calls.
 
 use std::ffi::CString;
 use std::fs;
@@ -10,6 +11,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use crate::simulated::Handle;
 
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Mode {
@@ -22,8 +25,14 @@ pub struct Mode {
 }
 
 #[derive(Debug)]
+enum Kind {
+    Machine(fs::File),
+    Simulated(Handle),
+}
+
+#[derive(Debug)]
 struct Inner {
-    file: fs::File,
+    kind: Kind,
     path: PathBuf,
     direct: bool,
 }
@@ -35,7 +44,8 @@ pub struct File {
 }
 
 impl File {
-    pub fn open(path: &Path, mode: Mode) -> io::Result<File> {
+    /// On the machine's own file system; `FileSystem::open` is for everybody else.
+    pub(crate) fn open(path: &Path, mode: Mode) -> io::Result<File> {
         let open = |direct: bool| {
             let mut flags = libc::O_CLOEXEC;
             if direct {
@@ -57,7 +67,12 @@ impl File {
             Err(error) if mode.direct && error.raw_os_error() == Some(libc::EINVAL) => (open(false)?, false),
             Err(error) => return Err(error),
         };
-        Ok(File { inner: Arc::new(Inner { file, path: path.to_owned(), direct }) })
+        Ok(File { inner: Arc::new(Inner { kind: Kind::Machine(file), path: path.to_owned(), direct }) })
+    }
+
+    pub(crate) fn simulated(handle: Handle, path: &Path) -> File {
+        let direct = handle.is_direct();
+        File { inner: Arc::new(Inner { kind: Kind::Simulated(handle), path: path.to_owned(), direct }) }
     }
 
     pub fn path(&self) -> &Path {
@@ -68,12 +83,26 @@ impl File {
         self.inner.direct
     }
 
+    /// The descriptor, for a ring; a simulated file has none, and no ring may be given one.
     pub(crate) fn fd(&self) -> RawFd {
-        self.inner.file.as_raw_fd()
+        match &self.inner.kind {
+            Kind::Machine(file) => file.as_raw_fd(),
+            Kind::Simulated(_) => -1,
+        }
+    }
+
+    pub(crate) fn handle(&self) -> io::Result<&Handle> {
+        match &self.inner.kind {
+            Kind::Simulated(handle) => Ok(handle),
+            Kind::Machine(_) => Err(io::ErrorKind::InvalidInput.into()),
+        }
     }
 
     pub fn len(&self) -> io::Result<u64> {
-        Ok(self.inner.file.metadata()?.len())
+        match &self.inner.kind {
+            Kind::Machine(file) => Ok(file.metadata()?.len()),
+            Kind::Simulated(handle) => handle.len(),
+        }
     }
 
     pub fn is_empty(&self) -> io::Result<bool> {
@@ -81,26 +110,42 @@ impl File {
     }
 
     pub fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.file.set_len(len)
+        match &self.inner.kind {
+            Kind::Machine(file) => file.set_len(len),
+            Kind::Simulated(handle) => handle.set_len(len),
+        }
     }
 
     pub fn sync_all(&self) -> io::Result<()> {
-        self.inner.file.sync_all()
+        match &self.inner.kind {
+            Kind::Machine(file) => file.sync_all(),
+            Kind::Simulated(handle) => handle.sync(),
+        }
     }
 
     pub fn sync_data(&self) -> io::Result<()> {
-        self.inner.file.sync_data()
+        match &self.inner.kind {
+            Kind::Machine(file) => file.sync_data(),
+            Kind::Simulated(handle) => handle.sync(),
+        }
     }
 
     pub fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
-        self.inner.file.write_all_at(bytes, at)
+        match &self.inner.kind {
+            Kind::Machine(file) => file.write_all_at(bytes, at),
+            Kind::Simulated(handle) => handle.write_at(bytes, at),
+        }
     }
 
     /// Fills `buf` as far as the file reaches; returns how much that was.
     pub fn read_full_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
+        let file = match &self.inner.kind {
+            Kind::Machine(file) => file,
+            Kind::Simulated(handle) => return handle.read_at(buf, at),
+        };
         let mut done = 0;
         while done < buf.len() {
-            match self.inner.file.read_at(&mut buf[done..], at + done as u64) {
+            match file.read_at(&mut buf[done..], at + done as u64) {
                 Ok(0) => break,
                 Ok(n) => done += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -113,6 +158,9 @@ impl File {
     /// Reserves disk space for `len` bytes and makes the file that long. Where the file system cannot reserve, the file
     /// only gets its length, and running out of space shows at the first write.
     pub fn allocate(&self, len: u64) -> io::Result<()> {
+        if let Kind::Simulated(handle) = &self.inner.kind {
+            return handle.allocate(len);
+        }
         let length = libc::off_t::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         loop {
             // SAFETY: the descriptor is open for the duration of the call; no memory is passed.
@@ -132,6 +180,9 @@ impl File {
     /// Up to where the file has been written: the first hole, or extent that is reserved and not written yet. A file
     /// system that cannot tell says the file's length.
     pub fn written_until(&self) -> io::Result<u64> {
+        if let Kind::Simulated(handle) = &self.inner.kind {
+            return handle.written_until();
+        }
         // SAFETY: the descriptor is open for the duration of the call. The file position it moves is used by nobody:
         // all reads and writes name their offset.
         let hole = unsafe { libc::lseek(self.fd(), 0, libc::SEEK_HOLE) };
@@ -146,9 +197,7 @@ impl File {
     }
 }
 
-/// Takes the exclusive lock of `path`, creating the file; the lock lives as long as the returned handle. `Ok(None)` when
-/// somebody else has it.
-pub fn lock_file(path: &Path) -> io::Result<Option<File>> {
+pub(crate) fn lock_file(path: &Path) -> io::Result<Option<File>> {
     let file = File::open(path, Mode { write: true, create: true, ..Mode::default() })?;
     loop {
         // SAFETY: the descriptor is open for the duration of the call; no memory is passed.
@@ -164,8 +213,7 @@ pub fn lock_file(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Bytes that an ordinary user may still write on the file system of `path`.
-pub fn free_bytes(path: &Path) -> io::Result<u64> {
+pub(crate) fn free_bytes(path: &Path) -> io::Result<u64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
     // SAFETY: the path is a valid C string and `stat` a writable struct of the right type, both alive over the call.
@@ -179,12 +227,11 @@ pub fn free_bytes(path: &Path) -> io::Result<u64> {
 }
 
 /// Makes names created, renamed or removed in a directory durable.
-pub fn sync_dir(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     fs::File::open(path)?.sync_all()
 }
 
-/// Makes everything on the file system of `path` durable in one call; cheaper than many single syncs.
-pub fn sync_filesystem(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_filesystem(path: &Path) -> io::Result<()> {
     let file = fs::File::open(path)?;
     // SAFETY: the descriptor is open for the duration of the call; no memory is passed.
     if unsafe { libc::syncfs(file.as_raw_fd()) } != 0 {

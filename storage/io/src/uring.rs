@@ -39,6 +39,7 @@ enum Keep {
     Write(AlignedBuf),
     Vectored { bufs: Vec<Bytes>, iov: Vec<libc::iovec> },
     Read(Vec<u8>),
+    ReadAligned(AlignedBuf),
     Nothing,
 }
 
@@ -335,6 +336,41 @@ impl Ring {
             buf = back;
         }
         Ok(buf.into())
+    }
+
+    /// Reads whole blocks into the front of `buf`; returns how much there was.
+    pub async fn read_aligned(
+        self: &Rc<Self>,
+        file: &File,
+        mut buf: AlignedBuf,
+        len: usize,
+        at: u64,
+    ) -> (AlignedBuf, io::Result<usize>) {
+        let mut done = 0;
+        while done < len {
+            let fd = types::Fd(file.fd());
+            let build = |keep: &mut Keep| {
+                let Keep::ReadAligned(buf) = keep else { unreachable!("built from a read below") };
+                let part = &mut buf[done..len];
+                let part_len = part.len().min(1 << 30) as u32;
+                opcode::Read::new(fd, part.as_mut_ptr(), part_len).offset(at + done as u64).build()
+            };
+            let (keep, code) = self.run(file, build, Keep::ReadAligned(buf)).await;
+            let Keep::ReadAligned(back) = keep else { unreachable!("a slot keeps what it was given") };
+            buf = back;
+            match outcome(code) {
+                Ok(n) => {
+                    done += n;
+                    // A read that ends within a block has reached the end of the file.
+                    if n == 0 || done % crate::BLOCK_BYTES != 0 {
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (buf, Err(error)),
+            }
+        }
+        (buf, Ok(done))
     }
 
     pub async fn fdatasync(self: &Rc<Self>, file: &File) -> io::Result<()> {

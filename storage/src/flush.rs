@@ -1,0 +1,831 @@
+//! The flusher of a shard: committed entries leave the WAL for their segments in runs, WAL files retire, and everything
+//! is put in order at shutdown.
+//!
+//! One task, one thing at a time, under `flush_lock`. No space means waiting and trying again, with everything still in
+//! the WAL and in memory; any other failed write, and any failed sync, poisons the shard: after it the kernel may have
+//! dropped the bytes, so trying again would prove nothing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use flumen_io::{BLOCK_BYTES, FileSystem, Mode};
+use flumen_protocol::record_batch;
+
+use crate::data_dir::replace_file;
+use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
+use crate::ring::Class;
+use crate::segment_index::{
+    INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
+};
+use crate::store::{Shard, add, is_no_space};
+use crate::types::{LANES, Lane, LogPoisoned, Lsn, ShutdownError};
+use crate::wal::sync_os_lane;
+use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, RecordHeader};
+use crate::walk::{Step, Walk};
+
+/// One write takes about this much of one partition.
+const FLUSH_MAX_BYTES: u64 = 1 << 20;
+
+/// After this much of a partition went to segments its producers are written down, so that a restart after a crash reads
+/// the headers of no more than that.
+const SNAPSHOT_INTERVAL_BYTES: u64 = 64 << 20;
+/// The newest, and one more in case it is damaged.
+const SNAPSHOTS_KEPT: usize = 2;
+
+/// Syncs of one retirement in flight together; the disk's queue is deeper, but readers want some of it.
+const SYNCS_IN_FLIGHT: usize = 16;
+
+/// Beyond this many files one sync of the whole file system is cheaper than one each.
+const SYNC_EACH_MAX: usize = 64;
+
+/// Pauses between tries while the disk is full: 100 ms, doubling to 2 s.
+const NO_SPACE_PAUSE_MS: (u64, u64) = (100, 2_000);
+
+/// A retirement that waits for the high watermark looks again after this.
+const RETIRE_PAUSE: Duration = Duration::from_millis(20);
+
+/// A growing segment is at most this much longer on the disk than what it holds.
+const RESERVE_BYTES_MAX: u64 = 16 << 20;
+
+#[derive(Debug)]
+pub(crate) enum FlushError {
+    NoSpace,
+    Poisoned,
+}
+
+struct Run {
+    base: i64,
+    new_segment: bool,
+    sealed: Option<(i64, u64)>,
+    /// How long the file is already, beyond what counts of it.
+    reserved: u64,
+    position: u64,
+    bufs: Vec<Bytes>,
+    bytes: u64,
+    count: usize,
+    index: Vec<IndexEntry>,
+    builder: IndexBuilder,
+    last_index: u64,
+    last_term: u64,
+    end: i64,
+    first_timestamp: i64,
+}
+
+/// The next run of committed entries of a group, and the segment it goes to.
+fn plan_run(inner: &Inner) -> Option<Run> {
+    let mut committed = inner.tail.unflushed().take_while(|entry| inner.is_committed(entry)).peekable();
+    committed.peek()?;
+    let limit = inner.segment_limit();
+    let active = inner.segments.back();
+    let mut run = Run {
+        base: active.map_or(inner.flushed_end, |segment| segment.base),
+        new_segment: active.is_none(),
+        sealed: None,
+        reserved: active.map_or(0, |segment| segment.reserved),
+        position: active.map_or(0, |segment| segment.bytes),
+        bufs: Vec::new(),
+        bytes: 0,
+        count: 0,
+        index: Vec::new(),
+        builder: IndexBuilder::resume(
+            active.and_then(|segment| segment.max_timestamp).unwrap_or(i64::MIN),
+            active.map_or(0, |segment| segment.bytes),
+        ),
+        last_index: inner.flushed_index,
+        last_term: inner.flushed_term,
+        end: inner.flushed_end,
+        first_timestamp: active.and_then(|segment| segment.first_timestamp).unwrap_or(-1),
+    };
+    for entry in committed {
+        if entry.is_batch() {
+            let bytes = entry.bytes.len() as u64;
+            let position = run.position + run.bytes;
+            let too_big = position > 0 && position + bytes > limit;
+            let too_old = position > 0
+                && inner.config.segment_ms >= 0
+                && run.first_timestamp >= 0
+                && entry.max_timestamp.saturating_sub(run.first_timestamp) > inner.config.segment_ms;
+            if too_big || too_old {
+                if run.count > 0 {
+                    break;
+                }
+                run.sealed = (!run.new_segment).then_some((run.base, run.position));
+                run.base = entry.base_offset;
+                run.new_segment = true;
+                run.reserved = 0;
+                run.position = 0;
+                run.first_timestamp = -1;
+                run.builder = IndexBuilder::new();
+            }
+            if run.bytes > 0 && run.bytes + bytes > FLUSH_MAX_BYTES {
+                break;
+            }
+            if run.first_timestamp < 0 {
+                run.first_timestamp = entry.max_timestamp;
+            }
+            let term = u32::try_from(entry.term).unwrap_or(u32::MAX);
+            let position = run.position + run.bytes;
+            run.index.extend(run.builder.batch(
+                entry.base_offset,
+                position,
+                term,
+                entry.index,
+                entry.max_timestamp,
+            ));
+            run.bufs.push(entry.bytes.clone());
+            run.bytes += bytes;
+        }
+        run.count += 1;
+        run.last_index = entry.index;
+        run.last_term = entry.term;
+        run.end = entry.next_offset;
+    }
+    if run.bytes > 0 {
+        let term = u32::try_from(run.last_term).unwrap_or(u32::MAX);
+        run.index.extend(run.builder.end(run.end, run.position + run.bytes, term, run.last_index + 1));
+    }
+    Some(run)
+}
+
+/// Moves one run of a group to its segment. `Ok(false)` when nothing committed is left.
+async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushError> {
+    if group.deleted.get() {
+        return Ok(false);
+    }
+    let cut = group.inner.borrow().cut_by;
+    if let Some((lane, lsn)) = cut {
+        shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+        let left = {
+            let mut inner = group.inner.borrow_mut();
+            inner.cut_by = None;
+            std::mem::take(&mut inner.cut_files)
+        };
+        for base in left {
+            for path in [group.log_path(base), group.index_path(base)] {
+                match shard.files.remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        shard.poison(&format!("removing {}: {error}", path.display()));
+                        return Err(FlushError::Poisoned);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    // After a start nobody knows yet how new the segment's records are; its index must say so truly from here on.
+    let unknown = {
+        let inner = group.inner.borrow();
+        inner.segments.back().filter(|segment| segment.max_timestamp.is_none()).map(|segment| segment.base)
+    };
+    if let Some(base) = unknown {
+        crate::read::learn_timestamps(shard, group, base).await;
+    }
+    let Some(run) = plan_run(&group.inner.borrow()) else { return Ok(false) };
+    group.set_flushing(true);
+    let result = write_run(shard, group, run).await;
+    group.set_flushing(false);
+    result.map(|()| true)
+}
+
+async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result<(), FlushError> {
+    if run.bytes > 0 {
+        let fail = |doing: &str, error: io::Error| {
+            // A directory that is gone with its deleted group is no failure.
+            if group.deleted.get() {
+                return FlushError::NoSpace;
+            }
+            if is_no_space(&error) {
+                shard.note_no_space(doing, &error);
+                return FlushError::NoSpace;
+            }
+            shard.poison(&format!("{doing} {}: {error}", group.log_path(run.base).display()));
+            FlushError::Poisoned
+        };
+        if let Some((base, bytes)) = run.sealed {
+            seal(shard, group, base, bytes).map_err(|e| fail("closing segment before", e))?;
+        }
+        let file = if run.new_segment {
+            shard.create_file(group, run.base).map_err(|e| fail("creating segment", e))?
+        } else {
+            shard.file(group, run.base).map_err(|e| fail("opening segment", e))?
+        };
+        let (end, limit) = (run.position + run.bytes, group.inner.borrow().segment_limit());
+        if let Some(length) = reservation(end, run.reserved, limit).filter(|_| file.is_direct()) {
+            let grown = file.clone();
+            let reserved = shard.disk.off_thread(move || grown.allocate(length)).await;
+            reserved.and_then(|result| result).map_err(|e| fail("reserving space for segment", e))?;
+            run.reserved = length;
+        }
+        let mut last_block = shard.take_last_block(group.id, run.base);
+        shard
+            .disk
+            .append_at(&file, &mut last_block, &run.bufs, run.position)
+            .await
+            .map_err(|e| fail("writing segment", e))?;
+        shard.leave_last_block(group.id, run.base, last_block);
+        if let Err(error) = append_index(&shard.files, group, run.base, run.new_segment, &run.index) {
+            // An index that lacks its end is rebuilt from the segment.
+            tracing::warn!(group = group.id, %error, "index not written");
+        }
+        shard.note_space();
+        add(&shard.counters.segment_bytes, run.bytes);
+    }
+    if group.deleted.get() {
+        return Ok(());
+    }
+    let snapshot_due = {
+        let mut inner = group.inner.borrow_mut();
+        let inner = &mut *inner;
+        if run.bytes > 0 {
+            if run.new_segment {
+                inner.segments.push_back(Segment::new(run.base, 0));
+                inner.dir_dirty = true;
+            }
+            // A sealed one may have been shortened, and from now on its length is where it ends.
+            for base in run.sealed.map(|(base, _)| base).into_iter().chain([run.base]) {
+                if !inner.dirty.contains(&base) {
+                    inner.dirty.push(base);
+                }
+            }
+            if let Some(segment) = inner.segments.back_mut() {
+                segment.reserved = run.reserved;
+                segment.bytes = run.position + run.bytes;
+                segment.max_timestamp = Some(run.builder.max_timestamp);
+                segment.first_timestamp = Some(run.first_timestamp);
+                if let Some(index) = &segment.index {
+                    index.borrow_mut().extend_from_slice(&run.index);
+                }
+            }
+        }
+        let before = inner.tail.unflushed_bytes();
+        inner.tail.mark_flushed(run.count);
+        let moved = before - inner.tail.unflushed_bytes();
+        shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(moved));
+        inner.flushed_index = run.last_index;
+        inner.flushed_term = run.last_term;
+        inner.flushed_end = run.end;
+        inner.bytes_since_snapshot = inner.bytes_since_snapshot.saturating_add(run.bytes);
+        inner.next_run_bytes = FLUSH_RUN_BYTES;
+        inner.meta_dirty = true;
+        let due = inner.bytes_since_snapshot >= SNAPSHOT_INTERVAL_BYTES
+            || (run.new_segment && inner.segments.len() > 1);
+        due && inner.producers_whole
+    };
+    if snapshot_due {
+        let group = Rc::clone(group);
+        let (offset, bytes) = snapshot_of(&group);
+        let dir = group.dir.clone();
+        let files = shard.files.clone();
+        let written = shard.disk.off_thread(move || write_snapshot(&files, &dir, offset, &bytes)).await;
+        if let Ok(Err(error)) = written {
+            tracing::warn!(group = group.id, %error, "producer snapshot not written");
+        }
+    }
+    shard.evict();
+    Ok(())
+}
+
+/// The length to which a segment's file should grow before an append that ends at `end`; `None` when there is room. Grows
+/// by as much again as there is, so that a small segment stays small on the disk and a large one is extended rarely and
+/// lies in few pieces.
+fn reservation(end: u64, reserved: u64, limit: u64) -> Option<u64> {
+    let block = BLOCK_BYTES as u64;
+    let need = end.next_multiple_of(block);
+    if need <= reserved {
+        return None;
+    }
+    let wanted = (end + end.min(RESERVE_BYTES_MAX)).min(limit.max(end));
+    Some(wanted.next_multiple_of(block).max(need))
+}
+
+/// Neither what was reserved nor what a cut left behind its end must become part of a finished segment.
+fn seal(shard: &Rc<Shard>, group: &Group, base: i64, bytes: u64) -> io::Result<()> {
+    let file = shard.file(group, base)?;
+    if file.len()? > bytes { file.set_len(bytes) } else { Ok(()) }
+}
+
+fn append_index(
+    files: &FileSystem,
+    group: &Group,
+    base: i64,
+    fresh: bool,
+    entries: &[IndexEntry],
+) -> io::Result<()> {
+    let path = group.index_path(base);
+    let file = files.open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+    let mut out = Vec::with_capacity(INDEX_HEADER_BYTES + entries.len() * INDEX_ENTRY_BYTES);
+    let length = if fresh { 0 } else { file.len()? as usize };
+    let mut at = 0;
+    if length < INDEX_HEADER_BYTES {
+        file.set_len(0)?;
+        out.extend_from_slice(&encode_header(base));
+    } else {
+        // A torn entry at the end is written over.
+        at = INDEX_HEADER_BYTES + (length - INDEX_HEADER_BYTES) / INDEX_ENTRY_BYTES * INDEX_ENTRY_BYTES;
+    }
+    for entry in entries {
+        out.extend_from_slice(&encode_entry(entry));
+    }
+    file.write_all_at(&out, at as u64)
+}
+
+fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
+    let mut inner = group.inner.borrow_mut();
+    let offset = inner.log_end;
+    inner.snapshot_offset = offset;
+    inner.bytes_since_snapshot = 0;
+    (offset, group.producers.borrow().encode(offset, inner.epochs.epoch_at(offset - 1)))
+}
+
+pub(crate) fn snapshots(files: &FileSystem, dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
+    let names = files.list(dir)?.into_iter().map(|entry| entry.name);
+    let mut found: Vec<(i64, PathBuf)> = names
+        .filter_map(|name| Some((name.strip_suffix(".snapshot")?.parse().ok()?, dir.join(&name))))
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// Not synced: a torn one fails its checksum and is ignored.
+pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
+    files.write(&dir.join(format!("{offset:020}.snapshot")), bytes)?;
+    let found = snapshots(files, dir)?;
+    for (_, path) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
+        files.remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Raft replaced entries that were in segments already (recovery puts all there). Cuts the log in memory; the files are
+/// written over once the replacing entries are durable. Reads headers with plain calls: this happens at most once after
+/// a change of leader.
+pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inner, index: u64, offset: i64) {
+    while inner.segments.back().is_some_and(|segment| segment.base >= offset) {
+        if let Some(segment) = inner.segments.pop_back() {
+            inner.dirty.retain(|base| *base != segment.base);
+            shard.forget_file(group.id, segment.base);
+            // Until the cut is durable the file still counts.
+            inner.cut_files.push(segment.base);
+        }
+    }
+    if let Some(segment) = inner.segments.back_mut() {
+        let position = shard
+            .files
+            .open(&group.log_path(segment.base), Mode::default())
+            .and_then(|file| position_of(&file, segment.base, segment.bytes, offset));
+        match position {
+            Ok(position) => {
+                segment.bytes = position;
+                segment.reserved = 0;
+                segment.index = None;
+                segment.max_timestamp = None;
+                let _ = shard.files.remove_file(&group.index_path(segment.base));
+            }
+            Err(error) => {
+                group.note_damage(format!(
+                    "could not cut segment {} at offset {offset}: {error}",
+                    segment.base
+                ));
+            }
+        }
+    }
+    inner.flushed_end = offset;
+    inner.flushed_index = index - 1;
+    inner.flushed_term = inner.last_term;
+    // Set to the commit of the replacing entries once they have one.
+    inner.cut_by = Some((inner.lane, Lsn::MAX));
+    shard.read_ahead.borrow_mut().retain(|ahead| ahead.group != group.id);
+}
+
+/// Where the batch with `offset` begins.
+pub(crate) fn position_of(file: &flumen_io::File, base: i64, bytes: u64, offset: i64) -> io::Result<u64> {
+    let mut position = 0;
+    let mut at = base;
+    let mut piece = vec![0; 1 << 20];
+    while position < bytes && at < offset {
+        let want = piece.len().min((bytes - position) as usize);
+        let got = file.read_full_at(&mut piece[..want], position)?;
+        let mut walk = Walk::new(&piece[..got], at);
+        let mut need = 0;
+        while walk.offset() < offset {
+            match walk.step() {
+                Step::Batch(..) => {}
+                Step::End => break,
+                Step::Short(bytes) => {
+                    need = bytes;
+                    break;
+                }
+                Step::Damaged(reason) => return Err(io::Error::other(reason)),
+            }
+        }
+        position += walk.at() as u64;
+        at = walk.offset();
+        if walk.at() == 0 {
+            if got < want || need <= piece.len() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            piece.resize(need, 0);
+        }
+    }
+    Ok(position)
+}
+
+async fn back_off(shard: &Rc<Shard>, pause_ms: &mut u64) {
+    tokio::time::sleep(Duration::from_millis(*pause_ms)).await;
+    *pause_ms = (*pause_ms * 2).min(NO_SPACE_PAUSE_MS.1);
+    if !shard.is_live() {
+        *pause_ms = NO_SPACE_PAUSE_MS.0;
+    }
+}
+
+/// The flusher task.
+pub(crate) async fn run(shard: Rc<Shard>) {
+    let mut pause_ms = NO_SPACE_PAUSE_MS.0;
+    while shard.is_live() {
+        let mut worked = false;
+        {
+            let _alone = shard.flush_lock.lock().await;
+            if shard.closing.get() {
+                return;
+            }
+            for lane in LANES {
+                if shard.wal(lane).wants_retirement() {
+                    match retire(&shard, lane).await {
+                        Ok(true) => worked = true,
+                        Ok(false) => {}
+                        Err(FlushError::NoSpace) => back_off(&shard, &mut pause_ms).await,
+                        Err(FlushError::Poisoned) => return,
+                    }
+                }
+            }
+            let next = shard.flush_queue.borrow_mut().pop_front();
+            if let Some(group) = next {
+                group.queued.set(false);
+                worked = true;
+                match flush_run(&shard, &group).await {
+                    Ok(_) => {
+                        pause_ms = NO_SPACE_PAUSE_MS.0;
+                        let (bytes, committed) = {
+                            let inner = group.inner.borrow();
+                            let first = inner.tail.first_unflushed();
+                            (
+                                inner.tail.unflushed_bytes(),
+                                first.is_some_and(|entry| inner.is_committed(entry)),
+                            )
+                        };
+                        let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
+                        if committed
+                            && !group.deleted.get()
+                            && (bytes >= FLUSH_RUN_BYTES || (pressed && bytes > 0))
+                        {
+                            shard.queue_flush(&group);
+                        }
+                    }
+                    Err(FlushError::NoSpace) => {
+                        shard.queue_flush(&group);
+                        back_off(&shard, &mut pause_ms).await;
+                    }
+                    Err(FlushError::Poisoned) => return,
+                }
+            }
+        }
+        if worked {
+            // Requests first: the flusher fills the gaps.
+            tokio::task::yield_now().await;
+        } else if LANES.iter().any(|lane| shard.wal(*lane).wants_retirement()) {
+            let _ = tokio::time::timeout(RETIRE_PAUSE, shard.flush_wake.notified()).await;
+        } else {
+            shard.flush_wake.notified().await;
+        }
+    }
+}
+
+/// Empties the oldest file of a lane so that its slot can be written over. `Ok(false)`: not now.
+async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
+    let wal = shard.wal(lane);
+    let Some((file_seq, touched)) = wal.retirable() else { return Ok(false) };
+    let groups: Vec<Rc<Group>> = touched.iter().filter_map(|id| shard.group(*id)).collect();
+    let in_file = |group: &Group| {
+        let inner = group.inner.borrow();
+        let mut unflushed = inner.tail.unflushed();
+        // (something of this file is left, and it may be flushed)
+        unflushed
+            .find(|entry| entry.lane == lane && entry.file_seq <= file_seq)
+            .map(|entry| inner.is_committed(entry))
+    };
+    for group in &groups {
+        while in_file(group) == Some(true) {
+            if !flush_run(shard, group).await? {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+    let mut moved = [0; LANES.len()];
+    for group in groups.iter().filter(|group| !group.deleted.get() && in_file(group).is_some()) {
+        let Some((lane, lsn)) = write_again(shard, group, lane) else { return Ok(false) };
+        moved[lane as usize] = lsn;
+    }
+    // Those that moved to the other lane must be there before this file is said to be worthless.
+    for other in LANES.into_iter().filter(|other| *other != lane) {
+        shard.wait_durable(other, moved[other as usize]).await.map_err(|_| FlushError::Poisoned)?;
+    }
+    sync_segments(shard, &groups).await?;
+    // What a group state says stays true until it is in a block, because flushing is this task's alone.
+    let mut since_yield = 0;
+    for group in &groups {
+        if group.deleted.get() {
+            continue;
+        }
+        let state = group.state(shard.wal_id, 0);
+        let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
+        group.inner.borrow_mut().record_in(shard, lane);
+        match wal.append(&shard.next_lsn, &record, &state.encode(), Class::System) {
+            Ok((_, at)) => group.touch(wal, at),
+            Err(_) => return Ok(false),
+        }
+        since_yield += 1;
+        if since_yield % 256 == 0 {
+            wal.wake_writer();
+            tokio::task::yield_now().await;
+            if !shard.is_live() {
+                return Err(FlushError::Poisoned);
+            }
+        }
+    }
+    if lane == Lane::Durable {
+        let mut tombstones = shard.tombstones.borrow_mut();
+        tombstones.retain(|group| shard.wal(Lane::Os).has_records_of(*group));
+        if !tombstones.iter().all(|group| shard.record_deletion(*group).is_some()) {
+            return Ok(false);
+        }
+    }
+    let end = RecordHeader {
+        kind: crate::wal_format::NOTHING,
+        group: crate::types::UNKNOWN_GROUP,
+        index: 0,
+        term: 0,
+        offset: 0,
+    };
+    let Ok((lsn, _)) = wal.append(&shard.next_lsn, &end, &[], Class::System) else { return Ok(false) };
+    wal.announce_retired(file_seq);
+    wal.wake_writer();
+    shard.wait_durable(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+    if lane == Lane::Os
+        && let Err(error) = sync_os_lane(shard).await
+    {
+        shard.poison(&format!("syncing the os lane: {error}"));
+        return Err(FlushError::Poisoned);
+    }
+    wal.retired(file_seq);
+    add(&shard.counters.files_retired, 1);
+    Ok(true)
+}
+
+/// Entries that are not committed cannot leave the WAL; they move to the newest file of `lane`, or of the durable lane
+/// if some of them are there, as they must not become less safe than they were. Returns where they are.
+fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane, Lsn)> {
+    let mut inner = group.inner.borrow_mut();
+    let durable = inner.tail.unflushed().any(|entry| entry.lane == Lane::Durable);
+    let lane = if durable { Lane::Durable } else { lane };
+    let wal = shard.wal(lane);
+    let (mut total, mut largest, mut count) = (0, 0, 0);
+    for entry in inner.tail.unflushed() {
+        total += entry.bytes.len();
+        largest = largest.max(entry.bytes.len());
+        count += 1;
+    }
+    if !wal.fits_all(total, largest, count) {
+        return None;
+    }
+    inner.record_in(shard, lane);
+    let (mut newest, mut lsn) = (None, 0);
+    let mut places = Vec::with_capacity(count);
+    for entry in inner.tail.unflushed() {
+        let record = RecordHeader {
+            kind: if entry.is_batch() { BATCH } else { CONTROL },
+            group: group.id,
+            index: entry.index,
+            term: entry.term,
+            offset: entry.base_offset,
+        };
+        let (at, file_seq) = wal
+            .append(&shard.next_lsn, &record, &entry.bytes, Class::Stage)
+            .expect("there was room for all of it");
+        places.push(file_seq);
+        lsn = at;
+    }
+    for file_seq in &places {
+        if newest.replace(*file_seq) != Some(*file_seq) {
+            inner.touch(group.id, wal, *file_seq);
+        }
+    }
+    let mut places = places.into_iter();
+    inner.tail.move_unflushed(|_| (places.next().unwrap_or(0), lane));
+    wal.wake_writer();
+    Some((lane, lsn))
+}
+
+/// Makes everything written to the segments of `groups` durable.
+async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), FlushError> {
+    let mut files = Vec::new();
+    let mut dirs = Vec::new();
+    for group in groups {
+        if group.deleted.get() {
+            continue;
+        }
+        let mut inner = group.inner.borrow_mut();
+        for base in std::mem::take(&mut inner.dirty) {
+            files.push((Rc::clone(group), base));
+        }
+        if std::mem::take(&mut inner.dir_dirty) {
+            dirs.push(group.dir.clone());
+        }
+    }
+    if shard.log_dir_dirty.replace(false) {
+        dirs.push(shard.segments_root());
+    }
+    add(&shard.counters.segment_syncs, files.len() as u64);
+    let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
+        let root = shard.root.clone();
+        let files = shard.files.clone();
+        shard.disk.off_thread(move || files.sync_all(&root)).await.and_then(|result| result)
+    } else {
+        sync_each(shard, files, dirs).await
+    };
+    result.map_err(|error| {
+        shard.poison(&format!("syncing segments: {error}"));
+        FlushError::Poisoned
+    })
+}
+
+async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<PathBuf>) -> io::Result<()> {
+    use futures_util::stream::{self, StreamExt};
+    let mut syncs = stream::iter(files)
+        .map(|(group, base)| async move {
+            let file = match shard.file(&group, base) {
+                Ok(file) => file,
+                // Deleted meanwhile, by retention or with its group.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            shard.disk.fdatasync(&file).await
+        })
+        .buffer_unordered(SYNCS_IN_FLIGHT);
+    while let Some(result) = syncs.next().await {
+        result?;
+    }
+    if dirs.is_empty() {
+        return Ok(());
+    }
+    let names = shard.files.clone();
+    let synced = shard.disk.off_thread(move || {
+        for dir in dirs {
+            match names.sync_dir(&dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    });
+    synced.await?
+}
+
+fn poisoned(shard: &Shard) -> ShutdownError {
+    ShutdownError::Poisoned(LogPoisoned {
+        reason: if shard.is_poisoned() {
+            "it failed before it was shut down".to_owned()
+        } else {
+            "no space left on the disk".to_owned()
+        },
+    })
+}
+
+pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
+    shard.closing.set(true);
+    shard.wake_flusher();
+    let last = shard.next_lsn.get() - 1;
+    for lane in LANES {
+        if let Some(lsn) = shard.wal(lane).newest_pending() {
+            shard.wait_durable(lane, lsn).await?;
+        }
+    }
+    let _alone = shard.flush_lock.lock().await;
+    let groups: Vec<Rc<Group>> = shard.groups.borrow().values().cloned().collect();
+    let mut everything = true;
+    for group in &groups {
+        // A full disk is no reason to hang: the WAL has it all.
+        while flush_run(shard, group).await.map_err(|_| poisoned(shard))? {}
+        everything &= group.inner.borrow().tail.first_unflushed().is_none();
+    }
+    // A segment of a stopped store is as long as what it holds, for whoever reads it next.
+    for group in &groups {
+        let active = group
+            .inner
+            .borrow()
+            .segments
+            .back()
+            .map(|segment| (segment.base, segment.bytes, segment.reserved));
+        if let Some((base, bytes, reserved)) = active
+            && reserved > bytes
+            && !group.deleted.get()
+            && !group.frozen.get()
+        {
+            seal(shard, group, base, bytes).map_err(|source| ShutdownError::Io {
+                path: group.log_path(base).display().to_string(),
+                source,
+            })?;
+            let mut inner = group.inner.borrow_mut();
+            if !inner.dirty.contains(&base) {
+                inner.dirty.push(base);
+            }
+        }
+    }
+    sync_segments(shard, &groups).await.map_err(|_| poisoned(shard))?;
+    sync_os_lane(shard)
+        .await
+        .map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })?;
+    let mut metas = Vec::new();
+    for group in &groups {
+        let (dirty, snapshot) = {
+            let mut inner = group.inner.borrow_mut();
+            if group.frozen.get() {
+                continue;
+            }
+            let due = inner.producers_whole && inner.snapshot_offset != inner.log_end;
+            (std::mem::take(&mut inner.meta_dirty), due)
+        };
+        let snapshot = snapshot.then(|| snapshot_of(group));
+        let meta = dirty.then(|| group.state(shard.wal_id, last).encode());
+        if meta.is_some() || snapshot.is_some() {
+            metas.push((group.dir.clone(), meta, snapshot));
+        }
+    }
+    let root = shard.root.clone();
+    let clean = everything.then(|| {
+        let dir = shard.root.join("wal").join(format!("{}", shard.config.shard));
+        (dir.join("CLEAN"), shard.wal_id.to_string())
+    });
+    let files = shard.files.clone();
+    let written = shard.disk.off_thread(move || {
+        let mut replaced = Vec::new();
+        for (dir, meta, snapshot) in metas {
+            if let Some((offset, bytes)) = snapshot {
+                write_snapshot(&files, &dir, offset, &bytes)?;
+            }
+            if let Some(meta) = meta {
+                replaced.push((dir.join("group.meta"), meta));
+            }
+        }
+        replace_many(&files, &root, replaced)?;
+        if let Some((path, id)) = clean {
+            replace_file(&files, &path, id.as_bytes())?;
+        }
+        Ok(())
+    });
+    let written = written.await.and_then(|result: io::Result<()>| result);
+    written.map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })
+}
+
+/// Replaces files as `replace_file` does; many of them with two syncs of the file system instead of two each.
+pub(crate) fn replace_many(files: &FileSystem, root: &Path, new: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
+    if new.len() <= SYNC_EACH_MAX / 4 {
+        for (path, bytes) in new {
+            replace_file(files, &path, &bytes)?;
+        }
+        return Ok(());
+    }
+    for (path, bytes) in &new {
+        files.write(&path.with_extension("new"), bytes)?;
+    }
+    files.sync_all(root)?;
+    for (path, _) in &new {
+        files.rename(&path.with_extension("new"), path)?;
+    }
+    files.sync_all(root)
+}
+
+/// Whether `bytes` is one whole batch; recovery trusts a block's checksum, not its writer.
+pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
+    record_batch::parse(bytes).ok().filter(|header| header.total_bytes() == bytes.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_grow_by_what_they_have() {
+        assert_eq!(reservation(10, 0, 1 << 30), Some(4096));
+        assert_eq!(reservation(4096, 4096, 1 << 30), None);
+        assert_eq!(reservation(4097, 4096, 1 << 30), Some(12288));
+        assert_eq!(reservation(1 << 20, 12288, 1 << 30), Some(2 << 20));
+        assert_eq!(reservation(100 << 20, 1 << 20, 1 << 30), Some(116 << 20));
+        // Never past the segment's limit, unless one batch is larger than it.
+        assert_eq!(reservation(9 << 20, 0, 10 << 20), Some(10 << 20));
+        assert_eq!(reservation((11 << 20) + 1, 0, 10 << 20), Some((11 << 20) + 4096));
+    }
+}

@@ -1,0 +1,540 @@
+//! Reading segments: fetches that the tail cache cannot answer, and look-ups by time.
+//!
+//! Runs on the shard thread; the disk works behind `Disk`. Answers are slices of one read, whole batches, never copied.
+//! What is read here does not enter the tail cache. Offsets of batches are checked as they are walked, and checksums of
+//! those that are given out, since bytes may have rotted on the disk: a segment that is not what it should be gives an
+//! error, never other records, and the partition serves no more until somebody has looked at it.
+
+use std::cell::RefCell;
+use std::io;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use flumen_protocol::record::decode_records;
+use flumen_protocol::record_batch::{self, BatchHeader};
+
+use crate::group::{Group, GroupLog};
+use crate::segment_index::{self, IndexBuilder, IndexEntry};
+use crate::store::{ReadAhead, Shard};
+use crate::types::ReadError;
+use crate::walk::{Step, Walk};
+
+/// A catch-up read takes at least this much from the disk, whatever the reader asked for.
+const READ_MIN_BYTES: usize = 256 << 10;
+/// And at most this much, unless one batch is larger.
+const READ_MAX_BYTES: usize = 4 << 20;
+
+/// Entries of segment indexes held in memory per shard: 8 MiB, enough for 12 GiB of log that is being read.
+const LOADED_ENTRIES_MAX: usize = (8 << 20) / size_of::<IndexEntry>();
+
+/// What a batch may unfold to when a record is looked up in it.
+const DECOMPRESSED_MAX_BYTES: usize = 128 << 20;
+
+#[derive(Debug, PartialEq, Eq)]
+enum Selected {
+    /// Batches in this part of the piece; `next` is the offset after them.
+    Range {
+        start: usize,
+        end: usize,
+        next: i64,
+    },
+    /// The first batch wanted begins at `at` (with `offset`) and needs `bytes` from there.
+    Short {
+        at: usize,
+        offset: i64,
+        bytes: usize,
+    },
+    /// The piece ends before the batch wanted.
+    Beyond {
+        offset: i64,
+    },
+    Damaged(String),
+}
+
+/// Chooses whole batches from a piece that begins with the batch at `first`.
+fn select(piece: &[u8], first: i64, from: i64, upper: i64, max_bytes: usize) -> Selected {
+    let mut walk = Walk::new(piece, first);
+    let mut chosen: Option<(usize, usize, i64)> = None;
+    loop {
+        let (at, offset) = (walk.at(), walk.offset());
+        let step = walk.step();
+        match (step, chosen) {
+            (Step::Batch(header, _), _) if header.next_offset() <= from => {}
+            (Step::Batch(header, at), None) => {
+                if header.next_offset() > upper {
+                    return Selected::Range { start: at, end: at, next: offset };
+                }
+                if !record_batch::crc_ok(&piece[at..walk.at()]) {
+                    return Selected::Damaged(format!("wrong checksum of the batch at offset {offset}"));
+                }
+                chosen = Some((at, walk.at(), header.next_offset()));
+            }
+            (Step::Batch(header, _), Some((start, end, next))) => {
+                // One with a wrong checksum is reported to whoever asks for it.
+                let fits = header.next_offset() <= upper && walk.at() - start <= max_bytes;
+                if !fits || !record_batch::crc_ok(&piece[at..walk.at()]) {
+                    return Selected::Range { start, end, next };
+                }
+                chosen = Some((start, walk.at(), header.next_offset()));
+            }
+            (_, Some((start, end, next))) => return Selected::Range { start, end, next },
+            (Step::Short(bytes), None) => return Selected::Short { at, offset, bytes },
+            (Step::End, None) => return Selected::Beyond { offset },
+            (Step::Damaged(reason), None) => return Selected::Damaged(reason),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    base: i64,
+    bytes: u64,
+    end: i64,
+}
+
+fn damaged(group: &Group, base: i64, reason: String) -> ReadError {
+    tracing::error!(
+        group = group.id,
+        directory = group.dir_name,
+        segment = base,
+        reason,
+        "damaged segment; the partition refuses to serve"
+    );
+    let reason = format!("{}: {reason}", group.log_path(base).display());
+    group.note_damage(reason.clone());
+    ReadError::Damaged { reason }
+}
+
+/// The index of a segment, from memory or its file; what the file lacks is read from the segment.
+async fn index_of(
+    shard: &Rc<Shard>,
+    group: &Rc<Group>,
+    place: Place,
+) -> Result<Rc<RefCell<Vec<IndexEntry>>>, ReadError> {
+    {
+        let inner = group.inner.borrow();
+        if let Some(index) =
+            inner.segments.iter().find(|s| s.base == place.base).and_then(|s| s.index.clone())
+        {
+            return Ok(index);
+        }
+    }
+    let path = group.index_path(place.base);
+    let files = shard.files.clone();
+    let bytes = shard.disk.off_thread(move || files.read(&path)).await?;
+    let mut entries = match bytes {
+        Ok(bytes) => segment_index::decode(&bytes, place.base, place.bytes).unwrap_or_default(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    let (position, offset, max) = match entries.last() {
+        Some(last) => (u64::from(last.position), last.offset, last.max_timestamp_before),
+        None => (0, place.base, i64::MIN),
+    };
+    if position < place.bytes {
+        let mut builder = IndexBuilder::resume(max, position);
+        let mut term = 0;
+        let mut found = Vec::new();
+        let end = scan(shard, group, place, (position, offset), |header, position, _| {
+            term = u32::try_from(header.leader_epoch).unwrap_or(0);
+            found.extend(builder.batch(header.base_offset, position, term, 0, header.max_timestamp));
+            false
+        })
+        .await?;
+        found.extend(builder.end(end, place.bytes, term, 0));
+        entries.extend(found);
+    }
+    let index = Rc::new(RefCell::new(entries));
+    let mut inner = group.inner.borrow_mut();
+    if let Some(segment) = inner.segments.iter_mut().find(|s| s.base == place.base) {
+        segment.index = Some(Rc::clone(&index));
+    }
+    drop(inner);
+    let mut loaded = shard.loaded_indexes.borrow_mut();
+    loaded.push_back((group.id, place.base, index.borrow().len()));
+    let mut entries: usize = loaded.iter().map(|(_, _, entries)| entries).sum();
+    while entries > LOADED_ENTRIES_MAX && loaded.len() > 1 {
+        let Some((id, base, freed)) = loaded.pop_front() else { break };
+        entries -= freed;
+        if let Some(other) = shard.group(id)
+            && let Some(segment) = other.inner.borrow_mut().segments.iter_mut().find(|s| s.base == base)
+        {
+            segment.index = None;
+        }
+    }
+    Ok(index)
+}
+
+/// Walks a segment from a batch on, until `stop` says so or the segment ends. Returns the offset reached.
+async fn scan(
+    shard: &Rc<Shard>,
+    group: &Rc<Group>,
+    place: Place,
+    (mut position, mut offset): (u64, i64),
+    mut stop: impl FnMut(&BatchHeader, u64, &[u8]) -> bool,
+) -> Result<i64, ReadError> {
+    let mut want = 1 << 20;
+    while position < place.bytes {
+        let file = shard.file(group, place.base)?;
+        let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
+        let piece = shard.disk.read_at(&file, position, len).await?;
+        let mut walk = Walk::new(&piece, offset);
+        loop {
+            match walk.step() {
+                Step::Batch(header, at) => {
+                    let batch = &piece[at..walk.at()];
+                    if stop(&header, position + at as u64, batch) {
+                        return Ok(header.base_offset);
+                    }
+                }
+                Step::End => break,
+                Step::Short(bytes) if walk.at() == 0 => {
+                    if piece.len() < len || bytes <= len {
+                        return Err(damaged(group, place.base, format!("ends inside of offset {offset}")));
+                    }
+                    want = bytes;
+                    break;
+                }
+                Step::Short(_) => break,
+                Step::Damaged(reason) => return Err(damaged(group, place.base, reason)),
+            }
+        }
+        position += walk.at() as u64;
+        offset = walk.offset();
+    }
+    Ok(offset)
+}
+
+/// First and largest timestamp of a segment, for its index and for retention.
+pub(crate) async fn learn_timestamps(shard: &Rc<Shard>, group: &Rc<Group>, base: i64) {
+    let place = {
+        let inner = group.inner.borrow();
+        let Some(at) = inner.segments.iter().position(|segment| segment.base == base) else { return };
+        Place { base, bytes: inner.segments[at].bytes, end: inner.segment_end(at) }
+    };
+    let max = match index_of(shard, group, place).await {
+        Ok(index) => index.borrow().last().map_or(i64::MIN, |entry| entry.max_timestamp_before),
+        Err(error) => {
+            tracing::warn!(group = group.id, segment = base, %error, "timestamps unknown");
+            -1
+        }
+    };
+    let mut first = -1;
+    // Only the first batch; an unreadable one has been reported above.
+    let one = Place { bytes: place.bytes, ..place };
+    let _ = scan(shard, group, one, (0, base), |header, _, _| {
+        first = header.max_timestamp;
+        true
+    })
+    .await;
+    let mut inner = group.inner.borrow_mut();
+    if let Some(segment) = inner.segments.iter_mut().find(|segment| segment.base == base) {
+        segment.max_timestamp.get_or_insert(max);
+        segment.first_timestamp.get_or_insert(first);
+    }
+}
+
+/// First record of a batch at or after a time and at or above an offset.
+fn record_at(batch: &[u8], timestamp: i64, from: i64) -> Option<(i64, i64)> {
+    let mut scratch = Vec::new();
+    let records = decode_records(batch, &mut scratch, DECOMPRESSED_MAX_BYTES).ok()?;
+    records
+        .map_while(Result::ok)
+        .find(|record| record.timestamp >= timestamp && record.offset >= from)
+        .map(|record| (record.timestamp, record.offset))
+}
+
+impl GroupLog {
+    fn place_of(&self, from: i64) -> Option<Place> {
+        let inner = self.group.inner.borrow();
+        let after = inner.segments.partition_point(|segment| segment.base <= from);
+        let at = after.checked_sub(1)?;
+        let end = inner.segment_end(at);
+        (from < end).then(|| Place { base: inner.segments[at].base, bytes: inner.segments[at].bytes, end })
+    }
+
+    fn readable(&self, from: i64) -> Result<(), ReadError> {
+        let inner = self.group.inner.borrow();
+        if let Some(reason) = self.group.damage.get() {
+            return Err(ReadError::Damaged { reason: reason.clone() });
+        }
+        if from < inner.log_start || from > inner.log_end {
+            return Err(ReadError::OutOfRange { start: inner.log_start, end: inner.log_end });
+        }
+        Ok(())
+    }
+
+    /// Batches from the one that holds `from`, none ending above `upper`, up to `max_bytes` and at least one; from memory
+    /// or disk. Empty at the end of the log.
+    pub async fn read(&self, from: i64, upper: i64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
+        let (shard, group) = (&self.shard, &self.group);
+        // Bounds the turns: each either answers, or goes on at a later offset or segment, or needs a larger piece.
+        loop {
+            self.readable(from)?;
+            if let Some(cached) = self.read_cached(from, upper, max_bytes) {
+                return Ok(cached);
+            }
+            if from >= upper {
+                return Ok(Vec::new());
+            }
+            let Some(place) = self.place_of(from) else {
+                return Err(damaged(group, from, format!("no segment holds offset {from}")));
+            };
+            match self.read_segment(place, from, upper, max_bytes).await {
+                // Retention took the segment away meanwhile: the log start has moved, look again.
+                Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
+                    let still = self.place_of(from).is_some_and(|now| now.base == place.base);
+                    if still && !group.deleting.get() && from >= self.log_start_offset() {
+                        return Err(damaged(group, place.base, "the segment is missing".to_owned()));
+                    }
+                    if group.deleting.get() {
+                        return Err(ReadError::Io(error));
+                    }
+                }
+                result => {
+                    let _ = shard;
+                    return result;
+                }
+            }
+        }
+    }
+
+    async fn read_segment(
+        &self,
+        place: Place,
+        from: i64,
+        upper: i64,
+        max_bytes: usize,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        let (shard, group) = (&self.shard, &self.group);
+        let ahead = {
+            let mut slots = shard.read_ahead.borrow_mut();
+            let at = slots
+                .iter()
+                .position(|slot| slot.group == group.id && slot.base == place.base && slot.offset == from);
+            at.and_then(|at| slots.remove(at))
+        };
+        let (mut position, mut offset, mut piece) = match ahead {
+            Some(slot) if slot.position <= place.bytes => (slot.position, slot.offset, slot.bytes),
+            _ => {
+                let index = index_of(shard, group, place).await?;
+                let (position, offset) = segment_index::seek_offset(&index.borrow(), place.base, from);
+                if position >= place.bytes || offset > from {
+                    (0, place.base, Bytes::new())
+                } else {
+                    (position, offset, Bytes::new())
+                }
+            }
+        };
+        let mut want = max_bytes.clamp(READ_MIN_BYTES, READ_MAX_BYTES);
+        loop {
+            if piece.is_empty() {
+                if position >= place.bytes {
+                    return Err(damaged(group, place.base, format!("ends before offset {from}")));
+                }
+                let file = shard.file(group, place.base)?;
+                let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
+                piece = shard.disk.read_at(&file, position, len).await?;
+                if piece.len() < len {
+                    return Err(damaged(
+                        group,
+                        place.base,
+                        format!("shorter than its {} bytes", place.bytes),
+                    ));
+                }
+            }
+            match select(&piece, offset, from, upper, max_bytes) {
+                Selected::Range { start, end, next } => {
+                    let rest = piece.slice(end..);
+                    // Only what small readers leave is worth keeping; large ones read again from where they stopped.
+                    let keep = if piece.len() <= READ_MIN_BYTES { rest } else { Bytes::new() };
+                    if end > start && next < place.end {
+                        shard.keep_read_ahead(ReadAhead {
+                            group: group.id,
+                            base: place.base,
+                            offset: next,
+                            position: position + end as u64,
+                            bytes: keep,
+                        });
+                    }
+                    return Ok(if end > start { vec![piece.slice(start..end)] } else { Vec::new() });
+                }
+                Selected::Short { at, offset: reached, bytes } => {
+                    if at == 0 && bytes <= piece.len() {
+                        return Err(damaged(
+                            group,
+                            place.base,
+                            format!("no whole batch at offset {reached}"),
+                        ));
+                    }
+                    position += at as u64;
+                    offset = reached;
+                    if position + bytes as u64 > place.bytes {
+                        return Err(damaged(
+                            group,
+                            place.base,
+                            format!("offset {reached} reaches over the end"),
+                        ));
+                    }
+                    want = want.max(bytes);
+                    piece = Bytes::new();
+                }
+                Selected::Beyond { offset: reached } => {
+                    position += piece.len() as u64;
+                    offset = reached;
+                    piece = Bytes::new();
+                }
+                Selected::Damaged(reason) => return Err(damaged(group, place.base, reason)),
+            }
+        }
+    }
+
+    fn places(&self) -> Vec<Place> {
+        let inner = self.group.inner.borrow();
+        (0..inner.segments.len())
+            .map(|at| Place {
+                base: inner.segments[at].base,
+                bytes: inner.segments[at].bytes,
+                end: inner.segment_end(at),
+            })
+            .collect()
+    }
+
+    async fn newest_in(&self, base: i64) -> i64 {
+        let known = |group: &Group| {
+            let inner = group.inner.borrow();
+            inner
+                .segments
+                .iter()
+                .find(|segment| segment.base == base)
+                .and_then(|segment| segment.max_timestamp)
+        };
+        if let Some(known) = known(&self.group).filter(|timestamp| *timestamp != i64::MAX) {
+            return known;
+        }
+        learn_timestamps(&self.shard, &self.group, base).await;
+        known(&self.group).unwrap_or(-1)
+    }
+
+    /// First record with a timestamp of at least `timestamp`, below `upper`, as (timestamp, offset).
+    pub async fn find_timestamp(&self, timestamp: i64, upper: i64) -> Result<Option<(i64, i64)>, ReadError> {
+        let (shard, group) = (&self.shard, &self.group);
+        let log_start = self.log_start_offset();
+        self.readable(log_start)?;
+        let found = |at: Option<(i64, i64)>| at.filter(|(_, offset)| *offset < upper);
+        for place in self.places() {
+            if place.end <= log_start || self.newest_in(place.base).await < timestamp {
+                continue;
+            }
+            let mut hit = None;
+            let search = async {
+                let index = index_of(shard, group, place).await?;
+                let from = segment_index::seek_timestamp(&index.borrow(), place.base, timestamp);
+                scan(shard, group, place, from, |header, _, batch| {
+                    if header.max_timestamp >= timestamp && header.next_offset() > log_start {
+                        hit = record_at(batch, timestamp, log_start);
+                    }
+                    hit.is_some()
+                })
+                .await
+            };
+            match search.await {
+                // Gone with retention: what it held is no longer asked for.
+                Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => continue,
+                result => result?,
+            };
+            if hit.is_some() {
+                return Ok(found(hit));
+            }
+        }
+        let inner = group.inner.borrow();
+        let hit = inner
+            .tail
+            .unflushed()
+            .filter(|entry| {
+                entry.is_batch() && entry.max_timestamp >= timestamp && entry.next_offset > log_start
+            })
+            .find_map(|entry| record_at(&entry.bytes, timestamp, log_start));
+        Ok(found(hit))
+    }
+
+    /// The committed record with the largest timestamp, the first of them if there are several, as (timestamp, offset).
+    pub async fn max_timestamp(&self) -> Result<Option<(i64, i64)>, ReadError> {
+        let (log_start, upper) = (self.log_start_offset(), self.high_watermark());
+        let mut max = i64::MIN;
+        for place in self.places() {
+            if place.end <= log_start {
+                continue;
+            }
+            if place.base >= log_start {
+                max = max.max(self.newest_in(place.base).await);
+                continue;
+            }
+            // Only part of this segment counts.
+            scan(&self.shard, &self.group, place, (0, place.base), |header, _, _| {
+                if header.next_offset() > log_start {
+                    max = max.max(header.max_timestamp);
+                }
+                false
+            })
+            .await?;
+        }
+        {
+            let inner = self.group.inner.borrow();
+            let committed = inner.tail.unflushed().take_while(|entry| entry.next_offset <= upper);
+            let counted = committed.filter(|entry| entry.is_batch() && entry.next_offset > log_start);
+            max = counted.map(|entry| entry.max_timestamp).fold(max, i64::max);
+        }
+        if max < 0 {
+            return Ok(None);
+        }
+        self.find_timestamp(max, upper).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flumen_protocol::record::BatchBuilder;
+
+    fn piece() -> (Vec<u8>, usize) {
+        let mut out = Vec::new();
+        for base in [10, 12, 14] {
+            let mut builder = BatchBuilder::new();
+            for k in 0..2 {
+                builder.append(1000 + base + k, None, Some(b"value"), &[]);
+            }
+            out.extend_from_slice(&builder.build(base));
+        }
+        let one = out.len() / 3;
+        (out, one)
+    }
+
+    #[test]
+    fn selection() {
+        let (piece, one) = piece();
+        let range =
+            |start: usize, end: usize, next| Selected::Range { start: start * one, end: end * one, next };
+        assert_eq!(select(&piece, 10, 10, 99, 1 << 20), range(0, 3, 16));
+        assert_eq!(select(&piece, 10, 13, 99, 1 << 20), range(1, 3, 16));
+        assert_eq!(select(&piece, 10, 10, 99, 1), range(0, 1, 12));
+        assert_eq!(select(&piece, 10, 10, 99, 2 * one), range(0, 2, 14));
+        assert_eq!(select(&piece, 10, 10, 15, 1 << 20), range(0, 2, 14));
+        assert_eq!(select(&piece, 10, 10, 11, 1 << 20), range(0, 0, 10));
+        assert_eq!(select(&piece, 10, 16, 99, 1), Selected::Beyond { offset: 16 });
+        assert_eq!(
+            select(&piece[..2 * one + 5], 10, 14, 99, 1),
+            Selected::Short { at: 2 * one, offset: 14, bytes: 61 }
+        );
+        assert_eq!(select(&piece[..2 * one + 5], 10, 12, 99, 1 << 20), range(1, 2, 14));
+        assert!(matches!(select(&piece, 11, 11, 99, 1), Selected::Damaged(_)));
+        let mut rotten = piece.clone();
+        rotten[2 * one - 1] ^= 1;
+        assert_eq!(select(&rotten, 10, 10, 99, 1 << 20), range(0, 1, 12));
+        assert!(matches!(select(&rotten, 10, 12, 99, 1 << 20), Selected::Damaged(_)));
+        assert_eq!(select(&rotten, 10, 14, 99, 1 << 20), range(2, 3, 16));
+        assert_eq!(record_at(&piece[one..2 * one], 1013, 0), Some((1013, 13)));
+        assert_eq!(record_at(&piece[one..2 * one], 1014, 0), None);
+        assert_eq!(record_at(&piece[one..2 * one], 0, 13), Some((1013, 13)));
+    }
+}

@@ -1,0 +1,473 @@
+//! One partition's directory at start: segments brought to what its state says, replayed entries added, indexes and
+//! producers rebuilt where they are missing.
+//!
+//! Offline, plain calls. Nothing is removed or shortened here before the new `group.meta` is durable, unless it is
+//! beyond what the old one counts; so recovery can be cut short anywhere and run again.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use flumen_io::{FileSystem, Mode};
+
+use crate::flush::{position_of, snapshots, write_snapshot};
+use crate::group_state::GroupState;
+use crate::leader_epochs::LeaderEpochs;
+use crate::producer_state::ProducerState;
+use crate::replay::{LogEntry, Replayed};
+use crate::segment_index::{self, IndexBuilder, IndexEntry, encode_entry, encode_header};
+use crate::tail::TailEntry;
+use crate::walk::{Step, Walk};
+
+/// Recovery does not know the topic's segment size; this is Kafka's default.
+const ROLL_BYTES: u64 = 1 << 30;
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What `attach` needs beyond the public part of a recovered group.
+#[derive(Debug, Default)]
+pub(crate) struct Restored {
+    pub segments: Vec<(i64, u64)>,
+    pub epochs: LeaderEpochs,
+    pub snapshot_offset: i64,
+    pub above_commit: Vec<(u64, i64)>,
+    pub warm: Vec<TailEntry>,
+}
+
+#[derive(Debug)]
+pub(crate) enum RestoreError {
+    Damaged(String),
+    Io(PathBuf, io::Error),
+}
+
+/// Things to do once the new state is durable.
+#[derive(Debug)]
+pub(crate) enum Afterwards {
+    Shorten(PathBuf, u64),
+    Remove(PathBuf),
+}
+
+pub(crate) struct Outcome {
+    pub state: GroupState,
+    pub producers: ProducerState,
+    pub restored: Restored,
+    pub last_index: u64,
+    pub last_term: u64,
+    pub log_end: i64,
+    /// Files to sync before the state is written.
+    pub written: Vec<PathBuf>,
+    pub afterwards: Vec<Afterwards>,
+    pub changed: bool,
+}
+
+fn log_path(dir: &Path, base: i64) -> PathBuf {
+    dir.join(format!("{base:020}.log"))
+}
+
+fn index_path(dir: &Path, base: i64) -> PathBuf {
+    dir.join(format!("{base:020}.idx"))
+}
+
+fn list_segments(files: &FileSystem, dir: &Path) -> io::Result<BTreeMap<i64, u64>> {
+    let segments = files.list(dir)?.into_iter().filter_map(|entry| {
+        let base = entry.name.strip_suffix(".log")?.parse::<i64>().ok()?;
+        (base >= 0).then_some((base, entry.len))
+    });
+    Ok(segments.collect())
+}
+
+/// Walks a segment from a batch on to `bytes`; returns the offset reached.
+fn scan(
+    files: &FileSystem,
+    path: &Path,
+    bytes: u64,
+    (mut position, mut offset): (u64, i64),
+    mut each: impl FnMut(&flumen_protocol::record_batch::BatchHeader, u64),
+) -> Result<i64, RestoreError> {
+    let io = |error| RestoreError::Io(path.to_owned(), error);
+    let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
+    let file = files.open(path, Mode::default()).map_err(io)?;
+    let mut piece = vec![0; PIECE_BYTES];
+    while position < bytes {
+        let want = usize::try_from(bytes - position).unwrap_or(usize::MAX).min(piece.len());
+        let got = file.read_full_at(&mut piece[..want], position).map_err(io)?;
+        let mut walk = Walk::new(&piece[..got], offset);
+        let mut need = 0;
+        loop {
+            match walk.step() {
+                Step::Batch(header, at) => each(&header, position + at as u64),
+                Step::End => break,
+                Step::Short(bytes) => {
+                    need = bytes;
+                    break;
+                }
+                Step::Damaged(reason) => return Err(damaged(reason)),
+            }
+        }
+        let (advanced, reached) = (walk.at(), walk.offset());
+        if advanced == 0 {
+            if got < want || need <= want || need as u64 > bytes - position {
+                return Err(damaged(format!("ends inside of the batch at offset {offset}")));
+            }
+            piece.resize(need, 0);
+        }
+        position += advanced as u64;
+        offset = reached;
+    }
+    Ok(offset)
+}
+
+struct Index {
+    entries: Vec<IndexEntry>,
+    builder: IndexBuilder,
+    rebuilt: bool,
+}
+
+/// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good.
+fn load_index(
+    files: &FileSystem,
+    dir: &Path,
+    base: i64,
+    bytes: u64,
+    end: i64,
+) -> Result<Index, RestoreError> {
+    let raw = files.read(&index_path(dir, base)).unwrap_or_default();
+    let mut entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
+    // An entry that disagrees with where the segment ends was written for other content.
+    entries
+        .retain(|entry| entry.offset <= end && (u64::from(entry.position) == bytes) == (entry.offset == end));
+    let last = entries.last().copied();
+    let (position, offset, max) =
+        last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
+    let mut builder = IndexBuilder::resume(max, position);
+    if position == bytes && offset == end {
+        return Ok(Index { entries, builder, rebuilt: false });
+    }
+    let path = log_path(dir, base);
+    let mut term = 0;
+    let walk =
+        |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
+            scan(files, &path, bytes, from, |header, position| {
+                *term = u32::try_from(header.leader_epoch).unwrap_or(0);
+                entries.extend(builder.batch(header.base_offset, position, *term, 0, header.max_timestamp));
+            })
+        };
+    let mut reached = walk((position, offset), &mut builder, &mut entries, &mut term);
+    if position > 0 && !matches!(reached, Ok(reached) if reached == end) {
+        // The index led to the wrong place; the segment itself decides.
+        entries.clear();
+        builder = IndexBuilder::new();
+        reached = walk((0, base), &mut builder, &mut entries, &mut term);
+    }
+    let reached = reached?;
+    if reached != end {
+        let reason = format!("{}: ends at offset {reached}, not at {end}", path.display());
+        return Err(RestoreError::Damaged(reason));
+    }
+    entries.extend(builder.end(end, bytes, term, 0));
+    Ok(Index { entries, builder, rebuilt: true })
+}
+
+fn write_index(files: &FileSystem, dir: &Path, base: i64, entries: &[IndexEntry]) -> io::Result<()> {
+    let mut out = encode_header(base).to_vec();
+    for entry in entries {
+        out.extend_from_slice(&encode_entry(entry));
+    }
+    files.write(&index_path(dir, base), &out)
+}
+
+/// Producers as of `end`: the newest usable snapshot, and the headers after it.
+fn restore_producers(
+    files: &FileSystem,
+    dir: &Path,
+    segments: &[(i64, u64)],
+    flushed_end: i64,
+    entries: &[LogEntry],
+    (log_end, epochs): (i64, &LeaderEpochs),
+) -> Result<(ProducerState, i64), RestoreError> {
+    let io = |error| RestoreError::Io(dir.to_owned(), error);
+    let mut state = ProducerState::new();
+    let mut from = i64::MIN;
+    let first = segments.first().map_or(flushed_end, |segment| segment.0);
+    for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
+        // Between an older one and the first segment that is left, producers may have gone on.
+        if offset > log_end || offset < first {
+            continue;
+        }
+        let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
+        match decoded {
+            // One that was taken before the log was cut, and should be gone, knows of another leader.
+            Some((found, at, epoch)) if at == offset && epoch == epochs.epoch_at(offset - 1) => {
+                (state, from) = (found, offset);
+                break;
+            }
+            _ => {
+                tracing::warn!(path = %path.display(), "unusable producer snapshot; building it from the log")
+            }
+        }
+    }
+    let found = from;
+    for (at, (base, bytes)) in segments.iter().enumerate() {
+        let end = segments.get(at + 1).map_or(flushed_end, |next| next.0);
+        if end <= from {
+            continue;
+        }
+        let start = if from <= *base {
+            (0, *base)
+        } else {
+            let raw = files.read(&index_path(dir, *base)).unwrap_or_default();
+            let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
+            segment_index::seek_offset(&entries, *base, from)
+        };
+        scan(files, &log_path(dir, *base), *bytes, start, |header, _| {
+            if header.base_offset >= from {
+                state.apply(header);
+            }
+        })?;
+    }
+    for entry in entries.iter().filter(|entry| entry.is_batch && entry.offset >= from) {
+        if let Some(header) = crate::flush::is_one_batch(&entry.payload) {
+            state.apply(&header);
+        }
+    }
+    Ok((state, found))
+}
+
+/// Writes entries behind the last segment, in large writes.
+struct Appender<'a> {
+    files: &'a FileSystem,
+    dir: &'a Path,
+    segments: &'a mut Vec<(i64, u64)>,
+    index: Option<(i64, Index)>,
+    pending: Vec<u8>,
+    written: &'a mut Vec<PathBuf>,
+}
+
+impl Appender<'_> {
+    fn flush(&mut self) -> Result<(), RestoreError> {
+        let Some((base, bytes)) = self.segments.last_mut() else { return Ok(()) };
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let path = log_path(self.dir, *base);
+        let write = || {
+            let file = self.files.open(&path, Mode { write: true, create: true, ..Mode::default() })?;
+            file.write_all_at(&self.pending, *bytes)
+        };
+        write().map_err(|error| RestoreError::Io(path.clone(), error))?;
+        *bytes += self.pending.len() as u64;
+        self.pending.clear();
+        if self.written.last() != Some(&path) {
+            self.written.push(path);
+        }
+        Ok(())
+    }
+
+    fn finish_index(&mut self, end: i64, term: u32, next_index: u64) -> Result<(), RestoreError> {
+        self.flush()?;
+        let (Some((base, mut index)), Some((_, bytes))) = (self.index.take(), self.segments.last()) else {
+            return Ok(());
+        };
+        index.entries.extend(index.builder.end(end, *bytes, term, next_index));
+        // Not synced: a bad index is built again.
+        write_index(self.files, self.dir, base, &index.entries)
+            .map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
+    }
+
+    fn append(&mut self, entry: &LogEntry, last: &mut (u32, u64)) -> Result<(), RestoreError> {
+        let size = entry.payload.len() as u64;
+        let at = self.segments.last().map_or(u64::MAX, |(_, bytes)| bytes + self.pending.len() as u64);
+        let roll = self.segments.is_empty() || (at > 0 && at.saturating_add(size) > ROLL_BYTES);
+        if roll {
+            self.finish_index(entry.offset, last.0, last.1)?;
+            self.segments.push((entry.offset, 0));
+            let index = Index { entries: Vec::new(), builder: IndexBuilder::new(), rebuilt: true };
+            self.index = Some((entry.offset, index));
+            let path = log_path(self.dir, entry.offset);
+            // What a cut short recovery left.
+            let fresh = self
+                .files
+                .open(&path, Mode { write: true, create: true, ..Mode::default() })
+                .and_then(|file| file.set_len(0));
+            fresh.map_err(|error| RestoreError::Io(path, error))?;
+        }
+        let position = if roll { 0 } else { at };
+        let term = u32::try_from(entry.term).unwrap_or(u32::MAX);
+        if let Some((_, index)) = &mut self.index {
+            let timestamp = crate::flush::is_one_batch(&entry.payload).map_or(i64::MIN, |h| h.max_timestamp);
+            index.entries.extend(index.builder.batch(entry.offset, position, term, entry.index, timestamp));
+        }
+        *last = (term, entry.index + 1);
+        self.pending.extend_from_slice(&entry.payload);
+        if self.pending.len() >= PIECE_BYTES { self.flush() } else { Ok(()) }
+    }
+}
+
+/// `changed`: there were WAL records, so the state must be written again even if nothing else happens.
+pub(crate) fn restore(
+    files: &FileSystem,
+    dir: &Path,
+    replayed: Replayed,
+    mut changed: bool,
+    warm_bytes: &mut usize,
+) -> Result<Outcome, RestoreError> {
+    let io = |error| RestoreError::Io(dir.to_owned(), error);
+    let damaged = |reason: String| Err(RestoreError::Damaged(reason));
+    let Replayed { mut state, entries, cut, .. } = replayed;
+    let mut afterwards = Vec::new();
+    let on_disk = list_segments(files, dir).map_err(io)?;
+    let mut segments: Vec<(i64, u64)> = on_disk
+        .range(..cut.unwrap_or(i64::MAX))
+        .filter(|(base, _)| **base <= state.active_base)
+        .map(|(base, bytes)| (*base, *bytes))
+        .collect();
+    let shown = log_path(dir, state.active_base);
+    let is_active = |segment: &(i64, u64)| segment.0 == state.active_base;
+    match cut {
+        // What was cut off may have gone already, and been written again; and the log start may have passed all of it.
+        Some(offset) if state.log_start >= offset => {
+            segments.clear();
+            changed = true;
+        }
+        Some(offset) => {
+            if let Some((base, bytes)) = segments.last_mut() {
+                let path = log_path(dir, *base);
+                *bytes = files
+                    .open(&path, Mode::default())
+                    .and_then(|file| position_of(&file, *base, *bytes, offset))
+                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
+            }
+            changed = true;
+        }
+        None if state.active_base < 0 => {}
+        None => match segments.last_mut().filter(|segment| is_active(segment)) {
+            Some((_, bytes)) if *bytes >= state.active_bytes => {
+                if *bytes > state.active_bytes {
+                    let file = files.open(&shown, Mode { write: true, ..Mode::default() });
+                    file.and_then(|file| file.set_len(state.active_bytes)).map_err(io)?;
+                    *bytes = state.active_bytes;
+                    changed = true;
+                }
+            }
+            Some((_, bytes)) => {
+                let reason = format!("{} has {bytes} bytes of {}", shown.display(), state.active_bytes);
+                return damaged(reason);
+            }
+            // Retention may take the last segment as well.
+            None if state.log_start >= state.flushed_end => segments.clear(),
+            None => return damaged(format!("{} is missing", shown.display())),
+        },
+    }
+    // What lies below the log start is on its way out; which of these files are gone already is up to the file system.
+    while segments.get(1).is_some_and(|next| next.0 <= state.log_start) {
+        segments.remove(0);
+    }
+    // What is counted must be there, batch after batch; whole indexes say so without reading the segments.
+    let mut last_index = None;
+    for at in 0..segments.len() {
+        let (base, bytes) = segments[at];
+        let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
+        let index = load_index(files, dir, base, bytes, end)?;
+        if index.rebuilt && at + 1 < segments.len() {
+            write_index(files, dir, base, &index.entries).map_err(io)?;
+        }
+        if at + 1 == segments.len() {
+            if index.rebuilt {
+                write_index(files, dir, base, &index.entries).map_err(io)?;
+            }
+            last_index = Some((base, index));
+        }
+    }
+    let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
+    let (producers, snapshot_from) =
+        restore_producers(files, dir, &segments, state.flushed_end, &entries, (log_end, &state.epochs))?;
+    let mut written = Vec::new();
+    let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
+    let mut appender = Appender {
+        files,
+        dir,
+        segments: &mut segments,
+        index: last_index,
+        pending: Vec::new(),
+        written: &mut written,
+    };
+    let batches = entries.iter().any(|entry| entry.is_batch);
+    for entry in entries.iter().filter(|entry| entry.is_batch) {
+        appender.append(entry, &mut last)?;
+    }
+    if batches {
+        appender.finish_index(log_end, last.0, last.1)?;
+    }
+    if let (Some(_), Some((base, bytes))) = (cut, segments.last()) {
+        afterwards.push(Afterwards::Shorten(log_path(dir, *base), *bytes));
+    }
+    // Below the log start, beyond the cut, or begun after the state was written; the WAL had what still counts of it.
+    for base in on_disk.keys().filter(|base| segments.iter().all(|(kept, _)| kept != *base)) {
+        afterwards.push(Afterwards::Remove(log_path(dir, *base)));
+        afterwards.push(Afterwards::Remove(index_path(dir, *base)));
+    }
+    if snapshot_from != log_end {
+        write_snapshot(files, dir, log_end, &producers.encode(log_end, state.epochs.epoch_at(log_end - 1)))
+            .map_err(io)?;
+    }
+    let (last_index, last_term) =
+        entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));
+    if state.hard_state.commit > last_index || state.log_start > log_end {
+        if !state.os {
+            return damaged(format!(
+                "committed up to entry {} and offset {}, but the log ends at entry {last_index} and offset {log_end}",
+                state.hard_state.commit, state.log_start
+            ));
+        }
+        tracing::warn!(group = state.group, "a log kept by the kernel lost its end with the machine's power");
+        state.hard_state.commit = state.hard_state.commit.min(last_index);
+        state.log_start = state.log_start.min(log_end);
+    }
+    // An entry of a term is proof of that term, in which nothing is known of a vote.
+    if last_term > state.hard_state.term {
+        state.hard_state.term = last_term;
+        state.hard_state.vote = 0;
+    }
+    let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
+    if first > state.log_start {
+        return damaged(format!("the segment with offset {} is missing", state.log_start));
+    }
+    let above_commit = entries
+        .iter()
+        .filter(|entry| entry.index > state.hard_state.commit)
+        .map(|entry| (entry.index, entry.offset))
+        .collect();
+    let warm = warm(&entries, warm_bytes);
+    let active = segments.last().copied();
+    state.flushed_index = last_index;
+    state.flushed_term = last_term;
+    state.flushed_end = log_end;
+    (state.active_base, state.active_bytes) = active.unwrap_or((-1, 0));
+    state.epochs.truncate_end(log_end);
+    state.epochs.truncate_start(state.log_start);
+    let restored =
+        Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
+    Ok(Outcome { state, producers, restored, last_index, last_term, log_end, written, afterwards, changed })
+}
+
+/// The newest entries, copied out of the WAL's pages, as far as the budget goes.
+fn warm(entries: &[LogEntry], budget: &mut usize) -> Vec<TailEntry> {
+    let mut from = entries.len();
+    while from > 0 && entries[from - 1].payload.len() <= *budget {
+        from -= 1;
+        *budget -= entries[from].payload.len();
+    }
+    entries[from..]
+        .iter()
+        .map(|entry| TailEntry {
+            index: entry.index,
+            term: entry.term,
+            base_offset: entry.offset,
+            next_offset: entry.next_offset,
+            max_timestamp: crate::flush::is_one_batch(&entry.payload).map_or(i64::MIN, |h| h.max_timestamp),
+            bytes: Bytes::copy_from_slice(&entry.payload),
+            file_seq: 0,
+            lane: crate::types::Lane::Durable,
+        })
+        .collect()
+}

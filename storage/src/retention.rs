@@ -1,0 +1,204 @@
+//! Which segments may go. The choice is pure (`choose`); `enforce_retention` acts on it.
+//!
+//! Only whole segments from the front go, and none that reaches above the hold offset (what an export has not settled)
+//! or the high watermark.
+
+use std::rc::Rc;
+
+use crate::group::{Group, GroupLog, Inner};
+use crate::segment_index::{INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, decode_entry};
+use crate::store::Shard;
+use crate::types::RetentionOutcome;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Candidate {
+    end: i64,
+    bytes: u64,
+    /// When its newest record was written.
+    newest_ms: i64,
+    /// Being written to; goes only when all of it is too old.
+    active: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Rules {
+    now_ms: i64,
+    retention_ms: i64,
+    retention_bytes: i64,
+    log_start: i64,
+    /// Nothing at or above this goes.
+    hold: i64,
+    /// Not in segments, and counted for the size.
+    unflushed_bytes: u64,
+}
+
+/// How many segments, from the oldest, may go.
+fn choose(segments: &[Candidate], rules: Rules) -> usize {
+    let mut size: u64 = segments.iter().map(|segment| segment.bytes).sum::<u64>() + rules.unflushed_bytes;
+    let mut chosen = 0;
+    for segment in segments {
+        if segment.end > rules.hold {
+            break;
+        }
+        let below_start = segment.end <= rules.log_start;
+        let too_old =
+            rules.retention_ms >= 0 && rules.now_ms.saturating_sub(segment.newest_ms) > rules.retention_ms;
+        // As Kafka: a segment goes only if what remains still has the promised size.
+        let too_much =
+            u64::try_from(rules.retention_bytes).is_ok_and(|keep| size.saturating_sub(segment.bytes) >= keep);
+        let goes = if segment.active { too_old || below_start } else { too_old || too_much || below_start };
+        if !goes {
+            break;
+        }
+        size = size.saturating_sub(segment.bytes);
+        chosen += 1;
+    }
+    chosen
+}
+
+/// Largest timestamp of a segment: remembered, or from the end of its index, or the file's own time.
+fn newest_ms(shard: &Shard, group: &Group, base: i64, known: Option<i64>) -> i64 {
+    if let Some(known) = known.filter(|timestamp| *timestamp >= 0) {
+        return known;
+    }
+    let from_index = || {
+        let bytes = shard.files.read(&group.index_path(base)).ok()?;
+        let entries = (bytes.len().checked_sub(INDEX_HEADER_BYTES)?) / INDEX_ENTRY_BYTES;
+        let at = INDEX_HEADER_BYTES + entries.checked_sub(1)? * INDEX_ENTRY_BYTES;
+        decode_entry(bytes.get(at..)?)
+            .map(|entry| entry.max_timestamp_before)
+            .filter(|timestamp| *timestamp >= 0)
+    };
+    let from_file = || {
+        let modified = shard.files.metadata(&group.log_path(base)).ok()?.modified_ms;
+        Some(modified).filter(|modified| *modified > 0)
+    };
+    // A segment of which nothing can be said is as young as can be.
+    from_index().or_else(from_file).unwrap_or(i64::MAX)
+}
+
+/// Takes `count` segments from the front out of the log and hands their files to the remover.
+fn drop_front(shard: &Shard, group: &Rc<Group>, inner: &mut Inner, count: usize) -> u64 {
+    let mut bytes = 0;
+    for _ in 0..count {
+        let Some(segment) = inner.segments.pop_front() else { break };
+        bytes += segment.bytes;
+        inner.dirty.retain(|base| *base != segment.base);
+        shard.forget_file(group.id, segment.base);
+        for path in [group.index_path(segment.base), group.log_path(segment.base)] {
+            shard.throw_away(path, inner.log_start_by, Some(Rc::clone(group)));
+        }
+    }
+    inner.meta_dirty |= count > 0;
+    bytes
+}
+
+/// Whole segments below the log start go; the one being written stays.
+pub(crate) fn drop_below_start(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inner) {
+    let count = (0..inner.segments.len().saturating_sub(1))
+        .take_while(|at| inner.segment_end(*at) <= inner.log_start)
+        .count();
+    drop_front(shard, group, inner, count);
+}
+
+impl GroupLog {
+    /// Deletes what `retention.ms` and `retention.bytes` no longer keep, nothing at or above `hold_offset`.
+    pub fn enforce_retention(&self, now_ms: i64, hold_offset: i64) -> RetentionOutcome {
+        let mut inner = self.group.inner.borrow_mut();
+        let inner = &mut *inner;
+        let unchanged = RetentionOutcome { log_start_offset: inner.log_start, ..RetentionOutcome::default() };
+        if self.group.is_damaged()
+            || self.group.deleting.get()
+            || inner.is_flushing()
+            || inner.segments.is_empty()
+        {
+            return unchanged;
+        }
+        let (retention_ms, retention_bytes) = (inner.config.retention_ms, inner.config.retention_bytes);
+        let active = inner.segments.len() - 1;
+        // The last segment may go too, but not while records for it wait.
+        let last_may_go = inner.tail.unflushed().all(|entry| !entry.is_batch());
+        let mut candidates = Vec::new();
+        for at in 0..inner.segments.len() {
+            let is_active = at == active;
+            if is_active && !last_may_go {
+                break;
+            }
+            let segment = &inner.segments[at];
+            let newest = if retention_ms >= 0 {
+                newest_ms(&self.shard, &self.group, segment.base, segment.max_timestamp)
+            } else {
+                i64::MAX
+            };
+            candidates.push(Candidate {
+                end: inner.segment_end(at),
+                bytes: segment.bytes,
+                newest_ms: newest,
+                active: is_active,
+            });
+            // No need to look at what cannot go before this one does.
+            if newest != i64::MAX && now_ms.saturating_sub(newest) <= retention_ms && retention_bytes < 0 {
+                break;
+            }
+        }
+        let in_candidates: u64 = candidates.iter().map(|candidate| candidate.bytes).sum();
+        let rules = Rules {
+            now_ms,
+            retention_ms,
+            retention_bytes,
+            log_start: inner.log_start,
+            hold: hold_offset.min(inner.high_watermark),
+            unflushed_bytes: inner.size_bytes().saturating_sub(in_candidates),
+        };
+        let chosen = choose(&candidates, rules);
+        let Some(last) = chosen.checked_sub(1).and_then(|at| candidates.get(at)) else { return unchanged };
+        let new_start = last.end.max(inner.log_start);
+        // The log start goes first into the WAL; should that be lost, the missing segments say the same.
+        if new_start > inner.log_start && self.stage_log_start(inner, new_start).is_err() {
+            return unchanged;
+        }
+        // `stage_log_start` has dropped what lies below already, except the one being written.
+        let before: usize = chosen;
+        let left = inner.segments.iter().filter(|segment| segment.base < last.end).count();
+        let deleted_bytes: u64 = candidates[..before].iter().map(|candidate| candidate.bytes).sum();
+        drop_front(&self.shard, &self.group, inner, left);
+        RetentionOutcome { deleted_segments: before, deleted_bytes, log_start_offset: inner.log_start }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segments() -> Vec<Candidate> {
+        (1..=4)
+            .map(|k| Candidate { end: k * 100, bytes: 1000, newest_ms: k * 10_000, active: k == 4 })
+            .collect()
+    }
+
+    const RULES: Rules = Rules {
+        now_ms: 45_000,
+        retention_ms: -1,
+        retention_bytes: -1,
+        log_start: 0,
+        hold: i64::MAX,
+        unflushed_bytes: 0,
+    };
+
+    #[test]
+    fn by_time_size_start_and_hold() {
+        let all = segments();
+        assert_eq!(choose(&all, RULES), 0);
+        assert_eq!(choose(&all, Rules { retention_ms: 20_000, ..RULES }), 2);
+        assert_eq!(choose(&all, Rules { retention_ms: 0, ..RULES }), 4);
+        assert_eq!(choose(&all, Rules { retention_ms: 0, hold: 299, ..RULES }), 2);
+        assert_eq!(choose(&all, Rules { retention_ms: 0, hold: 300, ..RULES }), 3);
+        assert_eq!(choose(&all, Rules { retention_bytes: 2500, ..RULES }), 1);
+        assert_eq!(choose(&all, Rules { retention_bytes: 3000, ..RULES }), 1);
+        assert_eq!(choose(&all, Rules { retention_bytes: 3001, ..RULES }), 0);
+        // The segment being written does not go for its size.
+        assert_eq!(choose(&all, Rules { retention_bytes: 0, ..RULES }), 3);
+        assert_eq!(choose(&all, Rules { retention_bytes: 3000, unflushed_bytes: 2000, ..RULES }), 3);
+        assert_eq!(choose(&all, Rules { log_start: 250, ..RULES }), 2);
+    }
+}

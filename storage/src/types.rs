@@ -1,0 +1,304 @@
+//! Words shared by every part of the store and by its users: entries, hard state, configurations, errors.
+//!
+//! Plain data, no behaviour beyond defaults; nothing here touches the disk.
+
+use bytes::Bytes;
+
+use crate::producer_state::ProducerState;
+
+/// Number of a Raft group. 0 is the metadata group; numbers are never used again after deletion.
+pub type GroupId = u64;
+
+/// Reported for a partition directory whose `group.meta` cannot be read and which the WAL does not name.
+pub const UNKNOWN_GROUP: GroupId = u64::MAX;
+
+/// Number of a commit: rising within a lane, different in the two lanes of a shard. Everything that was staged in a lane
+/// under `Lsn <= ShardStore::durable_lsn(lane)` is as safe as its topic asked for.
+pub type Lsn = u64;
+
+/// The two write-ahead logs of a shard. Each is acknowledged by itself: an `os` topic never waits for the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    Durable,
+    Os,
+}
+
+pub const LANES: [Lane; 2] = [Lane::Durable, Lane::Os];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HardState {
+    pub term: u64,
+    pub vote: u64,
+    pub commit: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    /// One whole Kafka v2 batch with its final base offset and leader epoch.
+    Batch(Bytes),
+    /// A Raft entry without offsets: no-op or membership change.
+    Control(Bytes),
+}
+
+impl Payload {
+    pub fn bytes(&self) -> &Bytes {
+        match self {
+            Self::Batch(bytes) | Self::Control(bytes) => bytes,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub index: u64,
+    pub term: u64,
+    pub payload: Payload,
+}
+
+/// When an append counts as done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// After the group commit reached the disk.
+    #[default]
+    Durable,
+    /// After the kernel took it: survives a killed process, not a loss of power.
+    Os,
+}
+
+impl Durability {
+    pub fn lane(self) -> Lane {
+        match self {
+            Self::Durable => Lane::Durable,
+            Self::Os => Lane::Os,
+        }
+    }
+}
+
+/// Settings of one partition's log; -1 means without limit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupConfig {
+    pub durability: Durability,
+    pub segment_bytes: u64,
+    pub segment_ms: i64,
+    pub retention_bytes: i64,
+    pub retention_ms: i64,
+}
+
+impl Default for GroupConfig {
+    fn default() -> Self {
+        Self {
+            durability: Durability::Durable,
+            segment_bytes: 1 << 30,
+            segment_ms: 7 * 24 * 3600 * 1000,
+            retention_bytes: -1,
+            retention_ms: 7 * 24 * 3600 * 1000,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IoKind {
+    /// io_uring where a probe of it works, pread and pwrite on a thread pool otherwise.
+    #[default]
+    Auto,
+    Uring,
+    Sync,
+}
+
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    pub shard: usize,
+    pub wal_file_bytes: u64,
+    pub wal_files_max: usize,
+    pub cache_bytes: usize,
+    pub io: IoKind,
+    /// Least time between the starts of two commits; 0 commits as soon as the previous one is done.
+    pub min_commit_interval_us: u64,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self {
+            shard: 0,
+            wal_file_bytes: 32 << 20,
+            wal_files_max: 4,
+            cache_bytes: 64 << 20,
+            io: IoKind::Auto,
+            min_commit_interval_us: 0,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GroupHealth {
+    Ok,
+    /// Bytes on disk are left as they are; the partition refuses to read and write.
+    Damaged {
+        reason: String,
+    },
+}
+
+impl GroupHealth {
+    pub fn is_ok(&self) -> bool {
+        matches!(self, Self::Ok)
+    }
+}
+
+/// One partition as found on disk at start. Hand it to `ShardStore::attach` on the shard that will own it.
+#[derive(Debug)]
+pub struct RecoveredGroup {
+    pub group_id: GroupId,
+    pub dir_name: String,
+    pub health: GroupHealth,
+    pub hard_state: HardState,
+    pub last_index: u64,
+    pub last_term: u64,
+    pub log_start_offset: i64,
+    pub log_end_offset: i64,
+    pub producers: ProducerState,
+    pub(crate) restored: crate::recovery::Restored,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RetentionOutcome {
+    pub deleted_segments: usize,
+    pub deleted_bytes: u64,
+    pub log_start_offset: i64,
+}
+
+/// Upper bounds, in microseconds, of the commit time buckets; the last bucket has none.
+pub const COMMIT_BUCKETS_US: [u64; 12] =
+    [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 100_000, 1_000_000];
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StoreStats {
+    /// Batches as handed in by `stage`.
+    pub bytes_appended: u64,
+    pub batches_appended: u64,
+    /// Including headers and padding.
+    pub wal_bytes_written: u64,
+    pub wal_commits: u64,
+    pub segment_bytes_written: u64,
+    pub segment_syncs: u64,
+    /// Batches held in memory, and the part of them that is not in a segment yet.
+    pub cache_bytes: u64,
+    pub unflushed_bytes: u64,
+    pub wal_files_in_use: u64,
+    pub wal_files_retired: u64,
+    pub groups: u64,
+    pub open_files: u64,
+    /// The disk refused space for segments or WAL; appends are turned away once the ring is full.
+    pub no_space: bool,
+    pub poisoned: bool,
+    /// Commits by the time of their write, see `COMMIT_BUCKETS_US`; one more bucket than bounds.
+    pub commit_time_buckets: [u64; COMMIT_BUCKETS_US.len() + 1],
+    pub commit_time_sum_us: u64,
+    /// "io_uring" or "pread/pwrite", with the reason when the first was wanted.
+    pub io: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("{path}: another flumen process uses this data directory; stop it or choose another --data-dir")]
+    InUse { path: String },
+    #[error(
+        "{path}: data directory has format {found:?}, this program reads and writes {want:?}; start the version of \
+         flumen that wrote it, or choose another --data-dir"
+    )]
+    Format { path: String, found: String, want: &'static str },
+    #[error("{path}: not a directory; choose another --data-dir")]
+    NotADirectory { path: String },
+    #[error("{path}: has files but no FORMAT file, so it is no data directory; choose an empty one")]
+    NotOurs { path: String },
+    #[error("{path}: this process may not write here; make it writable or choose another --data-dir")]
+    NotWritable { path: String },
+    #[error("{path}: no space left on this disk; free some or choose another --data-dir")]
+    NoSpace { path: String },
+    #[error("{path}: {action} failed: {source}")]
+    Io { path: String, action: &'static str, source: std::io::Error },
+    #[error("data directory has not been recovered yet; recover() comes before the shards start")]
+    NotRecovered,
+    #[error("io_uring was asked for but does not work here: {0}")]
+    Uring(String),
+    #[error("{0}")]
+    Config(String),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    #[error("group {0} exists already")]
+    GroupExists(GroupId),
+    #[error("directory {0} exists already")]
+    DirectoryExists(String),
+    #[error("{0:?} cannot be a directory name")]
+    BadName(String),
+    #[error("no space left for the log")]
+    NoSpace,
+    #[error("the shard log failed and takes no more writes: {0}")]
+    Poisoned(String),
+    #[error("creating directory {path}: {source}")]
+    Io { path: String, source: std::io::Error },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StageError {
+    #[error("no space left for the log")]
+    NoSpace,
+    #[error("the shard log failed and takes no more writes")]
+    Poisoned,
+    #[error("the partition's log is damaged and refuses writes")]
+    Damaged,
+    #[error("entry of {bytes} bytes; the WAL takes at most {limit}")]
+    TooLarge { bytes: usize, limit: usize },
+    #[error("the partition is being deleted")]
+    Deleted,
+    #[error("entry {index} does not continue the log: {reason}")]
+    Gap { index: u64, reason: &'static str },
+}
+
+/// The shard log could not be written. Nothing after the last durable commit may be acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the shard log failed and takes no more writes: {reason}")]
+pub struct LogPoisoned {
+    pub reason: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("offset out of range: the log has {start} to {end}")]
+    OutOfRange { start: i64, end: i64 },
+    #[error("damaged log: {reason}")]
+    Damaged { reason: String },
+    #[error("reading the log: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum AdvanceError {
+    #[error("offset {offset} is outside of the log, {start} to {end}")]
+    OutOfRange { offset: i64, start: i64, end: i64 },
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    #[error(transparent)]
+    Poisoned(#[from] LogPoisoned),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    #[error("group {0} is not here")]
+    Unknown(GroupId),
+    #[error("{path}: {source}")]
+    Io { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    #[error(transparent)]
+    Poisoned(#[from] LogPoisoned),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ShutdownError {
+    #[error(transparent)]
+    Poisoned(#[from] LogPoisoned),
+    #[error("{path}: {source}")]
+    Io { path: String, source: std::io::Error },
+}
