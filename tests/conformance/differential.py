@@ -30,6 +30,8 @@ EPOCH = re.compile(r"((?:finalized_features_epoch|leader_epoch): )\d+")
 OWN_CONFIGS = re.compile(r'^( *)\w+ \{\n *name: "flumen\.[^"]*",\n.*?^\1\},\n', re.S | re.M)
 # The leader epoch inside a batch of fetched records, between length and magic 2.
 RECORD_EPOCH = re.compile(r"(`\\0\\0\\0)(?:\\0|\\x01)(\\x02)")
+# Kafka's feature eligible.leader.replicas sets this one for the whole cluster, to the default.
+MIN_INSYNC = re.compile(r'(name: "min\.insync\.replicas",\n(?:(?!name: ).*\n)*? *config_source: )3,')
 EMPTY_LIST = re.compile(r"(aborted_transactions: )Some\(\s*\[\],\s*\)", re.S)
 
 
@@ -54,6 +56,7 @@ def normalise(answer):
     # Kafka sends empty texts where nothing is to be said.
     answer = re.sub(r'(error_message: )Some\(\s*"(?:NONE)?",\s*\)', r"\1None", answer)
     answer = OWN_CONFIGS.sub("", answer)
+    answer = MIN_INSYNC.sub(r"\g<1>5,", answer)
     answer = RECORD_EPOCH.sub(r"\1<epoch>\2", answer)
     answer = EMPTY_LIST.sub(r"\1None", answer)
     answer = with_any_text(TEXTS.sub(r"\1Some(<text>)", answer))

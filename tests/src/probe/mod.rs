@@ -3,7 +3,8 @@
 //!
 //! A probe sends one request (or a short exchange) over a connection of its own and keeps the decoded answer. The same
 //! probes go to Flumen and to Apache Kafka: `tests/versions.rs` compares the error codes with a table recorded from
-//! Kafka, `conformance/differential.sh` compares whole answers of two running brokers.
+//! Kafka, `conformance/differential.sh` compares whole answers of two running brokers; `conformance/differential.expected.tsv`
+//! names where they may differ.
 //!
 //! Probes depend only on what [`Bed::lay`] made and on each other's order within one run.
 
