@@ -3,7 +3,8 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo test test-full crash-test lint conformance bench-smoke bench-log bench-instructions clean
+.PHONY: build engine setup demo test test-full crash-test lint conformance differential bench-smoke bench-log \
+	bench-instructions clean
 
 build:
 	cargo build --release -p flumen-broker
@@ -57,6 +58,11 @@ bench-instructions:
 # Other people's suites (franz-go, librdkafka, rdkafka, rskafka) against a flumen process; about an hour.
 conformance: build
 	bash tests/conformance/run.sh
+
+# The same single questions to Flumen and to Apache Kafka 4.3.1 (Java and Maven), whole answers compared; some three minutes.
+differential: build
+	cargo build --release -p flumen-tests --bin flumen-probe
+	bash tests/conformance/differential.sh
 
 clean:
 	cargo clean

@@ -30,7 +30,16 @@ pub enum Answer {
 /// A produce whose records are on their way to the disk.
 pub struct Waiting {
     pub parts: Vec<Part>,
-    pub finish: Box<dyn FnOnce(Vec<handlers::produce::Results>) -> Option<Bytes>>,
+    pub finish: Box<dyn FnOnce(Vec<handlers::produce::Results>) -> Finished>,
+}
+
+/// What becomes of a produce whose partitions have all answered.
+pub enum Finished {
+    Send(Bytes),
+    /// acks=0: the client expects nothing.
+    Silent,
+    /// acks=0 and an error.
+    Close,
 }
 
 pub enum Part {
@@ -52,7 +61,7 @@ impl Waiting {
         true
     }
 
-    /// `None` when the outcome will never be known (a shard stopped): the connection closes instead.
+    /// `None` closes the connection: the outcome will never be known (a shard stopped), or cannot be told otherwise.
     pub async fn finish(self) -> Option<Vec<Bytes>> {
         let mut results = Vec::with_capacity(self.parts.len());
         for part in self.parts {
@@ -61,8 +70,12 @@ impl Waiting {
                 Part::Pending(receiver) => receiver.await.ok()?,
             });
         }
-        // acks=0 waits like any other, so that an error can close the connection, and answers nothing.
-        Some((self.finish)(results).into_iter().collect())
+        // acks=0 waits like any other, so that an error can close the connection.
+        match (self.finish)(results) {
+            Finished::Send(bytes) => Some(vec![bytes]),
+            Finished::Silent => Some(Vec::new()),
+            Finished::Close => None,
+        }
     }
 }
 

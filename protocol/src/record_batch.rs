@@ -69,9 +69,13 @@ pub enum BatchError {
 impl BatchError {
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Truncated { .. } | Self::BadLength(_) | Self::BadCrc => ErrorCode::CORRUPT_MESSAGE,
+            Self::BadLength(_) | Self::BadCrc => ErrorCode::CORRUPT_MESSAGE,
+            // What is newer than anything known may be damage, which a producer tries again; what is older is the
+            // producer's own doing, and so is a batch that is not all there: Kafka does not see a batch in it.
+            Self::BadMagic(magic) if *magic > MAGIC_V2 => ErrorCode::CORRUPT_MESSAGE,
             Self::UnknownCodec(_) => ErrorCode::UNSUPPORTED_COMPRESSION_TYPE,
             Self::BadMagic(_)
+            | Self::Truncated { .. }
             | Self::TrailingBytes(_)
             | Self::Empty
             | Self::BadCount { .. }
@@ -242,6 +246,12 @@ pub fn starts_with_zstd(bytes: &[u8]) -> bool {
     parse_header(bytes).is_ok_and(|header| header.compression() == Ok(Compression::Zstd))
 }
 
+/// Whether the batch at the front of `bytes` belongs to a transaction. No when there is none.
+pub fn starts_transactional(bytes: &[u8]) -> bool {
+    // Every produced batch is asked, so only the one byte is looked at.
+    bytes.len() >= HEADER_BYTES && i16::from(bytes[ATTRIBUTES_AT + 1]) & TRANSACTIONAL != 0
+}
+
 /// Recomputes the checksum after a checksummed field changed.
 pub(crate) fn write_crc(batch: &mut [u8]) {
     let crc = crc32c::crc32c(&batch[ATTRIBUTES_AT..]);
@@ -349,12 +359,9 @@ mod tests {
         let attributes = |low: u8| move |bytes: &mut Vec<u8>| bytes[22] = low;
         let cases: Vec<(Vec<u8>, BatchError, ErrorCode)> = vec![
             (vec![], BatchError::Empty, ErrorCode::INVALID_RECORD),
-            (
-                batch()[..60].to_vec(),
-                BatchError::Truncated { need: 61, have: 60 },
-                ErrorCode::CORRUPT_MESSAGE,
-            ),
+            (batch()[..60].to_vec(), BatchError::Truncated { need: 61, have: 60 }, ErrorCode::INVALID_RECORD),
             (changed(|b| b[16] = 1), BatchError::BadMagic(1), ErrorCode::INVALID_RECORD),
+            (changed(|b| b[16] = 3), BatchError::BadMagic(3), ErrorCode::CORRUPT_MESSAGE),
             (changed(|b| b[8] = 0xff), BatchError::BadLength(-16_777_142), ErrorCode::CORRUPT_MESSAGE),
             (changed(attributes(0x20)), BatchError::ControlBatch, ErrorCode::INVALID_RECORD),
             (changed(attributes(5)), BatchError::UnknownCodec(5), ErrorCode::UNSUPPORTED_COMPRESSION_TYPE),

@@ -86,7 +86,8 @@ def main():
     if what == "report":
         sys.exit(0 if comparison.report(results(arguments[0])) else 1)
     elif what == "unexpected":
-        print("\n".join(comparison.unexpected(results(arguments[0]))))
+        for test in comparison.unexpected(results(arguments[0])):
+            print(test)
     elif what == "merge":
         found, again = results(arguments[0]), results(arguments[1])
         for test, result in again.items():

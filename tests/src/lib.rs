@@ -7,6 +7,7 @@ pub mod export;
 pub mod flumen;
 pub mod kafka;
 pub mod mount;
+pub mod probe;
 pub mod process;
 pub mod wire;
 // The proxy of the export's own tests, shared and not written twice.

@@ -5,6 +5,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -15,6 +16,17 @@ use kafka_protocol::protocol::{Decodable, Encodable, Request, StrBytes};
 
 /// No answer of a test is larger.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoAnswer;
+
+impl std::fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("no answer")
+    }
+}
+
+impl std::error::Error for NoAnswer {}
 
 pub struct Wire {
     stream: TcpStream,
@@ -33,6 +45,11 @@ impl Wire {
     pub fn ask<Q: Request>(&mut self, version: i16, request: &Q) -> anyhow::Result<Q::Response> {
         self.send(version, request)?;
         self.receive::<Q>(version)
+    }
+
+    /// Gives up on an answer after this long, as [`NoAnswer`].
+    pub fn set_patience(&mut self, patience: Option<Duration>) -> anyhow::Result<()> {
+        Ok(self.stream.set_read_timeout(patience)?)
     }
 
     pub fn send<Q: Request>(&mut self, version: i16, request: &Q) -> anyhow::Result<()> {
@@ -65,8 +82,13 @@ impl Wire {
     }
 
     pub fn receive<Q: Request>(&mut self, version: i16) -> anyhow::Result<Q::Response> {
+        self.receive_or_closed::<Q>(version)?.context("the broker closed the connection")
+    }
+
+    /// As `receive`; `None` when the broker closed the connection instead.
+    pub fn receive_or_closed<Q: Request>(&mut self, version: i16) -> anyhow::Result<Option<Q::Response>> {
         let key = ApiKey::try_from(Q::KEY).map_err(|()| anyhow::anyhow!("API key {} is unknown", Q::KEY))?;
-        let mut frame = self.receive_frame()?.context("the broker closed the connection")?;
+        let Some(mut frame) = self.receive_frame()? else { return Ok(None) };
         let header = ResponseHeader::decode(&mut frame, key.response_header_version(version))?;
         ensure!(
             header.correlation_id == self.correlation_id,
@@ -77,7 +99,7 @@ impl Wire {
         let response = Q::Response::decode(&mut frame, version)
             .with_context(|| format!("answer to {key:?} v{version}"))?;
         ensure!(!frame.has_remaining(), "{key:?} v{version}: {} bytes after the answer", frame.len());
-        Ok(response)
+        Ok(Some(response))
     }
 
     /// The next answer without its length; `None` when the broker closed the connection instead.
@@ -87,6 +109,9 @@ impl Wire {
             Ok(()) => {}
             Err(e) if matches!(e.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
                 return Ok(None);
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                return Err(NoAnswer.into());
             }
             Err(e) => return Err(e.into()),
         }

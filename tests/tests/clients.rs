@@ -38,16 +38,41 @@ fn confluent_kafka() {
 }
 
 #[test]
+fn confluent_kafka_administers() {
+    let (_dir, flumen) = broker();
+    assert!(python("confluent_admin.py", &flumen).contains("confluent admin ok"));
+}
+
+#[test]
+fn confluent_kafka_codecs_sizes_and_rebalances() {
+    let (_dir, flumen) = broker();
+    assert!(python("confluent_data.py", &flumen).contains("confluent data ok"));
+}
+
+#[test]
+fn kafka_python_administers() {
+    let (_dir, flumen) = broker();
+    assert!(python("kafka_python_admin.py", &flumen).contains("kafka-python admin ok"));
+}
+
+#[test]
 fn java_tools() {
+    java("java_tools.sh", "java tools ok");
+}
+
+#[test]
+fn java_tools_administer_without_a_warning() {
+    java("java_tools_admin.sh", "java admin tools ok");
+}
+
+fn java(script: &str, end: &str) {
     if which("java").is_none() || which("mvn").is_none() {
         println!("no Java and Maven here: the Java tools were not run");
         return;
     }
     let (_dir, flumen) = broker();
-    let script = repository().join("tests/clients/java_tools.sh");
-    assert!(
-        run("java_tools.sh", Command::new("bash").arg(script).arg(&flumen.kafka)).contains("java tools ok")
-    );
+    let path = repository().join("tests/clients").join(script);
+    assert!(run(script, Command::new("bash").arg(path).arg(&flumen.kafka)).contains(end));
 }
 
 #[test]
@@ -66,8 +91,18 @@ fn kcat_round_trip() {
         Command::new("kcat").args(["-b", &flumen.kafka, "-C", "-t", "kc", "-e", "-q", "-f", "%k:%s\\n"]),
     );
     assert_eq!(out, lines);
-    let listed = run("kcat -L", Command::new("kcat").args(["-b", &flumen.kafka, "-L", "-t", "kc"]));
-    assert!(listed.contains("topic \"kc\" with 1 partitions"), "{listed}");
+    let listed = run("kcat -L", Command::new("kcat").args(["-b", &flumen.kafka, "-L"]));
+    for line in [
+        " 1 brokers:",
+        &format!("  broker 1 at {} (controller)", flumen.kafka),
+        " 1 topics:",
+        "  topic \"kc\" with 1 partitions:",
+        "    partition 0, leader 1, replicas: 1, isrs: 1",
+    ] {
+        assert!(listed.lines().any(|found| found == line), "{line:?} is not in {listed}");
+    }
+    let at = run("kcat -Q", Command::new("kcat").args(["-b", &flumen.kafka, "-Q", "-t", "kc:0:-1"]));
+    assert!(at.contains("kc [0] offset 500"), "{at}");
 }
 
 fn which(program: &str) -> Option<std::path::PathBuf> {

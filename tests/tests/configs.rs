@@ -107,7 +107,7 @@ fn broker_configs_count_at_once_and_after_a_restart() {
     assert_eq!(alter(&mut wire, GROUP, "g", "consumer.session.timeout.ms", Some("50000")), ErrorCode::NONE);
 
     assert_eq!(alter(&mut wire, BROKER, "1", "node.id", Some("7")), ErrorCode::INVALID_REQUEST);
-    assert_eq!(alter(&mut wire, BROKER, "1", "num.partitions", Some("0")), ErrorCode::INVALID_CONFIG);
+    assert_eq!(alter(&mut wire, BROKER, "1", "num.partitions", Some("0")), ErrorCode::INVALID_REQUEST);
     assert_eq!(alter(&mut wire, BROKER, "9", "num.partitions", Some("3")), ErrorCode::INVALID_REQUEST);
 
     flumen.kill_9();

@@ -11,11 +11,15 @@ use kafka_protocol::messages::join_group_request::JoinGroupRequestProtocol;
 use kafka_protocol::messages::offset_commit_request::{
     OffsetCommitRequestPartition, OffsetCommitRequestTopic,
 };
+use kafka_protocol::messages::offset_delete_request::{
+    OffsetDeleteRequestPartition, OffsetDeleteRequestTopic,
+};
 use kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic;
 use kafka_protocol::messages::sync_group_request::SyncGroupRequestAssignment;
 use kafka_protocol::messages::{
-    DeleteTopicsRequest, GroupId, HeartbeatRequest, JoinGroupRequest, JoinGroupResponse, ListGroupsRequest,
-    OffsetCommitRequest, OffsetFetchRequest, SyncGroupRequest,
+    DeleteTopicsRequest, DescribeGroupsRequest, GroupId, HeartbeatRequest, JoinGroupRequest,
+    JoinGroupResponse, ListGroupsRequest, OffsetCommitRequest, OffsetDeleteRequest, OffsetFetchRequest,
+    SyncGroupRequest,
 };
 use kafka_protocol::protocol::Request;
 use serde_json::json;
@@ -248,4 +252,55 @@ fn the_first_question_after_a_restart_finds_every_group() {
         assert_eq!(listed.error_code, 0);
         assert_eq!(listed.groups.iter().map(|g| g.group_id.to_string()).collect::<BTreeSet<_>>(), names);
     }
+}
+
+#[test]
+fn offsets_of_partitions_that_do_not_exist_are_not_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let flumen = Flumen::start(dir.path(), &["group.initial.rebalance.delay.ms=0"]).unwrap();
+    flumen.create_topic("known", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let commit = OffsetCommitRequest::default().with_group_id(group("g")).with_topics(vec![
+        OffsetCommitRequestTopic::default()
+            .with_name(topic_name("known"))
+            .with_partitions(vec![OffsetCommitRequestPartition::default().with_committed_offset(5)]),
+    ]);
+    let answer = ask_loaded(&mut wire, 8, &commit, |r| r.topics[0].partitions[0].error_code);
+    assert_eq!(answer.topics[0].partitions[0].error_code, 0);
+    let partitions =
+        [0, 9].map(|index| OffsetDeleteRequestPartition::default().with_partition_index(index)).to_vec();
+    let delete = OffsetDeleteRequest::default().with_group_id(group("g")).with_topics(vec![
+        OffsetDeleteRequestTopic::default()
+            .with_name(topic_name("known"))
+            .with_partitions(partitions.clone()),
+        OffsetDeleteRequestTopic::default().with_name(topic_name("unknown")).with_partitions(partitions),
+    ]);
+    let answer = wire.ask(0, &delete).unwrap();
+    let codes: Vec<_> = answer
+        .topics
+        .iter()
+        .flat_map(|t| t.partitions.iter().map(|p| (t.name.to_string(), p.partition_index, p.error_code)))
+        .collect();
+    let unknown = ErrorCode::UNKNOWN_TOPIC_OR_PARTITION.0;
+    let expected = [("known", 0, 0), ("known", 9, unknown), ("unknown", 0, unknown), ("unknown", 9, unknown)];
+    assert_eq!(codes, expected.map(|(topic, index, code)| (topic.to_string(), index, code)));
+    let ask = OffsetFetchRequest::default().with_group_id(group("g")).with_topics(None);
+    let left = wire.ask(7, &ask).unwrap();
+    assert!(left.topics.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_described_group_tells_what_may_be_done_to_it_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let flumen = Flumen::start(dir.path(), &["group.initial.rebalance.delay.ms=0"]).unwrap();
+    let mut member = Member::introduce(&flumen.kafka);
+    member.send_join();
+    member.wire.receive::<JoinGroupRequest>(JOIN_VERSION).unwrap();
+    let describe = DescribeGroupsRequest::default().with_groups(vec![group("crowd")]);
+    let plain = member.wire.ask(5, &describe).unwrap();
+    assert_eq!((plain.groups[0].error_code, plain.groups[0].authorized_operations), (0, i32::MIN));
+    let all = member.wire.ask(5, &describe.with_include_authorized_operations(true)).unwrap();
+    // READ, DELETE, DESCRIBE, DESCRIBE_CONFIGS, ALTER_CONFIGS by their numbers in Kafka.
+    let operations = [3, 6, 8, 10, 11].iter().fold(0, |bits, number| bits | 1 << number);
+    assert_eq!(all.groups[0].authorized_operations, operations);
 }

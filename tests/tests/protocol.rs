@@ -7,7 +7,9 @@ use flumen_tests::flumen::Flumen;
 use flumen_tests::wire::{Wire, batch, now_ms, produce, topic_name};
 use kafka_protocol::messages::fetch_request::{FetchPartition, FetchTopic};
 use kafka_protocol::messages::fetch_response::PartitionData;
-use kafka_protocol::messages::{FetchRequest, MetadataRequest};
+use kafka_protocol::messages::list_offsets_request::{ListOffsetsPartition, ListOffsetsTopic};
+use kafka_protocol::messages::metadata_request::MetadataRequestTopic;
+use kafka_protocol::messages::{FetchRequest, ListOffsetsRequest, MetadataRequest};
 use serde_json::json;
 
 fn broker(settings: &[&str]) -> (tempfile::TempDir, Flumen) {
@@ -156,4 +158,69 @@ fn a_deleted_topic_does_not_make_consumers_spin() {
     for names in [&["gone"][..], &[]] {
         assert_eq!(wire.ask(12, &poll(names, 3_600_000)).unwrap().responses.len(), names.len());
     }
+}
+
+#[test]
+fn an_error_of_the_log_tells_where_it_starts() {
+    let (_dir, flumen) = broker(&[]);
+    let configs = json!({"message.timestamp.before.max.ms": "3600000", "max.message.bytes": "1000"});
+    flumen.create_topic("strict", 1, &configs).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let mut refused = |records| {
+        let mut answer = wire.ask(9, &produce("strict", 0, -1, Some(records))).unwrap();
+        let partition = answer.responses[0].partition_responses.remove(0);
+        (partition.error_code, partition.base_offset, partition.log_start_offset)
+    };
+    // One old record between two new ones, which the header does not tell.
+    let mut builder = BatchBuilder::new();
+    for stamp in [now_ms(), now_ms() - 7_200_000, now_ms()] {
+        builder.append(stamp, None, Some(b"x"), &[]);
+    }
+    let old = builder.build(0).freeze();
+    assert_eq!(refused(old), (ErrorCode::INVALID_TIMESTAMP.0, -1, 0));
+    // Size is looked at before the log is.
+    let large = batch(&["y"; 2000], |_| {});
+    assert_eq!(refused(large), (ErrorCode::MESSAGE_TOO_LARGE.0, -1, -1));
+    assert_eq!(refused(batch(&["z"], |_| {})), (0, 0, 0));
+}
+
+#[test]
+fn a_topic_without_partitions_is_not_answered() {
+    let (_dir, flumen) = broker(&[]);
+    flumen.create_topic("a", 1, &json!({})).unwrap();
+    flumen.create_topic("b", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let fetch = FetchRequest::default().with_min_bytes(0).with_max_bytes(1 << 20).with_topics(vec![
+        FetchTopic::default().with_topic(topic_name("a")),
+        FetchTopic::default().with_topic(topic_name("b")).with_partitions(vec![FetchPartition::default()]),
+    ]);
+    let answered = wire.ask(12, &fetch).unwrap();
+    let names: Vec<_> = answered.responses.iter().map(|t| t.topic.to_string()).collect();
+    assert_eq!(names, ["b"]);
+    let list = ListOffsetsRequest::default().with_topics(vec![
+        ListOffsetsTopic::default().with_name(topic_name("a")),
+        ListOffsetsTopic::default().with_name(topic_name("b")).with_partitions(vec![
+            ListOffsetsPartition::default().with_timestamp(-2).with_current_leader_epoch(-1),
+        ]),
+    ]);
+    let answered = wire.ask(7, &list).unwrap();
+    assert_eq!(answered.topics.len(), 1);
+    // The first offset of an empty log belongs to the epoch of what will be written there.
+    let ask = MetadataRequest::default()
+        .with_topics(Some(vec![MetadataRequestTopic::default().with_name(Some(topic_name("b")))]));
+    let epoch = wire.ask(12, &ask).unwrap().topics[0].partitions[0].leader_epoch;
+    let earliest = &answered.topics[0].partitions[0];
+    assert_eq!((earliest.offset, earliest.leader_epoch), (0, epoch));
+}
+
+#[test]
+fn without_acks_an_error_closes_the_connection_and_a_success_says_nothing() {
+    let (_dir, flumen) = broker(&["auto.create.topics.enable=false"]);
+    flumen.create_topic("quiet", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    wire.send(9, &produce("quiet", 0, 0, Some(batch(&["a"], |_| {})))).unwrap();
+    // The next answer on the connection is that of the next request.
+    assert!(wire.ask(12, &MetadataRequest::default()).is_ok());
+    wire.send(9, &produce("gone", 0, 0, Some(batch(&["a"], |_| {})))).unwrap();
+    assert_eq!(wire.receive_frame().unwrap(), None);
 }

@@ -122,7 +122,7 @@ impl Coordinator {
         self.set_now(now_ms);
         match request {
             GroupRequest::Join { request, version } => self.join(token, client, request, version, fresh_id),
-            GroupRequest::Sync { request, .. } => self.sync(token, request),
+            GroupRequest::Sync { request, version } => self.sync(token, request, version),
             GroupRequest::Heartbeat { request, .. } => self.heartbeat(token, request),
             GroupRequest::Leave { request, version } => self.leave(token, request, version),
             GroupRequest::OffsetCommit { request, version } => self.offset_commit(token, request, version),

@@ -17,8 +17,8 @@ use crate::group::{AppendKind, Ctx, Group, Member, Reply, StaticReplacement, Wai
 use crate::rebalance::{join_error, sync_error};
 use crate::types::{
     Client, GroupResponse, GroupState, MAX_GROUPS, MAX_INSTANCE_ID_BYTES, MAX_MEMBER_ID_PREFIX_BYTES,
-    MAX_MEMBERS_PER_LEAVE, MAX_PENDING_MEMBERS, MAX_PROTOCOLS_PER_MEMBER, MAX_STRING_BYTES, own_bytes,
-    own_str,
+    MAX_MEMBERS_PER_LEAVE, MAX_PENDING_MEMBERS, MAX_PROTOCOLS_PER_MEMBER, MAX_STRING_BYTES,
+    PROTOCOL_NAMED_MIN_VERSION, own_bytes, own_str,
 };
 
 /// A JoinGroup after its shape was checked, owning what the group will keep.
@@ -116,7 +116,11 @@ impl Coordinator {
         Ok(())
     }
 
-    pub(crate) fn sync(&mut self, token: u64, request: SyncGroupRequest) {
+    pub(crate) fn sync(&mut self, token: u64, request: SyncGroupRequest, version: i16) {
+        let named = request.protocol_type.is_some() && request.protocol_name.is_some();
+        if version >= PROTOCOL_NAMED_MIN_VERSION && !named {
+            return self.ctx.reply(token, sync_error(ErrorCode::INCONSISTENT_GROUP_PROTOCOL));
+        }
         if request.group_id.is_empty() {
             return self.ctx.reply(token, sync_error(ErrorCode::INVALID_GROUP_ID));
         }

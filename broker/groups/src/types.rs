@@ -40,6 +40,9 @@ pub const NEW_MEMBER_JOIN_TIMEOUT_MS: i64 = 300_000;
 /// How often expired offsets are looked for (Kafka's offsets.retention.check.interval.ms).
 pub const OFFSETS_RETENTION_CHECK_INTERVAL_MS: i64 = 600_000;
 
+/// From this version on a SyncGroup has to say which protocol it means.
+pub const PROTOCOL_NAMED_MIN_VERSION: i16 = 5;
+
 #[derive(Clone, Debug)]
 pub struct GroupsConfig {
     pub session_timeout_min_ms: i32,

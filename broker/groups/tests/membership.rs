@@ -126,6 +126,16 @@ fn sync_checks_generation_and_protocol() {
         let token = rig.sync(request);
         assert_eq!(error(rig.synced(token).error_code), expected);
     }
+    // From version 5 on a member has to say which protocol it means, before anything else is looked at.
+    for request in [
+        sync("g", &ids[0], generation, &[]),
+        sync("g", &ids[0], generation, &[]).with_protocol_name(Some(s("range"))),
+        sync("nobody", "who", 1, &[]),
+        sync("", "who", 1, &[]),
+    ] {
+        let token = rig.send(GroupRequest::Sync { request, version: 5 });
+        assert_eq!(error(rig.synced(token).error_code), ErrorCode::INCONSISTENT_GROUP_PROTOCOL);
+    }
     assert_eq!(rig.beat("g", &ids[0], generation - 1), ErrorCode::ILLEGAL_GENERATION);
 }
 

@@ -48,7 +48,7 @@ pub enum Check {
     Between(i64, i64),
     Ratio,
     OneOf(&'static [&'static str]),
-    /// Every element of a list; an empty list is refused.
+    /// Every element of a list, which may be empty.
     SomeOf(&'static [&'static str]),
     With(fn(&str) -> Result<(), String>),
     /// As `With`, told the name as well.
@@ -98,9 +98,8 @@ impl ConfigDef {
                 }
             }
             Check::SomeOf(names) => {
-                let mut elements = list(&normal).peekable();
-                if elements.peek().is_none() || !elements.all(|e| names.contains(&e)) {
-                    return Err(format!("must be one or more of {}", names.join(", ")));
+                if !list(&normal).all(|e| names.contains(&e)) {
+                    return Err(format!("may hold {}", names.join(", ")));
                 }
             }
             Check::With(check) => check(&normal)?,
@@ -249,7 +248,7 @@ mod tests {
         assert!(def(ConfigKind::Double, Check::Ratio).normalise("NaN").is_err());
         assert!(def(ConfigKind::Double, Check::Ratio).normalise("1.01").is_err());
         assert_eq!(def(ConfigKind::List, Check::Any).normalise(" a, ,b ,"), Ok("a,b".into()));
-        assert!(def(ConfigKind::List, Check::SomeOf(&["a"])).normalise("").is_err());
+        assert_eq!(def(ConfigKind::List, Check::SomeOf(&["a"])).normalise(""), Ok(String::new()));
         assert!(def(ConfigKind::List, Check::SomeOf(&["a"])).normalise("a,c").is_err());
         assert!(
             def(ConfigKind::String, Check::OneOf(&["a", "b"])).normalise("c").unwrap_err().contains("a, b")

@@ -331,7 +331,7 @@ mod tests {
         assert!(check("retension.ms", "5").unwrap_err().contains("did you mean 'retention.ms'"));
         assert!(check("segment.bytes", "1048575").unwrap_err().contains("at least 1048576"));
         assert!(check("segment.bytes", "1048576").is_ok());
-        assert!(check("cleanup.policy", "").is_err() && check("cleanup.policy", "keep").is_err());
+        assert!(check("cleanup.policy", "").is_ok() && check("cleanup.policy", "keep").is_err());
         assert!(
             check("compression.gzip.level", "0").is_err() && check("compression.gzip.level", "-1").is_ok()
         );

@@ -56,7 +56,7 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     {
         let image = shard.node.image.load();
         let mut slot = 0;
-        for topic in &fetch.topics {
+        for topic in fetch.topics.iter().filter(|topic| !topic.partitions.is_empty()) {
             let (name, found) = if by_id {
                 let found = image.topic_ids.get(&topic.topic_id).and_then(|n| image.topics.get(n));
                 (TopicRef::Id(topic.topic_id), found)
@@ -80,7 +80,8 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
                             group_id: info.group_id,
                             offset: p.fetch_offset,
                             max_bytes: usize::try_from(p.partition_max_bytes).unwrap_or(0),
-                            leader_epoch: p.current_leader_epoch,
+                            // Kafka's rule for Fetch alone: any negative epoch skips the check.
+                            leader_epoch: p.current_leader_epoch.max(-1),
                         });
                         ErrorCode::NONE
                     }

@@ -14,6 +14,9 @@ use flumen_protocol::error_code::ErrorCode;
 use kafka_protocol::messages::delete_groups_response::DeletableGroupResult;
 use kafka_protocol::messages::describe_groups_response::DescribedGroup;
 use kafka_protocol::messages::find_coordinator_response::Coordinator as CoordinatorEntry;
+use kafka_protocol::messages::offset_delete_response::{
+    OffsetDeleteResponsePartition, OffsetDeleteResponseTopic,
+};
 use kafka_protocol::messages::offset_fetch_response::{
     OffsetFetchResponseGroup, OffsetFetchResponsePartition, OffsetFetchResponsePartitions,
     OffsetFetchResponseTopic, OffsetFetchResponseTopics,
@@ -36,6 +39,9 @@ use crate::shard::Shard;
 
 /// Groups are "coordinated" by this key type; 1 is transactions, 2 share groups.
 const KEY_TYPE_GROUP: i8 = 0;
+
+/// Read, Delete, Describe, DescribeConfigs, AlterConfigs: without an authorizer, all that there are for a group.
+const GROUP_OPERATIONS: i32 = 0b1101_0100_1000;
 
 /// The Raft group of the offsets partition that owns `group`; creates the offsets topic on first use.
 async fn home_of(shard: &Rc<Shard>, group: &str) -> Result<u64, ErrorCode> {
@@ -463,17 +469,51 @@ pub async fn offset_fetch(request: &Request<'_>) -> Result<Answer, RequestError>
 }
 
 pub async fn offset_delete(request: &Request<'_>) -> Result<Answer, RequestError> {
-    let delete: OffsetDeleteRequest = request.decode()?;
+    let mut delete: OffsetDeleteRequest = request.decode()?;
     let group = delete.group_id.0.to_string();
     if is_export(request, &group) {
         let refused =
             OffsetDeleteResponse::default().with_error_code(ErrorCode::GROUP_AUTHORIZATION_FAILED.0);
         return request.answer(&refused);
     }
-    match ask(request, &group, GroupRequest::OffsetDelete { request: delete }).await {
-        Ok(GroupResponse::OffsetDelete(response)) => request.answer(&response),
-        other => request.answer(&OffsetDeleteResponse::default().with_error_code(error_of(other).0)),
+    // Partitions that do not exist are refused here: the coordinator does not know topics.
+    let mut unknown = Vec::new();
+    {
+        let image = request.shard.node.image.load();
+        for topic in &mut delete.topics {
+            let found = image.topics.get(topic.name.as_str());
+            let exists =
+                |p: i32| found.is_some_and(|t| usize::try_from(p).is_ok_and(|p| p < t.partitions.len()));
+            let missing: Vec<i32> =
+                topic.partitions.iter().map(|p| p.partition_index).filter(|p| !exists(*p)).collect();
+            topic.partitions.retain(|p| exists(p.partition_index));
+            if !missing.is_empty() {
+                unknown.push((topic.name.clone(), missing));
+            }
+        }
+        delete.topics.retain(|topic| !topic.partitions.is_empty());
     }
+    let mut response = match ask(request, &group, GroupRequest::OffsetDelete { request: delete }).await {
+        Ok(GroupResponse::OffsetDelete(response)) => response,
+        other => OffsetDeleteResponse::default().with_error_code(error_of(other).0),
+    };
+    if response.error_code != 0 {
+        return request.answer(&response);
+    }
+    for (name, partitions) in unknown {
+        let refused = partitions.into_iter().map(|p| {
+            OffsetDeleteResponsePartition::default()
+                .with_partition_index(p)
+                .with_error_code(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION.0)
+        });
+        match response.topics.iter_mut().find(|t| t.name == name) {
+            Some(topic) => topic.partitions.extend(refused),
+            None => response.topics.push(
+                OffsetDeleteResponseTopic::default().with_name(name).with_partitions(refused.collect()),
+            ),
+        }
+    }
+    request.answer(&response)
 }
 
 pub async fn list(request: &Request<'_>) -> Result<Answer, RequestError> {
@@ -518,6 +558,11 @@ pub async fn describe(request: &Request<'_>) -> Result<Answer, RequestError> {
             other => DescribedGroup::default().with_group_id(group).with_error_code(error_of(other).0),
         };
         response.groups.push(described);
+    }
+    if describe.include_authorized_operations {
+        for group in response.groups.iter_mut().filter(|group| group.error_code == 0) {
+            group.authorized_operations = GROUP_OPERATIONS;
+        }
     }
     request.answer(&response)
 }

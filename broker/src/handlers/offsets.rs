@@ -1,5 +1,6 @@
 //! ListOffsets, OffsetForLeaderEpoch, DeleteRecords: one question per partition, asked at its home.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::rc::Rc;
 
@@ -65,9 +66,27 @@ pub async fn list_offsets(request: &Request<'_>) -> Result<Answer, RequestError>
     let list: ListOffsetsRequest = request.decode()?;
     let version = request.header.api_version;
     let mut response = ListOffsetsResponse::default();
-    for topic in list.topics {
+    for topic in list.topics.into_iter().filter(|topic| !topic.partitions.is_empty()) {
         let mut answered = ListOffsetsTopicResponse::default().with_name(topic.name.clone());
+        let mut seen = BTreeSet::new();
+        let twice: BTreeSet<i32> =
+            topic.partitions.iter().map(|p| p.partition_index).filter(|p| !seen.insert(*p)).collect();
+        let mut refused_twice = BTreeSet::new();
         for p in topic.partitions {
+            if twice.contains(&p.partition_index) {
+                // One answer for both.
+                if refused_twice.insert(p.partition_index) {
+                    answered.partitions.push(
+                        ListOffsetsPartitionResponse::default()
+                            .with_partition_index(p.partition_index)
+                            .with_error_code(ErrorCode::INVALID_REQUEST.0)
+                            .with_offset(-1)
+                            .with_timestamp(-1)
+                            .with_leader_epoch(-1),
+                    );
+                }
+                continue;
+            }
             let (timestamp, epoch) = (p.timestamp, p.current_leader_epoch);
             // Special timestamps came with versions; an older request that names one gets no offset.
             let known = match timestamp {

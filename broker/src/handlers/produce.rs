@@ -19,7 +19,7 @@ use flumen_protocol::produce::{
 use flumen_protocol::record_batch;
 use tokio::sync::oneshot;
 
-use crate::dispatch::{Answer, Part, RequestError, Waiting};
+use crate::dispatch::{Answer, Finished, Part, RequestError, Waiting};
 use crate::node::now_ms;
 use crate::partition::{Completion, Origin, ProduceInFlight};
 use crate::shard::Shard;
@@ -85,15 +85,17 @@ pub async fn handle(
     {
         let image = shard.node.image.load();
         let resolved: Vec<_> = topics.iter().map(|t| resolve(&image, t)).collect();
+        // One transactional batch makes the request transactional, as in Kafka; an id without one does not.
+        let transactional = partitions.iter().any(|p| record_batch::starts_transactional(&p.records));
         for partition in partitions {
             let mut refuse = |error, message: Option<&str>| {
                 failed.push(result(partition.topic, partition.partition, error, message));
             };
-            if !matches!(acks, -1..=1) {
-                refuse(ErrorCode::INVALID_REQUIRED_ACKS, None);
+            if transactional && transactional_id.is_none() {
+                refuse(ErrorCode::TRANSACTIONAL_ID_AUTHORIZATION_FAILED, None);
                 continue;
             }
-            if transactional_id.is_some() {
+            if transactional {
                 refuse(ErrorCode::INVALID_TXN_STATE, Some("transactions are not served"));
                 continue;
             }
@@ -114,6 +116,10 @@ pub async fn handle(
                     ErrorCode::INVALID_TOPIC_EXCEPTION,
                     Some("clients may not write to an internal topic"),
                 );
+                continue;
+            }
+            if !matches!(acks, -1..=1) {
+                refuse(ErrorCode::INVALID_REQUIRED_ACKS, None);
                 continue;
             }
             if version < ZSTD_MIN_VERSION && record_batch::starts_with_zstd(&partition.records) {
@@ -157,12 +163,14 @@ pub async fn handle(
     let correlation_id = header.correlation_id;
     let finish = move |parts: Vec<Results>| {
         let mut results: Results = parts.into_iter().flatten().collect();
-        metrics.produce_failures(results.iter().filter(|r| r.error != ErrorCode::NONE).count());
+        let failures = results.iter().filter(|r| r.error != ErrorCode::NONE).count();
+        metrics.produce_failures(failures);
         if acks == 0 {
-            return None;
+            // Closing is the only way to tell: the client looks at its metadata again.
+            return if failures == 0 { Finished::Silent } else { Finished::Close };
         }
-        results.sort_by_key(|r| r.topic);
-        Some(encode_produce_response(version, correlation_id, &topics, &results, 0).freeze())
+        results.sort_by_key(|r| (r.topic, r.partition));
+        Finished::Send(encode_produce_response(version, correlation_id, &topics, &results, 0).freeze())
     };
     Ok(Answer::Waiting(Waiting { parts, finish: Box::new(finish) }))
 }
@@ -259,7 +267,12 @@ fn append_now(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results
             }
             Err((error, _completion)) => {
                 tracing::debug!(topic = %partition.topic, partition = partition.index, %error, "produce refused");
-                in_flight.set(slot, |r| r.record_errors = error.record_errors());
+                in_flight.set(slot, |r| {
+                    r.record_errors = error.record_errors();
+                    if error.tells_log_start() {
+                        r.log_start_offset = partition.log_start_offset();
+                    }
+                });
                 in_flight.fail(slot, error.code(), Some(error.to_string().into()));
             }
         }

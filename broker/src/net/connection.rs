@@ -42,6 +42,8 @@ struct Shared {
     answers: RefCell<VecDeque<Answer>>,
     answer_added: Notify,
     answer_sent: Notify,
+    /// Wakes a reader that waits for bytes.
+    closing: Notify,
     closed: Cell<bool>,
     reader_done: Cell<bool>,
     /// When bytes last came or went.
@@ -68,6 +70,7 @@ impl Shared {
         self.closed.set(true);
         self.answer_added.notify_one();
         self.answer_sent.notify_one();
+        self.closing.notify_one();
     }
 }
 
@@ -90,6 +93,7 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
         answers: RefCell::default(),
         answer_added: Notify::new(),
         answer_sent: Notify::new(),
+        closing: Notify::new(),
         closed: Cell::new(false),
         reader_done: Cell::new(false),
         last_active: Cell::new(Instant::now()),
@@ -111,6 +115,8 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
                 Err(error) => tracing::debug!(%address, %error, "connection closed"),
             },
             () = shard.stop.notified() => {}
+            // The writer gave up: the reader must not hold the socket open.
+            () = shared.closing.notified() => {}
             () = async {
                 match shard.node.config.connections_max_idle() {
                     Some(max_idle) => shared.idle(max_idle).await,

@@ -70,6 +70,28 @@ impl AppendError {
         }
     }
 
+    /// Whether the answer says where the log starts: Kafka tells it with errors that its log found, not with those of
+    /// framing, size, damage or leadership.
+    pub fn tells_log_start(&self) -> bool {
+        let framing = matches!(
+            self,
+            AppendError::Batch(
+                BatchError::Truncated { .. }
+                    | BatchError::TrailingBytes(_)
+                    | BatchError::Empty
+                    | BatchError::BadMagic(_)
+            )
+        );
+        !framing
+            && !matches!(
+                self.code(),
+                ErrorCode::MESSAGE_TOO_LARGE
+                    | ErrorCode::CORRUPT_MESSAGE
+                    | ErrorCode::KAFKA_STORAGE_ERROR
+                    | ErrorCode::NOT_LEADER_OR_FOLLOWER
+            )
+    }
+
     /// Which records are to blame, where not the whole batch is.
     pub fn record_errors(&self) -> Box<[RecordError]> {
         let (records, message) = match self {
@@ -171,11 +193,17 @@ impl Partition {
                 let early = now_ms.saturating_sub(config.timestamp_before_max_ms);
                 let late = now_ms.saturating_add(config.timestamp_after_max_ms);
                 let timestamp = header.max_timestamp;
-                // -1 means that the producer gave none.
-                if timestamp != -1 && (timestamp > late || header.base_timestamp < early) {
-                    let records =
-                        indexes_of(records, |record| record.timestamp > late || record.timestamp < early)?;
-                    return Err(AppendError::Timestamp { records });
+                let out_of_bounds = timestamp > late || header.base_timestamp < early;
+                // The header tells the largest timestamp but not the smallest, so a topic with a limit below has its
+                // records looked at. -1 means that the producer gave none.
+                let limited_below = config.timestamp_before_max_ms != i64::MAX;
+                if timestamp != -1 && (out_of_bounds || limited_below) {
+                    let records = indexes_of(records, |record| {
+                        record.timestamp != -1 && !(early..=late).contains(&record.timestamp)
+                    })?;
+                    if out_of_bounds || !records.is_empty() {
+                        return Err(AppendError::Timestamp { records });
+                    }
                 }
             }
             if config.compacts() {

@@ -105,7 +105,9 @@ impl Partition {
             // Earliest, and earliest local: there is no remote tier.
             -2 | -4 => {
                 let offset = self.log.log_start_offset();
-                Some(OffsetAt { offset, timestamp: -1, leader_epoch: self.epoch_at(offset) })
+                // An empty log has no epoch of its own: what comes first will be of the current one.
+                let epoch = if offset == high_watermark { leader_epoch } else { self.epoch_at(offset) };
+                Some(OffsetAt { offset, timestamp: -1, leader_epoch: epoch })
             }
             -3 => self.log.max_timestamp().await.map_err(storage)?.map(|(timestamp, offset)| OffsetAt {
                 offset,

@@ -185,7 +185,9 @@ impl Rig {
     }
 
     pub fn sync(&mut self, request: SyncGroupRequest) -> u64 {
-        self.send(GroupRequest::Sync { request, version: 5 })
+        // Version 5 wants the protocol named.
+        let named = request.protocol_type.is_some() && request.protocol_name.is_some();
+        self.send(GroupRequest::Sync { request, version: if named { 5 } else { 4 } })
     }
 
     pub fn synced(&mut self, token: u64) -> SyncGroupResponse {

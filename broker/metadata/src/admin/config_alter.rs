@@ -216,6 +216,8 @@ fn plan_topic(
     if name.is_empty() {
         return Err(invalid_request("Default topic resources are not allowed."));
     }
+    crate::topic_name::check(name)
+        .map_err(|reason| Refused::new(ErrorCode::INVALID_TOPIC_EXCEPTION, reason))?;
     let topic: &Topic = image.topics.get(name).ok_or_else(|| {
         Refused::new(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, format!("The topic '{name}' does not exist."))
     })?;
@@ -279,6 +281,8 @@ fn plan_broker(
             Ok(value) => value,
             // As in Kafka a plugin may bring names of its own. One letter away from a known name is a mistake, though.
             Err(ConfigError::Unknown { .. }) if !is_misspelt(change.name) => value,
+            // Kafka's code for a broker's value; a topic's is INVALID_CONFIG.
+            Err(error @ ConfigError::Invalid { .. }) => return Err(invalid_request(error.to_string())),
             Err(error) => return Err(invalid_config(error.to_string())),
         };
         after.insert(change.name.to_string(), value);

@@ -120,8 +120,12 @@ fn on_wire(
     found: Vec<DescribedConfig>,
     request: &DescribeConfigsRequest,
 ) -> Vec<DescribeConfigsResourceResult> {
-    let wanted: Option<BTreeSet<&str>> =
-        resource.configuration_keys.as_ref().map(|keys| keys.iter().map(|key| key.as_str()).collect());
+    // An empty list asks for all, like none.
+    let wanted: Option<BTreeSet<&str>> = resource
+        .configuration_keys
+        .as_ref()
+        .filter(|keys| !keys.is_empty())
+        .map(|keys| keys.iter().map(|key| key.as_str()).collect());
     found
         .into_iter()
         .filter(|entry| wanted.as_ref().is_none_or(|wanted| wanted.contains(entry.name.as_str())))
@@ -201,7 +205,12 @@ fn topic_entry(
 
 fn topic_synonyms(names: &[Synonym], layers: &Layers<'_>) -> Vec<ConfigSynonym> {
     let names: Vec<&'static str> = names.iter().map(|(name, _)| *name).collect();
-    given(&names, layers)
+    let mut found = given(&names, layers);
+    // Kafka names the default of another unit only below a value of the unit that counts first.
+    if !found.iter().any(|synonym| names.first() == Some(&synonym.name.as_str())) {
+        found.retain(|synonym| synonym.source != ConfigSource::Default);
+    }
+    found
 }
 
 /// Where one of `names` has a value: by layer, then by name, the table's defaults last.

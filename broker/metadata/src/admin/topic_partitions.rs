@@ -22,6 +22,18 @@ pub fn describe_topic_partitions(
     image: &MetadataImage,
     status: StatusOf<'_>,
 ) -> DescribeTopicPartitionsResponse {
+    if let Some(cursor) = &request.cursor {
+        let listed =
+            request.topics.is_empty() || request.topics.iter().any(|topic| topic.name == cursor.topic_name);
+        if !listed || cursor.partition_index < 0 {
+            // Kafka's way to refuse the whole request: there is no code but those of the topics.
+            let refused = request.topics.iter().map(|topic| {
+                failed(topic.name.as_str(), ErrorCode::INVALID_REQUEST)
+                    .with_topic_authorized_operations(OPERATIONS_NOT_ASKED)
+            });
+            return DescribeTopicPartitionsResponse::default().with_topics(refused.collect());
+        }
+    }
     let (from_topic, from_partition) = match &request.cursor {
         None => ("", 0),
         Some(cursor) => (cursor.topic_name.as_str(), usize::try_from(cursor.partition_index).unwrap_or(0)),
@@ -59,15 +71,18 @@ fn cursor(topic: &str, partition: usize) -> Cursor {
 }
 
 fn unknown(name: &str) -> DescribeTopicPartitionsResponseTopic {
-    let error = match topic_name::check(name) {
-        Ok(()) => ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
-        Err(_) => ErrorCode::INVALID_TOPIC_EXCEPTION,
-    };
+    match topic_name::check(name) {
+        Ok(()) => failed(name, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION),
+        Err(_) => failed(name, ErrorCode::INVALID_TOPIC_EXCEPTION),
+    }
+}
+
+fn failed(name: &str, error: ErrorCode) -> DescribeTopicPartitionsResponseTopic {
     DescribeTopicPartitionsResponseTopic::default()
         .with_error_code(error.0)
         .with_name(Some(TopicName(text(name))))
         .with_is_internal(topic_name::is_internal(name))
-        .with_topic_authorized_operations(OPERATIONS_NOT_ASKED)
+        .with_topic_authorized_operations(TOPIC_OPERATIONS)
 }
 
 fn describe(

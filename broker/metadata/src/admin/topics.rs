@@ -67,7 +67,7 @@ pub fn create_topics(
             .with_name(topic.name.clone())
             .with_num_partitions(-1)
             .with_replication_factor(-1)
-            .with_configs(None);
+            .with_configs(Some(Vec::new()));
         let checked = if twice.contains(name) {
             Err(Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic name."))
         } else {
@@ -94,8 +94,9 @@ pub fn create_topics(
                 if version >= 5 {
                     result.configs = Some(created_configs(&new.configs, image, &config));
                 }
+                // A dry run too tells an id, as with Kafka; no topic ever has it.
+                result.topic_id = id;
                 if !request.validate_only {
-                    result.topic_id = id;
                     commands.push(new.command(name, id));
                 }
                 result
@@ -160,7 +161,7 @@ fn check_new_name(name: &str, planned: &BTreeSet<String>, image: &MetadataImage)
     }
     if name == METADATA_TOPIC {
         let message = format!("Creation of internal topic {METADATA_TOPIC} is prohibited.");
-        return Err(Refused::new(ErrorCode::TOPIC_AUTHORIZATION_FAILED, message));
+        return Err(Refused::new(ErrorCode::INVALID_REQUEST, message));
     }
     let existing = image.topics.keys().chain(planned);
     if let Some(other) = topic_name::collision(name, existing) {
@@ -355,13 +356,25 @@ pub fn delete_topics(
     };
     let mut commands = Vec::new();
     let mut results = Vec::with_capacity(asked.len());
+    let mut refused_twice = BTreeSet::new();
+    let by_id: BTreeSet<Uuid> = asked.iter().map(|(_, id)| *id).filter(|id| !id.is_nil()).collect();
     for ((name, id), found) in asked.into_iter().zip(resolved) {
-        let found = found.and_then(|topic| {
-            if twice.contains(&topic.id) {
-                return Err(Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic in the request."));
+        if let Ok(topic) = &found
+            && twice.contains(&topic.id)
+        {
+            // One answer for both.
+            if refused_twice.insert(topic.id) {
+                let refused = Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic in the request.");
+                results.push(
+                    DeletableTopicResult::default()
+                        .with_name(Some(TopicName(text(&topic.name))))
+                        .with_topic_id(if by_id.contains(&topic.id) { topic.id } else { Uuid::nil() })
+                        .with_error_code(refused.code.0)
+                        .with_error_message(if version >= 5 { refused.text() } else { None }),
+                );
             }
-            Ok(topic)
-        });
+            continue;
+        }
         let mut result = DeletableTopicResult::default().with_name(name.cloned());
         if version >= 6 {
             result.topic_id = id;
@@ -438,7 +451,7 @@ impl Fail for CreateTopicsResponse {
                 .with_error_code(error.0)
                 .with_num_partitions(-1)
                 .with_replication_factor(-1)
-                .with_configs(None);
+                .with_configs(Some(Vec::new()));
         }
     }
 }
