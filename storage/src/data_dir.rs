@@ -12,7 +12,7 @@ use crate::mutant::{self, Mutant};
 use crate::store::is_no_space;
 use crate::types::{OpenError, RecoveredGroup};
 
-const FORMAT: &str = "flumen 1";
+pub(crate) const FORMAT: &str = "flumen 1";
 
 /// Held by the directory and by every shard opened on it.
 #[derive(Debug)]

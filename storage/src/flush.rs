@@ -1,9 +1,9 @@
 //! The flusher of a shard: committed entries leave the WAL for their segments in runs, WAL files retire, and everything
 //! is put in order at shutdown.
 //!
-//! One task, one thing at a time, under `flush_lock`. No space means waiting and trying again, with everything still in
-//! the WAL and in memory; any other failed write, and any failed sync, poisons the shard: after it the kernel may have
-//! dropped the bytes, so trying again would prove nothing.
+//! One task, under `flush_lock`; one run at a time, and several of different groups when a ring fills faster than that.
+//! No space means waiting and trying again, with everything still in the WAL and in memory; any other failed write, and
+//! any failed sync, poisons the shard: after it the kernel may have dropped the bytes, so trying again would prove nothing.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use flumen_io::{BLOCK_BYTES, FileSystem, Mode};
 use flumen_protocol::record_batch;
+use futures_util::stream::{self, StreamExt};
 
 use crate::data_dir::replace_file;
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
@@ -26,6 +27,10 @@ use crate::types::{LANES, Lane, LogPoisoned, Lsn, ShutdownError};
 use crate::wal::sync_os_lane;
 use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, RecordHeader};
 use crate::walk::{Step, Walk};
+
+/// Partitions that hold eviction up and are seen to before a WAL file is emptied. Emptying one takes some ten runs, and
+/// what it moves is of one lane: without this a quiet partition of the other lane could hold up everybody's eviction.
+const EVICTIONS_PER_TURN: usize = 16;
 
 /// One write takes about this much of one partition.
 const FLUSH_MAX_BYTES: u64 = 1 << 20;
@@ -466,6 +471,13 @@ async fn back_off(shard: &Rc<Shard>, pause_ms: &mut u64) {
     }
 }
 
+/// Whether there is another run to make of a group right after one.
+fn flush_again(shard: &Shard, group: &Group) -> bool {
+    let bytes = group.unflushed_bytes();
+    let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
+    group.may_flush() && !group.deleted.get() && (bytes >= FLUSH_RUN_BYTES || (pressed && bytes > 0))
+}
+
 /// The flusher task.
 pub(crate) async fn run(shard: Rc<Shard>) {
     let mut pause_ms = NO_SPACE_PAUSE_MS.0;
@@ -475,6 +487,21 @@ pub(crate) async fn run(shard: Rc<Shard>) {
             let _alone = shard.flush_lock.lock().await;
             if shard.closing.get() {
                 return;
+            }
+            for _ in 0..EVICTIONS_PER_TURN {
+                // Writing a run evicts, and that names the next.
+                let Some(group) = shard.evicts_next.take() else { break };
+                worked = true;
+                match flush_run(&shard, &group).await {
+                    Ok(true) => {}
+                    // Not committed yet: its commit comes back to it.
+                    Ok(false) => break,
+                    Err(FlushError::NoSpace) => {
+                        back_off(&shard, &mut pause_ms).await;
+                        break;
+                    }
+                    Err(FlushError::Poisoned) => return,
+                }
             }
             for lane in LANES {
                 if shard.wal(lane).wants_retirement() {
@@ -486,26 +513,24 @@ pub(crate) async fn run(shard: Rc<Shard>) {
                     }
                 }
             }
-            let next = shard.flush_queue.borrow_mut().pop_front();
-            if let Some(group) = next {
+            let width = LANES.iter().map(|lane| shard.wal(*lane).runs_in_flight()).max().unwrap_or(1);
+            let next: Vec<Rc<Group>> = {
+                let mut queue = shard.flush_queue.borrow_mut();
+                let count = width.min(queue.len());
+                queue.drain(..count).collect()
+            };
+            // Each group stands in the queue once, so no two runs are of one group.
+            let flushes = next.iter().map(|group| {
                 group.queued.set(false);
+                flush_run(&shard, group)
+            });
+            let outcomes = futures_util::future::join_all(flushes).await;
+            for (group, outcome) in next.into_iter().zip(outcomes) {
                 worked = true;
-                match flush_run(&shard, &group).await {
+                match outcome {
                     Ok(_) => {
                         pause_ms = NO_SPACE_PAUSE_MS.0;
-                        let (bytes, committed) = {
-                            let inner = group.inner.borrow();
-                            let first = inner.tail.first_unflushed();
-                            (
-                                inner.tail.unflushed_bytes(),
-                                first.is_some_and(|entry| inner.is_committed(entry)),
-                            )
-                        };
-                        let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
-                        if committed
-                            && !group.deleted.get()
-                            && (bytes >= FLUSH_RUN_BYTES || (pressed && bytes > 0))
-                        {
+                        if flush_again(&shard, &group) {
                             shard.queue_flush(&group);
                         }
                     }
@@ -541,14 +566,24 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             .find(|entry| entry.lane == lane && entry.file_seq <= file_seq)
             .map(|entry| inner.is_committed(entry))
     };
-    for group in &groups {
-        while in_file(group) == Some(true) {
-            if !flush_run(shard, group).await? {
-                break;
+    let mut runs = stream::iter(&groups)
+        .map(|group| async move {
+            while in_file(group) == Some(true) {
+                if !flush_run(shard, group).await? {
+                    break;
+                }
+                tokio::task::yield_now().await;
             }
-            tokio::task::yield_now().await;
-        }
+            Ok(())
+        })
+        .buffer_unordered(wal.runs_in_flight());
+    // All of them to their end: a run that is dropped half way would leave its group marked as flushing.
+    let mut outcome = Ok(());
+    while let Some(result) = runs.next().await {
+        outcome = outcome.and(result);
     }
+    drop(runs);
+    outcome?;
     let mut moved = [0; LANES.len()];
     // What is replaced by entries in the other lane is left behind here, so those must be there first.
     for group in groups.iter().filter(|group| !group.deleted.get()) {
@@ -701,7 +736,6 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
 }
 
 async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<PathBuf>) -> io::Result<()> {
-    use futures_util::stream::{self, StreamExt};
     let mut syncs = stream::iter(files)
         .map(|(group, base)| async move {
             let file = match shard.file(&group, base) {

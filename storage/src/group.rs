@@ -243,6 +243,12 @@ impl Group {
         self.inner.borrow().tail.unflushed_bytes()
     }
 
+    /// Whether there is a committed entry that could go to a segment.
+    pub fn may_flush(&self) -> bool {
+        let inner = self.inner.borrow();
+        inner.tail.first_unflushed().is_some_and(|entry| inner.is_committed(entry))
+    }
+
     pub fn evict_one(&self) -> Option<usize> {
         self.inner.borrow_mut().tail.evict()
     }

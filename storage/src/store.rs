@@ -101,6 +101,9 @@ struct Trash {
     of: Option<Rc<Group>>,
 }
 
+/// Batches of partitions that cannot commit, which one eviction looks at before it leaves the rest to the next.
+const PASSED_OVER_MAX: usize = 64;
+
 pub(crate) struct Shard {
     pub config: StoreConfig,
     pub root: PathBuf,
@@ -123,6 +126,8 @@ pub(crate) struct Shard {
     pub flush_queue: RefCell<VecDeque<Rc<Group>>>,
     pub flush_wake: Notify,
     /// Held over each piece of flushing; shutdown takes it to be alone.
+    /// Whose oldest batch stands in the way of eviction; goes to its segment before anything else does.
+    pub evicts_next: RefCell<Option<Rc<Group>>>,
     pub flush_lock: tokio::sync::Mutex<()>,
     open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
@@ -285,18 +290,29 @@ impl Shard {
             return;
         }
         let mut order = self.cache_order.borrow_mut();
+        let mut passed_over = 0;
         while self.cache_bytes.get() > budget {
             let Some((id, bytes)) = order.pop_front() else { return };
             let Some(group) = self.group(id) else { continue };
             match group.evict_one() {
                 Some(freed) => self.cache_bytes.set(self.cache_bytes.get().saturating_sub(freed as u64)),
-                None if group.unflushed_bytes() > 0 => {
+                None if group.unflushed_bytes() == 0 => {}
+                None if group.may_flush() => {
                     // Its oldest is not in a segment yet: it goes as soon as it is, out of turn.
                     order.push_front((id, bytes));
-                    self.queue_flush(&group);
+                    *self.evicts_next.borrow_mut() = Some(group);
+                    self.flush_wake.notify_one();
                     return;
                 }
-                None => {}
+                None if passed_over < PASSED_OVER_MAX => {
+                    // Nothing of it is committed, and that may take long; others need not wait for it.
+                    order.push_back((id, bytes));
+                    passed_over += 1;
+                }
+                None => {
+                    order.push_back((id, bytes));
+                    return;
+                }
             }
         }
     }
@@ -500,6 +516,7 @@ impl ShardStore {
             unflushed_bytes: Cell::new(0),
             flush_queue: RefCell::default(),
             flush_wake: Notify::new(),
+            evicts_next: RefCell::default(),
             flush_lock: tokio::sync::Mutex::new(()),
             open_files: RefCell::default(),
             read_ahead: RefCell::default(),

@@ -55,6 +55,9 @@ const COMMIT_INTERVAL: Duration = Duration::from_micros(400);
 /// longer a restart after a crash reads.
 const FILES_KEPT: u64 = 3;
 
+/// Runs of 256 KiB to 1 MiB that keep a fast disk busy.
+const PRESSED_RUNS_IN_FLIGHT: usize = 8;
+
 /// Pause between tries to get space for a WAL file.
 const NO_SPACE_PAUSE: Duration = Duration::from_millis(200);
 
@@ -357,6 +360,12 @@ impl Wal {
     }
 
     /// The ring is so full that its oldest file should be emptied.
+    /// Runs that go to segments at the same time. One, as more of them would stand between a commit and the disk; but a
+    /// ring that grows beyond what is kept anyway shows that one is not enough.
+    pub fn runs_in_flight(&self) -> usize {
+        if self.files_in_use() > FILES_KEPT + 1 { PRESSED_RUNS_IN_FLIGHT } else { 1 }
+    }
+
     pub fn wants_retirement(&self) -> bool {
         self.files_in_use() >= FILES_KEPT.min(self.files_max - 1)
     }
