@@ -453,7 +453,8 @@ pub(crate) fn position_of(file: &flumen_io::File, base: i64, bytes: u64, offset:
         position += walk.at() as u64;
         at = walk.offset();
         if walk.at() == 0 {
-            if got < want || need <= piece.len() {
+            // What a header claims is not believed beyond the end.
+            if got < want || need <= piece.len() || need as u64 > bytes - position {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             piece.resize(need, 0);

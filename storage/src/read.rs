@@ -220,7 +220,8 @@ async fn scan(
                 }
                 Step::End => break,
                 Step::Short(bytes) if walk.at() == 0 => {
-                    if piece.len() < len || bytes <= len {
+                    // One that claims to reach over the end would be read again for ever.
+                    if piece.len() < len || bytes <= len || bytes as u64 > place.bytes - position {
                         return Err(damaged_at(group, place, format!("ends inside of offset {offset}")));
                     }
                     want = bytes;
