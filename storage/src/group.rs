@@ -5,7 +5,8 @@
 //!
 //! Invariants:
 //! - `flushed_end <= high_watermark` except right after recovery: only committed entries leave the WAL.
-//! - Segments hold offsets `[segments[0].base, flushed_end)` without gaps; the tail continues there.
+//! - Segments hold offsets `[segments[0].base, flushed_end)` without gaps, but for what compaction has taken out of those
+//!   that it wrote; the tail continues there, and only a segment that compaction has not written is appended to.
 //! - An entry at an index that exists replaces it and everything after it.
 
 use std::cell::{Cell, OnceCell, Ref, RefCell, RefMut};
@@ -21,6 +22,7 @@ use crate::leader_epochs::LeaderEpochs;
 use crate::producer_state::ProducerState;
 use crate::ring::Class;
 use crate::segment_index::IndexEntry;
+use crate::segment_name::{Compacted, SegmentName};
 use crate::store::{Shard, add};
 use crate::tail::{Tail, TailEntry};
 use crate::types::{
@@ -49,6 +51,8 @@ const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
     pub base: i64,
+    /// Written by compaction: it has holes, and nothing is added to it.
+    pub compacted: Option<Compacted>,
     pub bytes: u64,
     /// Unknown after a start until somebody asks.
     pub max_timestamp: Option<i64>,
@@ -60,7 +64,23 @@ pub(crate) struct Segment {
 
 impl Segment {
     pub fn new(base: i64, bytes: u64) -> Self {
-        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None, reserved: 0 }
+        Self::of(SegmentName::plain(base), bytes)
+    }
+
+    pub fn of(name: SegmentName, bytes: u64) -> Self {
+        Self {
+            base: name.base,
+            compacted: name.compacted,
+            bytes,
+            max_timestamp: None,
+            first_timestamp: None,
+            index: None,
+            reserved: 0,
+        }
+    }
+
+    pub fn name(&self) -> SegmentName {
+        SegmentName { base: self.base, compacted: self.compacted }
     }
 }
 
@@ -78,6 +98,11 @@ pub(crate) struct Inner {
     pub flushed_index: u64,
     pub flushed_term: u64,
     pub flushed_end: i64,
+    /// Segments that begin below this are whole in a group state that is safe: no recovery adds to them or cuts them, so
+    /// compaction may replace them.
+    pub counted_base: i64,
+    /// Compaction has compared everything below it; `None` until its file is read.
+    pub clean_offset: Option<i64>,
     /// Segments written and not synced.
     pub dirty: Vec<i64>,
     pub dir_dirty: bool,
@@ -150,6 +175,8 @@ impl Group {
                 flushed_index: 0,
                 flushed_term: 0,
                 flushed_end: 0,
+                counted_base: 0,
+                clean_offset: None,
                 dirty: Vec::new(),
                 dir_dirty: false,
                 cut_by: None,
@@ -202,8 +229,9 @@ impl Group {
             inner.epochs = restored.epochs;
             inner.snapshot_offset = restored.snapshot_offset;
             inner.recovered_tail = restored.above_commit;
+            inner.counted_base = restored.segments.last().map_or(0, |(name, _)| name.base);
             inner.segments =
-                restored.segments.iter().map(|(base, bytes)| Segment::new(*base, *bytes)).collect();
+                restored.segments.iter().map(|(name, bytes)| Segment::of(*name, *bytes)).collect();
             for entry in restored.warm {
                 shard.cache_push(group.id, entry.bytes.len());
                 inner.tail.push_flushed(entry);
@@ -229,6 +257,14 @@ impl Group {
 
     pub fn index_path(&self, base: i64) -> PathBuf {
         self.dir.join(format!("{base:020}.idx"))
+    }
+
+    pub fn segment_path(&self, name: SegmentName) -> PathBuf {
+        self.dir.join(name.log_file())
+    }
+
+    pub fn segment_index_path(&self, name: SegmentName) -> PathBuf {
+        self.dir.join(name.index_file())
     }
 
     pub fn segment_bases(&self) -> Vec<i64> {
