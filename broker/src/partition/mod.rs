@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 
 use flumen_metadata::TopicConfig;
 use flumen_raft::{Group, GroupStart};
-use flumen_storage::{GroupLog, Payload};
+use flumen_storage::{CompactError, CompactionConfig, GroupLog, Payload};
 
 pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt};
@@ -184,6 +184,25 @@ impl Partition {
         self.publish_gauges();
     }
 
+    /// Compacts the log if its topic is compacted and it is due; takes as long as that takes. Nothing that an export has
+    /// not settled goes.
+    pub async fn compact(&self, now_ms: i64) {
+        if self.damage().is_some() || !self.config.borrow().compacts() {
+            return;
+        }
+        let hold = self.hold_offset.get().min(self.high_watermark());
+        match self.log.compact(now_ms, hold).await {
+            Ok(done) if done.passes > 0 => {
+                tracing::info!(topic = %self.topic, partition = self.index, ?done, "compacted");
+            }
+            Ok(_) | Err(CompactError::Interrupted) => {}
+            Err(error) => {
+                tracing::warn!(topic = %self.topic, partition = self.index, %error, "compaction ended early; it is tried again");
+            }
+        }
+        self.publish_gauges();
+    }
+
     pub fn expire_producers(&self, now_ms: i64, expiration_ms: i64) {
         self.log.producers().expire(now_ms, expiration_ms);
     }
@@ -278,8 +297,20 @@ pub fn group_config(config: &TopicConfig) -> flumen_storage::GroupConfig {
             flumen_metadata::Durability::Os => flumen_storage::Durability::Os,
         },
         segment_bytes: u64::try_from(config.segment_bytes).unwrap_or(1 << 30),
-        segment_ms: config.segment_ms,
+        // What is written to is not compacted, so it may not be written to for longer than compaction may wait.
+        segment_ms: if config.compacts() {
+            config.segment_ms.min(config.max_compaction_lag_ms)
+        } else {
+            config.segment_ms
+        },
         retention_bytes: config.retention_bytes,
         retention_ms: config.retention_ms,
+        compaction: config.compacts().then(|| CompactionConfig {
+            // Checked to be from 0 to 1.
+            min_dirty_permille: (config.min_cleanable_dirty_ratio * 1000.0).round() as u32,
+            min_lag_ms: config.min_compaction_lag_ms,
+            max_lag_ms: config.max_compaction_lag_ms,
+            delete_retention_ms: config.delete_retention_ms,
+        }),
     }
 }
