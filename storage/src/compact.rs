@@ -80,9 +80,7 @@ struct Piece {
 
 impl Piece {
     fn batches(&self) -> impl Iterator<Item = (&BatchHeader, Bytes)> + '_ {
-        self.batches
-            .iter()
-            .map(|(header, at)| (header, self.bytes.slice(*at..at + header.total_bytes())))
+        self.batches.iter().map(|(header, at)| (header, self.bytes.slice(*at..at + header.total_bytes())))
     }
 
     /// What is rewritten gets a checksum of its own, so nothing may be wrong with it before.
@@ -263,7 +261,12 @@ impl Pass {
     }
 
     /// Up to where the log is to be compacted now.
-    async fn due(&self, config: &CompactionConfig, now_ms: i64, hold: i64) -> Result<Option<i64>, CompactError> {
+    async fn due(
+        &self,
+        config: &CompactionConfig,
+        now_ms: i64,
+        hold: i64,
+    ) -> Result<Option<i64>, CompactError> {
         let clean = self.clean_offset().await?;
         if config.min_lag_ms > 0 || config.max_lag_ms < i64::MAX {
             for (segment, place) in self.closed() {
@@ -283,7 +286,8 @@ impl Pass {
     /// Reads the log from the clean offset up to `upper`, or as far as there is room for its keys.
     async fn scan(&self, clean: i64, upper: i64, keys_max: usize) -> Result<Scan, CompactError> {
         let mut scan = Scan::new(self.shard.files.random_id(), clean, keys_max);
-        let dirty = self.closed().into_iter().filter(|(segment, _)| segment.end > clean && segment.end <= upper);
+        let dirty =
+            self.closed().into_iter().filter(|(segment, _)| segment.end > clean && segment.end <= upper);
         for (_, place) in dirty {
             let mut reader = Reader::open(self, place)?;
             while let Some(piece) = reader.next(self).await? {
@@ -311,7 +315,8 @@ impl Pass {
         let path = self.group.dir.join(format!("{base:020}{UNFINISHED}"));
         let (files, at) = (self.shard.files.clone(), path.clone());
         let opened = self.away(move || {
-            let file = files.open(&at, Mode { write: true, create: true, direct: true, ..Mode::default() })?;
+            let file =
+                files.open(&at, Mode { write: true, create: true, direct: true, ..Mode::default() })?;
             // A pass that ended early may have left one.
             file.set_len(0).map(|()| file)
         });
@@ -331,17 +336,23 @@ impl Pass {
     }
 
     /// Rewrites one segment behind what `output` has.
-    async fn rewrite(&self, place: Place, mut filter: Filter, output: &mut Output) -> Result<Filter, CompactError> {
+    async fn rewrite(
+        &self,
+        place: Place,
+        mut filter: Filter,
+        output: &mut Output,
+    ) -> Result<Filter, CompactError> {
         let mut reader = Reader::open(self, place)?;
         while let Some(piece) = reader.next(self).await? {
             let (back, decided) = self
                 .away(move || {
                     let decided = piece.check().map(|()| {
-                        let fate = |(header, batch): (&BatchHeader, Bytes)| match filter.decide(header, &batch) {
-                            Fate::Goes => (*header, None, true),
-                            Fate::Stays => (*header, Some(batch), false),
-                            Fate::Replaced(new) => (*header, Some(new), true),
-                        };
+                        let fate =
+                            |(header, batch): (&BatchHeader, Bytes)| match filter.decide(header, &batch) {
+                                Fate::Goes => (*header, None, true),
+                                Fate::Stays => (*header, Some(batch), false),
+                                Fate::Replaced(new) => (*header, Some(new), true),
+                            };
                         piece.batches().map(fate).collect::<Vec<_>>()
                     });
                     (filter, decided)
@@ -416,7 +427,8 @@ impl Pass {
             && !self.group.deleted.get()
         {
             // Nobody knows which name is on the disk, so nothing may be removed for it.
-            self.shard.poison(&format!("syncing the name of {}: {error}", self.group.segment_path(name).display()));
+            self.shard
+                .poison(&format!("syncing the name of {}: {error}", self.group.segment_path(name).display()));
             return self.not_poisoned().map(|()| false);
         }
         let mut inner = self.group.inner.borrow_mut();
@@ -443,6 +455,7 @@ impl Pass {
         let mut ahead = self.shard.read_ahead.borrow_mut();
         ahead.retain(|slot| slot.group != self.group.id || !gone(slot.segment));
         drop(ahead);
+        self.shard.uncache(&self.group, last.end);
         for (_, place) in sources {
             self.throw_away(place.name);
         }
@@ -557,8 +570,7 @@ impl GroupLog {
         }
         let counters = &self.shard.counters;
         let before = (counters.compaction_read.get(), counters.compaction_written.get());
-        let rules =
-            Rules { upper: target, now_ms, delete_retention_ms: config.delete_retention_ms };
+        let rules = Rules { upper: target, now_ms, delete_retention_ms: config.delete_retention_ms };
         while outcome.passes < PASSES_MAX {
             let Some(clean) = pass.run((target, keys_max), rules, &mut outcome).await? else { break };
             outcome.passes += 1;

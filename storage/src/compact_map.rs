@@ -75,7 +75,10 @@ mod tests {
         }
         map.put(key(3), 5);
         assert_eq!(map.len(), 1000);
-        assert_eq!((map.get(key(0)), map.get(key(3)), map.get(key(1000))), (Some(99_000), Some(99_003), None));
+        assert_eq!(
+            (map.get(key(0)), map.get(key(3)), map.get(key(1000))),
+            (Some(99_000), Some(99_003), None)
+        );
         assert_ne!(KeyHash::of(1, b"a"), KeyHash::of(2, b"a"));
         assert_ne!(KeyHash::of(1, b""), KeyHash::of(1, b"\0"));
     }

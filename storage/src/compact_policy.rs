@@ -69,8 +69,12 @@ mod tests {
             .collect()
     }
 
-    const CONFIG: CompactionConfig =
-        CompactionConfig { min_dirty_permille: 500, min_lag_ms: 0, max_lag_ms: i64::MAX, delete_retention_ms: 0 };
+    const CONFIG: CompactionConfig = CompactionConfig {
+        min_dirty_permille: 500,
+        min_lag_ms: 0,
+        max_lag_ms: i64::MAX,
+        delete_retention_ms: 0,
+    };
 
     #[test]
     fn by_share_age_and_limit() {

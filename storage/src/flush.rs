@@ -741,6 +741,7 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     shard.wake_flusher();
     let last = shard.next_lsn.get() - 1;
     for lane in LANES {
+        shard.wal(lane).wake_writer();
         if let Some(lsn) = shard.wal(lane).newest_pending() {
             shard.wait_durable(lane, lsn).await?;
         }

@@ -26,8 +26,8 @@ use crate::segment_name::{Compacted, SegmentName};
 use crate::store::{Shard, add};
 use crate::tail::{Tail, TailEntry};
 use crate::types::{
-    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup,
-    StageError,
+    AdvanceError, Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, LogPoisoned, Lsn,
+    Payload, RecoveredGroup, StageError,
 };
 use crate::wal::Wal;
 use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
@@ -279,6 +279,13 @@ impl Group {
         self.inner.borrow_mut().tail.evict()
     }
 
+    /// As `evict_one`, but only what ends at `offset` or before.
+    pub fn evict_below(&self, offset: i64) -> Option<usize> {
+        let mut inner = self.inner.borrow_mut();
+        inner.tail.iter().next().filter(|oldest| oldest.next_offset <= offset)?;
+        inner.tail.evict()
+    }
+
     /// Its records are in `file_seq` of `wal`: that file may not go before this group is seen to.
     pub fn touch(&self, wal: &Wal, file_seq: u64) {
         self.inner.borrow_mut().touch(self.id, wal, file_seq);
@@ -424,6 +431,8 @@ impl GroupLog {
             self.truncate(inner, index, offset);
         }
         let wal = self.enter_lane(inner, lane);
+        let votes = hard_state
+            .is_some_and(|new| (new.term, new.vote) != (inner.hard_state.term, inner.hard_state.vote));
         let mut lsn = inner.last_lsn;
         for entry in entries {
             let (kind, bytes) = match &entry.payload {
@@ -493,7 +502,12 @@ impl GroupLog {
         if inner.cut_by.is_some_and(|(_, by)| by == Lsn::MAX) {
             inner.cut_by = Some((lane, lsn));
         }
-        wal.wake_writer();
+        // Nobody waits for it, so it waits for more.
+        if inner.config.durability == Durability::Memory && lane == Lane::Os && !votes {
+            wal.wake_writer_later();
+        } else {
+            wal.wake_writer();
+        }
         Ok((lane, lsn))
     }
 
@@ -772,6 +786,16 @@ impl GroupLog {
         let mut inner = self.group.inner.borrow_mut();
         inner.meta_dirty = true;
         inner.config = config;
+    }
+
+    /// Waits until no loss of power takes back what was staged so far.
+    pub async fn force(&self) -> Result<(), LogPoisoned> {
+        let (lane, lsn) = {
+            let inner = self.inner();
+            (inner.lane, inner.last_lsn)
+        };
+        self.shard.wal(lane).wake_writer();
+        self.shard.wait_safe(lane, lsn).await
     }
 
     /// The producers of this partition. Not to be held over `stage`.

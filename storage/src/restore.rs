@@ -332,7 +332,9 @@ impl Appender<'_> {
     fn append(&mut self, entry: &LogEntry, last: &mut (u32, u64)) -> Result<(), RestoreError> {
         let size = entry.payload.len() as u64;
         let at = self.segments.last().map_or(u64::MAX, |(_, bytes)| bytes + self.pending.len() as u64);
-        let roll = self.segments.is_empty() || std::mem::take(&mut self.closed) || (at > 0 && at.saturating_add(size) > ROLL_BYTES);
+        let roll = self.segments.is_empty()
+            || std::mem::take(&mut self.closed)
+            || (at > 0 && at.saturating_add(size) > ROLL_BYTES);
         if roll {
             self.finish_index(entry.offset, last.0, last.1)?;
             self.segments.push((entry.offset, 0));
@@ -442,8 +444,14 @@ pub(crate) fn restore(
         }
     }
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
-    let (producers, snapshot_from) =
-        restore_producers(files, dir, (&on_disk, &segments), state.flushed_end, &entries, (log_end, &state.epochs))?;
+    let (producers, snapshot_from) = restore_producers(
+        files,
+        dir,
+        (&on_disk, &segments),
+        state.flushed_end,
+        &entries,
+        (log_end, &state.epochs),
+    )?;
     let mut written = Vec::new();
     let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
     let mut appender = Appender {

@@ -129,11 +129,8 @@ impl GroupLog {
                 break;
             }
             let segment = &inner.segments[at];
-            let newest = if retention_ms >= 0 {
-                newest_ms(&self.shard, &self.group, segment)
-            } else {
-                i64::MAX
-            };
+            let newest =
+                if retention_ms >= 0 { newest_ms(&self.shard, &self.group, segment) } else { i64::MAX };
             candidates.push(Candidate {
                 end: inner.segment_end(at),
                 bytes: segment.bytes,

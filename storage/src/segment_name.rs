@@ -105,8 +105,13 @@ mod tests {
             assert_eq!(SegmentName::parse(&name.log_file()), Some(name));
         }
         assert_eq!(SegmentName::plain(5).log_file(), "00000000000000000005.log");
-        assert_eq!(compacted(5, 9, 2).index_file(), "00000000000000000005.00000000000000000009.2.deadbeef.idx");
-        for no in ["5.idx", "x.log", "-5.log", "5.5.1.0.log", "5.9.1.log", "5.9.x.0.log", "5.9.1.0.0.log", ".log"] {
+        assert_eq!(
+            compacted(5, 9, 2).index_file(),
+            "00000000000000000005.00000000000000000009.2.deadbeef.idx"
+        );
+        for no in
+            ["5.idx", "x.log", "-5.log", "5.5.1.0.log", "5.9.1.log", "5.9.x.0.log", "5.9.1.0.0.log", ".log"]
+        {
             assert_eq!(SegmentName::parse(no), None, "{no}");
         }
     }

@@ -306,6 +306,22 @@ impl Shard {
         }
     }
 
+    /// Drops what is cached of a partition below `offset`, in segments as it is: compaction has taken some of it out.
+    pub fn uncache(&self, group: &Group, offset: i64) {
+        let (mut count, mut bytes) = (0usize, 0u64);
+        while let Some(freed) = group.evict_below(offset) {
+            count += 1;
+            bytes += freed as u64;
+        }
+        self.cache_bytes.set(self.cache_bytes.get().saturating_sub(bytes));
+        // All of the queue, but only once per segment that compaction writes.
+        self.cache_order.borrow_mut().retain(|(id, _)| {
+            let gone = *id == group.id && count > 0;
+            count -= usize::from(gone);
+            !gone
+        });
+    }
+
     /// A segment, opened past the page cache: what is read and written goes through `Disk`.
     pub fn file(&self, group: &Group, base: i64) -> io::Result<File> {
         self.segment_file(group, SegmentName::plain(base))
@@ -346,7 +362,11 @@ impl Shard {
     /// An append takes it and, if it succeeded, leaves it. One that is not there costs the append a read.
     pub fn take_last_block(&self, group: GroupId, base: i64) -> LastBlock {
         let mut cache = self.open_files.borrow_mut();
-        cache.files.get_mut(&(group, SegmentName::plain(base))).and_then(|open| open.last_block.take()).unwrap_or_default()
+        cache
+            .files
+            .get_mut(&(group, SegmentName::plain(base)))
+            .and_then(|open| open.last_block.take())
+            .unwrap_or_default()
     }
 
     pub fn leave_last_block(&self, group: GroupId, base: i64, last: LastBlock) {

@@ -63,13 +63,15 @@ pub enum Durability {
     Durable,
     /// After the kernel took it: survives a killed process, not a loss of power.
     Os,
+    /// At once: what the process has in memory dies with it. The log stays in order: only an end of it is lost.
+    Memory,
 }
 
 impl Durability {
     pub fn lane(self) -> Lane {
         match self {
             Self::Durable => Lane::Durable,
-            Self::Os => Lane::Os,
+            Self::Os | Self::Memory => Lane::Os,
         }
     }
 }

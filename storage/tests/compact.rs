@@ -41,7 +41,12 @@ impl Model {
         self.newest().into_iter().filter_map(|(key, (_, value))| Some((key, value?))).collect()
     }
 
-    fn batch(&mut self, records: &[(Key, Option<Vec<u8>>)], producer: i64, codec: Compression) -> BatchBuilder {
+    fn batch(
+        &mut self,
+        records: &[(Key, Option<Vec<u8>>)],
+        producer: i64,
+        codec: Compression,
+    ) -> BatchBuilder {
         let mut builder = BatchBuilder::new();
         builder.leader_epoch(1).compression(codec);
         for (key, value) in records {
@@ -98,7 +103,9 @@ async fn read_all(log: &GroupLog, max_bytes: usize) -> Found {
         for piece in pieces {
             for batch in record_batch::batches(&piece) {
                 let (header, bytes) = batch.unwrap();
-                assert!(record_batch::crc_ok(bytes) && header.next_offset() > at && header.next_offset() <= end);
+                assert!(
+                    record_batch::crc_ok(bytes) && header.next_offset() > at && header.next_offset() <= end
+                );
                 for record in buf.decode(bytes, 1 << 24).unwrap() {
                     let record = record.unwrap();
                     assert_eq!(record.timestamp, 1_000 + record.offset, "timestamps stay");
@@ -126,7 +133,10 @@ fn check(found: &Found, model: &Model, clean: i64) {
     let below = |offset: i64| offset < clean;
     let mut seen = BTreeSet::new();
     for (offset, (key, _)) in found.records.iter().rev().filter(|(offset, _)| below(**offset)) {
-        assert!(seen.insert(key.clone()), "key {key:?} has more than one record below {clean}, as at {offset}");
+        assert!(
+            seen.insert(key.clone()),
+            "key {key:?} has more than one record below {clean}, as at {offset}"
+        );
     }
 }
 
@@ -193,8 +203,11 @@ fn written() -> impl Strategy<Value = Written> {
         1 => Just(Compression::Zstd),
         1 => Just(Compression::Snappy)
     ];
-    (prop::collection::vec(record, 1..8), -3i64..3, codec)
-        .prop_map(|(records, producer, codec)| Written { records, producer, codec })
+    (prop::collection::vec(record, 1..8), -3i64..3, codec).prop_map(|(records, producer, codec)| Written {
+        records,
+        producer,
+        codec,
+    })
 }
 
 fn keyed(records: &[(u8, Option<u8>)]) -> Vec<(Key, Option<Vec<u8>>)> {
@@ -339,6 +352,34 @@ fn a_busy_log_is_compacted_under_its_readers() {
 }
 
 #[test]
+fn what_is_compacted_leaves_the_memory_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, _) = recover(dir.path());
+    let mut model = Model::default();
+    on_shard(async {
+        let config = StoreConfig { cache_bytes: 64 << 20, ..small() };
+        let store = ShardStore::open(&data, config).await.unwrap();
+        let log = store.create(1, "t-0", compacting(300_000)).unwrap();
+        for round in 0..30 {
+            let builder = fill(&mut model, 50, round, 2000);
+            append(&store, &log, &mut model, &builder).await;
+        }
+        while log.flushed_offset() < 1000 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        let before = store.stats().cache_bytes;
+        assert!(log.read_cached(0, 1_500, 1).is_some());
+        let clean = log.compact(5_000, EVERYTHING).await.unwrap().clean_offset;
+        assert!(log.read_cached(0, 1_500, 1).is_none());
+        assert!(log.read_cached(clean, 1_500, 1).is_some());
+        assert!(store.stats().cache_bytes <= before - 2000 * (clean as u64 - 100));
+        let found = read_all(&log, 1 << 20).await;
+        check(&found, &model, clean);
+        assert!(found.records.len() < 1_500 - clean as usize + 51);
+    });
+}
+
+#[test]
 fn tombstones_stay_for_their_time() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = compacting(1_000);
@@ -373,7 +414,8 @@ fn tombstones_stay_for_their_time() {
             let tombstone = found.records.values().any(|(key, value)| *key == gone && value.is_none());
             assert_eq!(tombstone, kept, "at {now_ms}");
             assert!(found.records.values().all(|(key, value)| *key != gone || value.is_none()));
-            let horizons: Vec<i64> = found.headers.iter().filter_map(BatchHeader::delete_horizon_ms).collect();
+            let horizons: Vec<i64> =
+                found.headers.iter().filter_map(BatchHeader::delete_horizon_ms).collect();
             assert_eq!(horizons.first().copied(), horizon);
             // Something new, so that there is a next pass.
             for k in 0..2 {
@@ -496,7 +538,9 @@ fn a_crash_leaves_the_old_or_the_new() {
         (dir, found)
     };
     let mut crash_points = 0;
-    for (seed, crash) in [(1, Crash::PowerLoss), (2, Crash::Kill), (3, Crash::PowerLoss), (4, Crash::PowerLoss)] {
+    for (seed, crash) in
+        [(1, Crash::PowerLoss), (2, Crash::Kill), (3, Crash::PowerLoss), (4, Crash::PowerLoss)]
+    {
         let mut step = 0;
         loop {
             let machine = Machine::new(seed * 10_007 + step, settings.clone());
@@ -552,8 +596,13 @@ fn a_crash_leaves_the_old_or_the_new() {
             drop(dir);
             let (_, found) = open(&machine);
             assert!(found[0].health.is_ok());
-            let names: Vec<String> =
-                machine.file_system().list(&path.join("log/t-0")).unwrap().into_iter().map(|e| e.name).collect();
+            let names: Vec<String> = machine
+                .file_system()
+                .list(&path.join("log/t-0"))
+                .unwrap()
+                .into_iter()
+                .map(|e| e.name)
+                .collect();
             assert!(names.iter().all(|name| !name.ends_with(".compacting")), "{names:?}");
             if ended {
                 break;

@@ -8,7 +8,9 @@ use std::time::Duration;
 use flumen_protocol::error_code::ErrorCode;
 use flumen_tests::flumen::Flumen;
 use flumen_tests::wire::Wire;
-use kafka_protocol::messages::offset_commit_request::{OffsetCommitRequestPartition, OffsetCommitRequestTopic};
+use kafka_protocol::messages::offset_commit_request::{
+    OffsetCommitRequestPartition, OffsetCommitRequestTopic,
+};
 use kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic;
 use kafka_protocol::messages::{OffsetCommitRequest, OffsetFetchRequest, TopicName};
 use kafka_protocol::protocol::StrBytes;
@@ -153,8 +155,7 @@ fn the_last_record_of_every_key_stays() {
     let dir = tempfile::tempdir().unwrap();
     let ports = (flumen_tests::process::free_port(), flumen_tests::process::free_port());
     let mut flumen = Flumen::start_at(dir.path(), ports.0, ports.1, &[], &["--shards", "1"]).unwrap();
-    let configs =
-        json!({ "cleanup.policy": "compact", "segment.bytes": "1048576", "min.cleanable.dirty.ratio": "0.2" });
+    let configs = json!({ "cleanup.policy": "compact", "segment.bytes": "1048576", "min.cleanable.dirty.ratio": "0.2" });
     flumen.create_topic("c", 1, &configs).unwrap();
     let acknowledged = Acknowledged::default();
     let client = producer(&flumen, &acknowledged);

@@ -19,7 +19,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 
-use flumen_metadata::TopicConfig;
+use flumen_metadata::{Durability, TopicConfig};
 use flumen_raft::{Group, GroupStart};
 use flumen_storage::{CompactError, CompactionConfig, GroupLog, Payload};
 
@@ -55,6 +55,10 @@ pub struct Partition {
     /// The highest raft output number known to be durable, collected before raft is told once.
     persisted_number: Cell<u64>,
     persisted_dirty: Cell<bool>,
+    /// The number of the raft output that was staged last.
+    staged_number: Cell<u64>,
+    /// Everything below this offset was forced to disk, at this time.
+    forced: Cell<(i64, i64)>,
     /// Retention never passes this offset: what an enabled export has not settled yet.
     hold_offset: Cell<i64>,
 }
@@ -121,6 +125,8 @@ impl Partition {
             }),
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),
+            staged_number: Cell::new(0),
+            forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
         });
         if partition.damage().is_none() {
@@ -245,8 +251,15 @@ impl Partition {
                         },
                     })
                     .collect();
+                let from_memory = self.acknowledges_from_memory(hard_state);
                 match self.log.stage(hard_state, &entries) {
+                    Ok(_) if from_memory => {
+                        self.staged_number.set(outputs.number);
+                        self.persisted_number.set(outputs.number);
+                        self.state.borrow_mut().raft.on_persisted(outputs.number);
+                    }
                     Ok((lane, lsn)) => {
+                        self.staged_number.set(outputs.number);
                         if let Some(shard) = self.shard.upgrade() {
                             shard.note_staged(lane, lsn, self.group_id, outputs.number);
                         }
@@ -280,6 +293,33 @@ impl Partition {
         }
     }
 
+    /// Whether what is staged next counts at once. Not a vote or a term, which must never be forgotten, and not before
+    /// what was staged earlier and has to wait.
+    fn acknowledges_from_memory(&self, hard_state: Option<flumen_storage::HardState>) -> bool {
+        let known = self.log.hard_state();
+        self.config.borrow().acknowledges() == Durability::Memory
+            && self.staged_number.get() == self.persisted_number.get()
+            && hard_state.is_none_or(|new| (new.term, new.vote) == (known.term, known.vote))
+    }
+
+    /// Forces the log to disk when flush.messages or flush.ms say so.
+    pub async fn keep_forced(&self, now_ms: i64) {
+        let (end, due) = {
+            let config = self.config.borrow();
+            let waits = config.acknowledges() == Durability::Durable
+                || (config.flush_ms == i64::MAX && config.flush_messages == i64::MAX);
+            let end = self.log_end_offset();
+            let (forced, at_ms) = self.forced.get();
+            let due =
+                end - forced >= config.flush_messages || now_ms.saturating_sub(at_ms) >= config.flush_ms;
+            (end, !waits && end > forced && due && self.damage().is_none())
+        };
+        // A log that cannot be forced stops the process elsewhere.
+        if due && self.log.force().await.is_ok() {
+            self.forced.set((end, now_ms));
+        }
+    }
+
     fn publish_gauges(&self) {
         self.gauges.damaged.store(i32::from(self.damage().is_some()), Ordering::Relaxed);
         self.gauges.leader_epoch.store(self.leader_epoch(), Ordering::Relaxed);
@@ -292,9 +332,10 @@ impl Partition {
 /// What the store needs to know of a topic's configuration.
 pub fn group_config(config: &TopicConfig) -> flumen_storage::GroupConfig {
     flumen_storage::GroupConfig {
-        durability: match config.durability {
+        durability: match config.acknowledges() {
             flumen_metadata::Durability::Durable => flumen_storage::Durability::Durable,
             flumen_metadata::Durability::Os => flumen_storage::Durability::Os,
+            flumen_metadata::Durability::Memory => flumen_storage::Durability::Memory,
         },
         segment_bytes: u64::try_from(config.segment_bytes).unwrap_or(1 << 30),
         // What is written to is not compacted, so it may not be written to for longer than compaction may wait.
