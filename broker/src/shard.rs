@@ -36,6 +36,7 @@ const RETENTION_PARTITIONS_PER_TURN: usize = 32;
 const COMPACTION_INTERVAL: Duration = Duration::from_secs(1);
 /// How often flush.ms and flush.messages are looked at; they ask for no more than "about".
 const FORCE_INTERVAL: Duration = Duration::from_millis(100);
+const FORCES_PER_LOOK: u32 = 10;
 /// Exit status when the log failed: an operator has to look at the disk (sysexits EX_IOERR).
 const EXIT_LOG_FAILED: i32 = 74;
 
@@ -249,12 +250,14 @@ impl Shard {
 
     async fn keep_forced(self: Rc<Self>) {
         while !self.is_stopping() {
-            tokio::time::sleep(FORCE_INTERVAL).await;
-            for (i, partition) in self.partitions().into_iter().enumerate() {
-                if i % RETENTION_PARTITIONS_PER_TURN == RETENTION_PARTITIONS_PER_TURN - 1 {
-                    tokio::task::yield_now().await;
+            // Who they are is looked up more rarely: with many partitions, asking all of them costs more than the rest.
+            let mut forced = self.partitions();
+            forced.retain(|partition| partition.is_forced());
+            for _ in 0..FORCES_PER_LOOK {
+                tokio::time::sleep(FORCE_INTERVAL).await;
+                for partition in &forced {
+                    partition.keep_forced(now_ms()).await;
                 }
-                partition.keep_forced(now_ms()).await;
             }
         }
     }

@@ -302,17 +302,21 @@ impl Partition {
             && hard_state.is_none_or(|new| (new.term, new.vote) == (known.term, known.vote))
     }
 
+    /// Whether flush.messages or flush.ms ask for more than the topic's durability does.
+    pub fn is_forced(&self) -> bool {
+        let config = self.config.borrow();
+        config.acknowledges() != Durability::Durable
+            && (config.flush_ms < i64::MAX || config.flush_messages < i64::MAX)
+    }
+
     /// Forces the log to disk when flush.messages or flush.ms say so.
     pub async fn keep_forced(&self, now_ms: i64) {
         let (end, due) = {
             let config = self.config.borrow();
-            let waits = config.acknowledges() == Durability::Durable
-                || (config.flush_ms == i64::MAX && config.flush_messages == i64::MAX);
             let end = self.log_end_offset();
             let (forced, at_ms) = self.forced.get();
-            let due =
-                end - forced >= config.flush_messages || now_ms.saturating_sub(at_ms) >= config.flush_ms;
-            (end, !waits && end > forced && due && self.damage().is_none())
+            let due = end - forced >= config.flush_messages || now_ms.saturating_sub(at_ms) >= config.flush_ms;
+            (end, end > forced && due && self.damage().is_none())
         };
         // A log that cannot be forced stops the process elsewhere.
         if due && self.log.force().await.is_ok() {
