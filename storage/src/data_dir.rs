@@ -11,7 +11,7 @@ use flumen_io::{File, FileSystem, Mode};
 use crate::store::is_no_space;
 use crate::types::{OpenError, RecoveredGroup};
 
-const FORMAT: &str = "flumen 1";
+pub(crate) const FORMAT: &str = "flumen 1";
 
 /// Held by the directory and by every shard opened on it.
 #[derive(Debug)]

@@ -15,9 +15,11 @@ mod compact_map;
 mod compact_policy;
 mod compact_scan;
 mod data_dir;
+mod dump;
 mod flush;
 mod group;
 mod group_state;
+mod inspect;
 mod leader_epochs;
 mod producer_state;
 mod read;
@@ -38,7 +40,9 @@ pub mod wal_format;
 mod walk;
 
 pub use data_dir::DataDir;
+pub use dump::DumpOptions;
 pub use group::GroupLog;
+pub use inspect::{Finding, Inspection, Severity, Summary};
 pub use producer_state::{
     BATCHES_KEPT, DEFAULT_EXPIRATION_MS, KeptBatch, MAX_PRODUCERS_PER_GROUP, ProducerError, ProducerState,
     SnapshotError, Verdict,

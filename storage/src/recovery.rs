@@ -28,9 +28,9 @@ use crate::wal_format::{
 /// Up to this many files are synced one by one.
 const SYNC_EACH_MAX: usize = 32;
 
-const MARKER: &str = "DAMAGED";
+pub(crate) const MARKER: &str = "DAMAGED";
 
-type Records = BTreeMap<GroupId, Vec<(Position, Action)>>;
+pub(crate) type Records = BTreeMap<GroupId, Vec<(Position, Action)>>;
 
 #[derive(Default)]
 struct Directory {
@@ -64,7 +64,7 @@ fn read_text(files: &FileSystem, path: &Path) -> io::Result<String> {
 }
 
 /// `<dir>.<group>.deleted`
-fn deleted_group(name: &str) -> Option<GroupId> {
+pub(crate) fn deleted_group(name: &str) -> Option<GroupId> {
     name.strip_suffix(".deleted")?.rsplit_once('.')?.1.parse().ok()
 }
 
@@ -85,7 +85,7 @@ fn parse_marker(text: &str) -> (Option<GroupId>, String) {
     }
 }
 
-fn read_wal_id(files: &FileSystem, path: &Path) -> Result<Option<u64>, OpenError> {
+pub(crate) fn read_wal_id(files: &FileSystem, path: &Path) -> Result<Option<u64>, OpenError> {
     match read_text(files, path) {
         Ok(text) => {
             let mut words = text.split_ascii_whitespace();
@@ -132,15 +132,18 @@ fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
     }
 }
 
-struct Ring {
+pub(crate) struct Ring {
     path: PathBuf,
     /// No commit of the former run is in it.
     empty: bool,
-    damage: Vec<(String, Suspects)>,
+    /// How many commits count, and whether something behind them was cut off.
+    pub commits: u64,
+    pub torn: bool,
+    pub damage: Vec<(String, Suspects)>,
 }
 
 /// Reads one lane of one shard into `out`.
-fn read_ring(
+pub(crate) fn read_ring(
     disk: &FileSystem,
     path: &Path,
     lane: Lane,
@@ -163,7 +166,13 @@ fn read_ring(
     let newest = found.iter().filter(|block| block.payload_ok).max_by_key(|block| block.header.sequence);
     let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id(disk));
     let judged = judge(&found, lane == Lane::Os && !same_boot);
-    let mut ring = Ring { path: path.to_owned(), empty: found.is_empty(), damage: Vec::new() };
+    let mut ring = Ring {
+        path: path.to_owned(),
+        empty: found.is_empty(),
+        commits: judged.live.len() as u64,
+        torn: judged.torn,
+        damage: Vec::new(),
+    };
     for (sequence, suspects) in judged.damage {
         ring.damage.push((format!("commit {sequence} in {} is damaged", path.display()), suspects));
     }
@@ -377,8 +386,28 @@ impl Work {
     }
 }
 
-fn is_clean(files: &FileSystem, ring: &Path, wal_id: u64) -> bool {
+pub(crate) fn is_clean(files: &FileSystem, ring: &Path, wal_id: u64) -> bool {
     read_text(files, &ring.join("CLEAN")).is_ok_and(|text| text.trim() == wal_id.to_string())
+}
+
+/// The rings of every shard that a former run had, one for each lane.
+pub(crate) fn rings(
+    files: &FileSystem,
+    wal: &Path,
+) -> Result<BTreeMap<u32, [Option<PathBuf>; 2]>, OpenError> {
+    let mut shards: BTreeMap<u32, [Option<PathBuf>; 2]> = BTreeMap::new();
+    for name in names(files, wal)? {
+        let (number, lane) = match name.strip_suffix("-os") {
+            Some(number) => (number, Lane::Os),
+            None => (name.as_str(), Lane::Durable),
+        };
+        if let Ok(number) = number.parse::<u32>()
+            && files.is_dir(&wal.join(&name))
+        {
+            shards.entry(number).or_default()[lane as usize] = Some(wal.join(&name));
+        }
+    }
+    Ok(shards)
 }
 
 pub(crate) fn recover(
@@ -415,19 +444,7 @@ pub(crate) fn recover(
         }
     }
     let mut kept_rings = Vec::new();
-    let mut shards: BTreeMap<u32, [Option<PathBuf>; 2]> = BTreeMap::new();
-    for name in names(files, &wal)? {
-        let (number, lane) = match name.strip_suffix("-os") {
-            Some(number) => (number, Lane::Os),
-            None => (name.as_str(), Lane::Durable),
-        };
-        if let Ok(number) = number.parse::<u32>()
-            && files.is_dir(&wal.join(&name))
-        {
-            shards.entry(number).or_default()[lane as usize] = Some(wal.join(&name));
-        }
-    }
-    for (shard, lanes) in shards {
+    for (shard, lanes) in rings(files, &wal)? {
         let Some(wal_id) = former else { continue };
         if lanes[Lane::Durable as usize].as_ref().is_some_and(|ring| is_clean(files, ring, wal_id)) {
             continue;

@@ -569,10 +569,24 @@ fn a_crash_leaves_the_old_or_the_new() {
                 let log = store.attach(found.pop().unwrap(), config.clone());
                 log.set_high_watermark(model.end);
                 machine.crash_after(step, crash);
+                let logs = || {
+                    let entries = machine.file_system().list(&path.join("log/t-0")).unwrap_or_default();
+                    entries.iter().filter(|entry| entry.name.ends_with(".log")).count()
+                };
+                // To the removal of what was replaced: that must not outlive the names of what replaced it.
+                let compacted = async {
+                    let outcome = log.compact(2_000, EVERYTHING).await;
+                    while !machine.is_down()
+                        && outcome.as_ref().is_ok_and(|outcome| logs() > outcome.segments_after + 1)
+                    {
+                        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+                    }
+                    outcome
+                };
                 tokio::select! {
                     biased;
                     () = machine.down() => false,
-                    outcome = log.compact(2_000, EVERYTHING) => {
+                    outcome = compacted => {
                         assert!(machine.is_down() || outcome.unwrap().passes == 1);
                         !machine.is_down()
                     }
@@ -643,8 +657,15 @@ fn damage_to_compacted_segments_is_reported() {
         let copy = tempfile::tempdir().unwrap();
         copy_dir(dir.path(), copy.path());
         change(copy.path());
+        // `flumen debug log verify` says the same as a start.
+        let mut worst = Severity::Normal;
+        let inspection = Inspection::open(copy.path()).unwrap();
+        inspection.verify(&mut |finding| worst = worst.max(finding.severity)).unwrap();
+        drop(inspection);
         let (_, found) = recover(copy.path());
-        found[&1].health.clone()
+        let health = found[&1].health.clone();
+        assert_eq!(worst < Severity::Damage, health.is_ok(), "{worst:?} and {health:?}");
+        health
     };
     let here = |root: &Path, path: &Path| root.join("log/t-0").join(path.file_name().unwrap());
     assert!(verdict(&|_| {}).is_ok());

@@ -14,6 +14,9 @@ use proptest::prelude::*;
 
 /// Recovers a copy and compares: what was acknowledged is there, once, at its offset.
 fn verify(copy: &Path, acknowledged: &BTreeMap<u64, i64>) {
+    let inspection = Inspection::open(copy).unwrap();
+    inspection.verify(&mut |finding| assert_ne!(finding.severity, Severity::Damage, "{finding:?}")).unwrap();
+    drop(inspection);
     let (data, mut found) = recover(copy);
     on_shard(async {
         let store = ShardStore::open(&data, small()).await.unwrap();

@@ -1,5 +1,5 @@
 //! The command line. `server` and `clickhouse` run a process; everything else asks a running one
-//! through the admin API, so that it can be done from another machine with the same words.
+//! through the admin API, so that it can be done from another machine with the same words. Only `debug` reads files.
 //!
 //! Exit status: 0 done, 1 failed, 2 wrong usage, 3 not found, 10 unhealthy.
 
@@ -14,6 +14,7 @@ macro_rules! out {
 }
 
 mod admin_client;
+mod debug;
 mod export;
 mod server;
 mod table;
@@ -44,6 +45,8 @@ enum Command {
     Topic(topic::TopicArgs),
     /// Turn export to ClickHouse on and off, and look at it
     Export(export::ExportArgs),
+    /// Look into a data directory whose broker is stopped
+    Debug(debug::DebugArgs),
     /// Print the version
     Version,
 }
@@ -66,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Clickhouse(args) => server::clickhouse(args),
         Command::Topic(args) => topic::run(args),
         Command::Export(args) => export::run(args),
+        Command::Debug(args) => debug::run(args),
         Command::Version => {
             out!("flumen {}", env!("CARGO_PKG_VERSION"));
             Ok(())

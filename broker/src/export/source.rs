@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use flumen_protocol::record::BatchBuilder;
+use flumen_protocol::record_batch;
 use flumen_sink::source::{DeadLetter, Source, SourceError, SourceRead};
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -57,7 +58,7 @@ impl Source for TopicSource {
                 reason: "it is being opened or deleted".to_string(),
             }),
             Some(Ok(slice)) => Ok(SourceRead {
-                batches: slice.records,
+                batches: one_by_one(&slice.records).map_err(SourceError::Broker)?,
                 last_stable_offset: slice.high_watermark,
                 log_start_offset: slice.log_start_offset,
             }),
@@ -169,6 +170,15 @@ impl Source for TopicSource {
     async fn producer_id(&self) -> Result<i64, SourceError> {
         self.node.next_producer_id().await.map_err(|e| SourceError::Broker(e.to_string()))
     }
+}
+
+/// A fetch hands out runs of batches; the exporter takes them one by one.
+fn one_by_one(runs: &[Bytes]) -> Result<Vec<Bytes>, String> {
+    let batches = runs.iter().flat_map(|run| {
+        let slice = |batch: &[u8]| run.slice_ref(batch);
+        record_batch::batches(run).map(move |b| b.map(|(_, batch)| slice(batch)).map_err(|e| e.to_string()))
+    });
+    batches.collect()
 }
 
 /// Appends a batch of the broker's own and returns its offset when it is durable and committed.

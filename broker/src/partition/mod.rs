@@ -315,7 +315,8 @@ impl Partition {
             let config = self.config.borrow();
             let end = self.log_end_offset();
             let (forced, at_ms) = self.forced.get();
-            let due = end - forced >= config.flush_messages || now_ms.saturating_sub(at_ms) >= config.flush_ms;
+            let due =
+                end - forced >= config.flush_messages || now_ms.saturating_sub(at_ms) >= config.flush_ms;
             (end, end > forced && due && self.damage().is_none())
         };
         // A log that cannot be forced stops the process elsewhere.

@@ -7,7 +7,8 @@
 //! Layout: numbers are little-endian; a string is a varint length and bytes; a UUID is two u64, high half first.
 
 use crate::column_type::ColumnType;
-use crate::json::number::{Number, NumberError, parse_short_integer};
+use crate::json::number::{Number, NumberError, parse_short_decimal, parse_short_integer};
+use crate::json::scan::Value;
 use crate::json::time::{parse_date, parse_timestamp};
 use crate::json::{code, string_text};
 use crate::mapping::TimeUnit;
@@ -40,7 +41,13 @@ impl CellError {
 
 #[derive(Debug)]
 pub(super) enum Leaf {
-    Int { width: usize, min: i128, max: i128 },
+    Int {
+        width: usize,
+        min: i128,
+        max: i128,
+        /// The same limits, for values of 64 bits.
+        short: (i64, i64),
+    },
     Float32,
     Float64,
     Bool,
@@ -49,10 +56,25 @@ pub(super) enum Leaf {
     Uuid,
     Date,
     Date32,
-    DateTime { utc: bool },
-    DateTime64 { precision: u8, utc: bool },
-    Decimal { width: usize, limit: i128, scale: u8 },
-    Enum { width: usize, by_name: Vec<(String, i16)>, values: Vec<i16> },
+    DateTime {
+        utc: bool,
+    },
+    DateTime64 {
+        precision: u8,
+        utc: bool,
+        /// Ticks that the type holds.
+        range: (i64, i64),
+    },
+    Decimal {
+        width: usize,
+        limit: i128,
+        scale: u8,
+    },
+    Enum {
+        width: usize,
+        by_name: Vec<(String, i16)>,
+        values: Vec<i16>,
+    },
 }
 
 impl Leaf {
@@ -67,9 +89,11 @@ impl Leaf {
             ColumnType::Date => Leaf::Date,
             ColumnType::Date32 => Leaf::Date32,
             ColumnType::DateTime { tz } => Leaf::DateTime { utc: is_utc(tz.as_deref()) },
-            ColumnType::DateTime64 { precision, tz } => {
-                Leaf::DateTime64 { precision: *precision, utc: is_utc(tz.as_deref()) }
-            }
+            ColumnType::DateTime64 { precision, tz } => Leaf::DateTime64 {
+                precision: *precision,
+                utc: is_utc(tz.as_deref()),
+                range: datetime64_range(*precision),
+            },
             ColumnType::Decimal { precision, scale } => Leaf::Decimal {
                 width: match precision {
                     0..=9 => 4,
@@ -118,19 +142,22 @@ impl Leaf {
         }
     }
 
-    pub(super) fn push_json(
+    pub(super) fn push_value(
         &self,
         data: &mut Vec<u8>,
         ty: &ColumnType,
-        raw: &str,
+        value: Value<'_>,
         rules: &Rules,
     ) -> Result<(), CellError> {
-        let first = raw.as_bytes().first().copied().unwrap_or(0);
-        match first {
-            b'"' => {
-                let text = string_text(raw)?;
-                self.push_text(data, ty, &text, rules)
+        let raw = match value {
+            Value::Str { quoted, escaped } => {
+                let text = string_text(quoted, escaped)?;
+                return self.push_text(data, ty, &text, rules);
             }
+            Value::Raw(raw) => raw,
+        };
+        let first = value.first_byte();
+        match first {
             b'n' => Err(CellError::new(code::NULL_NOT_ALLOWED, format!("{} cannot be null", short_name(ty)))),
             _ if matches!(self, Leaf::Text) && rules.json_text_in_strings => {
                 put_text(data, raw.as_bytes());
@@ -155,16 +182,17 @@ impl Leaf {
         rules: &Rules,
     ) -> Result<(), CellError> {
         match self {
-            Leaf::Int { width, min, max } => {
-                let value = match parse_short_integer(text) {
-                    Some(short) => i128::from(short),
-                    None => exact(text, 0, ty, first)?,
-                };
-                if value < *min || value > *max {
-                    return Err(int_out_of_range(ty, *min, *max));
+            Leaf::Int { width, min, max, short } => match parse_short_integer(text) {
+                Some(value) if (short.0..=short.1).contains(&value) => put_short(data, *width, value),
+                Some(_) => return Err(int_out_of_range(ty, *min, *max)),
+                None => {
+                    let value = exact(text, 0, ty, first)?;
+                    if value < *min || value > *max {
+                        return Err(int_out_of_range(ty, *min, *max));
+                    }
+                    put_int(data, *width, value);
                 }
-                put_int(data, *width, value);
-            }
+            },
             Leaf::Float32 => {
                 let value: f32 = text.parse().map_err(|_| wrong_type(ty, first))?;
                 check_finite(value.is_infinite(), text, ty)?;
@@ -179,7 +207,10 @@ impl Leaf {
                 data.extend_from_slice(&bits.to_le_bytes());
             }
             Leaf::Decimal { width, limit, scale } => {
-                let value = exact(text, *scale, ty, first)?;
+                let value = match parse_short_decimal(text, *scale) {
+                    Some(short) => i128::from(short),
+                    None => exact(text, *scale, ty, first)?,
+                };
                 if value <= -limit || value >= *limit {
                     return Err(CellError::new(code::OUT_OF_RANGE, format!("the number exceeds {ty}")));
                 }
@@ -306,7 +337,17 @@ impl Leaf {
 
 fn integer(ty: &ColumnType, width: usize) -> Leaf {
     let (min, max) = ty.int_range().unwrap_or((0, 0));
-    Leaf::Int { width, min, max }
+    Leaf::Int { width, min, max, short: (clamped(min), clamped(max)) }
+}
+
+fn clamped(value: i128) -> i64 {
+    value.clamp(i64::MIN.into(), i64::MAX.into()) as i64
+}
+
+fn datetime64_range(precision: u8) -> (i64, i64) {
+    let second = 10i128.pow(u32::from(precision));
+    let (first, last) = DATETIME64_SECONDS;
+    (clamped(first * second), clamped((last + 1) * second - 1))
 }
 
 fn enumeration(width: usize, values: impl Iterator<Item = (String, i16)>) -> Leaf {
@@ -383,23 +424,19 @@ pub(super) fn put_ticks(
     ticks: i128,
 ) -> Result<(), CellError> {
     match leaf {
-        Leaf::DateTime64 { precision, .. } => {
-            let seconds = ticks.div_euclid(10i128.pow(u32::from(*precision)));
-            let in_range = (DATETIME64_SECONDS.0..=DATETIME64_SECONDS.1).contains(&seconds);
-            match i64::try_from(ticks) {
-                Ok(ticks) if in_range => {
-                    data.extend_from_slice(&ticks.to_le_bytes());
-                    Ok(())
-                }
-                _ => Err(CellError::new(
-                    code::OUT_OF_RANGE,
-                    format!(
-                        "the time is outside {ty} (1900 to {}; {NUMBERS})",
-                        if *precision == 9 { 2262 } else { 2299 }
-                    ),
-                )),
+        Leaf::DateTime64 { precision, range, .. } => match i64::try_from(ticks) {
+            Ok(ticks) if (range.0..=range.1).contains(&ticks) => {
+                data.extend_from_slice(&ticks.to_le_bytes());
+                Ok(())
             }
-        }
+            _ => Err(CellError::new(
+                code::OUT_OF_RANGE,
+                format!(
+                    "the time is outside {ty} (1900 to {}; {NUMBERS})",
+                    if *precision == 9 { 2262 } else { 2299 }
+                ),
+            )),
+        },
         _ => {
             let seconds = u32::try_from(ticks).map_err(|_| {
                 CellError::new(
@@ -446,6 +483,16 @@ pub(super) fn put_int(data: &mut Vec<u8>, width: usize, value: i128) {
         2 => data.extend_from_slice(&(value as u16).to_le_bytes()),
         4 => data.extend_from_slice(&(value as u32).to_le_bytes()),
         8 => data.extend_from_slice(&(value as u64).to_le_bytes()),
+        _ => data.extend_from_slice(&value.to_le_bytes()),
+    }
+}
+
+fn put_short(data: &mut Vec<u8>, width: usize, value: i64) {
+    // As above.
+    match width {
+        1 => data.push(value as u8),
+        2 => data.extend_from_slice(&(value as u16).to_le_bytes()),
+        4 => data.extend_from_slice(&(value as u32).to_le_bytes()),
         _ => data.extend_from_slice(&value.to_le_bytes()),
     }
 }

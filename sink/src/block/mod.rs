@@ -38,6 +38,8 @@ pub struct BlockBuilder {
     nodes: Vec<Node>,
     order: FieldOrder,
     rows: usize,
+    /// Of column data, whole rows only.
+    bytes: usize,
 }
 
 impl BlockBuilder {
@@ -52,6 +54,7 @@ impl BlockBuilder {
             nodes: mapping.columns().iter().map(|column| Node::new(&column.wire)).collect(),
             order: FieldOrder::new(mapping),
             rows: 0,
+            bytes: 0,
             mapping: mapping.clone(),
         }
     }
@@ -73,7 +76,7 @@ impl BlockBuilder {
         })?;
         match self.push_row(meta, text) {
             Ok(()) => {
-                self.nodes.iter_mut().for_each(Node::commit);
+                self.bytes = self.nodes.iter_mut().map(Node::commit).sum();
                 self.rows += 1;
                 Ok(())
             }
@@ -117,7 +120,7 @@ impl BlockBuilder {
 
     /// Bytes of column data so far; the finished block adds a header of names and types.
     pub fn bytes(&self) -> usize {
-        self.nodes.iter().map(Node::bytes).sum()
+        self.bytes
     }
 
     /// The block, exactly one; the builder is empty again and keeps its memory for the next.
@@ -140,7 +143,7 @@ impl BlockBuilder {
     /// Drops all rows.
     pub fn clear(&mut self) {
         self.nodes.iter_mut().for_each(Node::clear);
-        self.rows = 0;
+        (self.rows, self.bytes) = (0, 0);
     }
 }
 

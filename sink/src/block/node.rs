@@ -9,6 +9,7 @@
 
 use super::leaf::{CellError, Leaf, Rules, int_out_of_range, put_int, put_text, put_ticks, wrong_type};
 use crate::column_type::ColumnType;
+use crate::json::scan::Value;
 use crate::json::{code, for_each_element, for_each_entry};
 
 /// Elements of one array column in one row: guards against `FixedString(65536)` arrays of empty strings, where
@@ -51,45 +52,45 @@ impl Node {
         Node { kind, data: Vec::new(), committed: 0, ty: ty.clone() }
     }
 
-    /// Decodes one JSON value, given as its raw text.
-    pub(crate) fn push_json(&mut self, raw: &str, rules: &Rules) -> Result<(), CellError> {
-        let first = raw.as_bytes().first().copied().unwrap_or(0);
+    /// Decodes one JSON value.
+    pub(crate) fn push_value(&mut self, value: Value<'_>, rules: &Rules) -> Result<(), CellError> {
+        let first = value.first_byte();
         match &mut self.kind {
-            Kind::Leaf(leaf) => leaf.push_json(&mut self.data, &self.ty, raw, rules),
+            Kind::Leaf(leaf) => leaf.push_value(&mut self.data, &self.ty, value, rules),
             Kind::Nullable(inner) => {
                 self.data.push(u8::from(first == b'n'));
                 if first == b'n' {
                     inner.push_placeholder();
                     Ok(())
                 } else {
-                    inner.push_json(raw, rules)
+                    inner.push_value(value, rules)
                 }
             }
             Kind::Array { total, elements } => {
-                match first {
+                match value {
                     // Go and others write an empty list as null.
-                    b'n' => {}
-                    b'[' => for_each_element(raw, &mut |raw| {
+                    Value::Raw(_) if first == b'n' => {}
+                    Value::Raw(raw) if first == b'[' => for_each_element(raw, &mut |raw| {
                         *total += 1;
-                        elements.push_json(raw, rules)?;
+                        elements.push_value(Value::of_raw(raw), rules)?;
                         elements.check_row_size()
                     })?,
-                    other => return Err(wrong_type(&self.ty, other)),
+                    _ => return Err(wrong_type(&self.ty, first)),
                 }
                 self.data.extend_from_slice(&total.to_le_bytes());
                 Ok(())
             }
             Kind::Map { total, keys, values } => {
-                match first {
-                    b'n' => {}
-                    b'{' => for_each_entry(raw, &mut |key, raw| {
+                match value {
+                    Value::Raw(_) if first == b'n' => {}
+                    Value::Raw(raw) if first == b'{' => for_each_entry(raw, &mut |key, raw| {
                         *total += 1;
                         keys.push_text(key, rules)?;
-                        values.push_json(raw, rules)?;
+                        values.push_value(Value::of_raw(raw), rules)?;
                         keys.check_row_size()?;
                         values.check_row_size()
                     })?,
-                    other => return Err(wrong_type(&self.ty, other)),
+                    _ => return Err(wrong_type(&self.ty, first)),
                 }
                 self.data.extend_from_slice(&total.to_le_bytes());
                 Ok(())
@@ -134,7 +135,7 @@ impl Node {
                 self.data.push(0);
                 inner.push_int(value)
             }
-            Kind::Leaf(Leaf::Int { width, min, max }) => {
+            Kind::Leaf(Leaf::Int { width, min, max, .. }) => {
                 let value = i128::from(value);
                 if value < *min || value > *max {
                     return Err(int_out_of_range(&self.ty, *min, *max));
@@ -193,16 +194,15 @@ impl Node {
         Ok(())
     }
 
-    pub(crate) fn commit(&mut self) {
+    /// The row is whole. Returns the bytes of the column so far.
+    pub(crate) fn commit(&mut self) -> usize {
         self.committed = self.data.len();
-        match &mut self.kind {
-            Kind::Leaf(_) => {}
-            Kind::Nullable(inner) | Kind::Array { elements: inner, .. } => inner.commit(),
-            Kind::Map { keys, values, .. } => {
-                keys.commit();
-                values.commit();
+        self.data.len()
+            + match &mut self.kind {
+                Kind::Leaf(_) => 0,
+                Kind::Nullable(inner) | Kind::Array { elements: inner, .. } => inner.commit(),
+                Kind::Map { keys, values, .. } => keys.commit() + values.commit(),
             }
-        }
     }
 
     pub(crate) fn rollback(&mut self) {
@@ -242,15 +242,6 @@ impl Node {
                 values.clear();
             }
         }
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.data.len()
-            + match &self.kind {
-                Kind::Leaf(_) => 0,
-                Kind::Nullable(inner) | Kind::Array { elements: inner, .. } => inner.bytes(),
-                Kind::Map { keys, values, .. } => keys.bytes() + values.bytes(),
-            }
     }
 
     pub(crate) fn write_to(&self, out: &mut Vec<u8>) {

@@ -1,19 +1,20 @@
 //! JSON records straight into columns, without a value tree.
 //!
-//! Owns the walk over one record: which field goes to which column, duplicates, what is missing, syntax. Pure,
-//! any thread. Every field's value is taken as its raw text (serde_json checks it) and decoded exactly by the
-//! column (`block/leaf`), so no number passes through a float on its way. Invariants: a record never causes a
-//! panic; the stack is bounded by the depth of the column types, since serde_json skips values iteratively;
-//! error messages carry types and limits, never values. It does not undo a half-written row: the block
-//! builder does.
+//! Owns the walk over one record: which field goes to which column, duplicates, what is missing. Pure, any thread.
+//! Every field's value is taken as its raw text (`scan` checks it) and decoded exactly by the column (`block/leaf`),
+//! so no number passes through a float on its way. Invariants: a record never causes a panic; the stack is bounded
+//! by the depth of the column types, since values are skipped iteratively; error messages carry types and limits,
+//! never values. It does not undo a half-written row: the block builder does.
 
 pub(crate) mod number;
+pub(crate) mod scan;
 pub(crate) mod time;
 
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use scan::{Scanner, SyntaxError, Value};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::block::leaf::{CellError, Rules};
@@ -82,6 +83,11 @@ pub(crate) struct FieldOrder {
     /// Positions beyond this are looked up without a guess, so that a record of a million unknown fields
     /// does not grow the table.
     max_guesses: usize,
+    /// Per column, its name as it nearly always stands in a record, quotes and colon included; empty where the name
+    /// would stand there in another form.
+    members: Vec<Vec<u8>>,
+    /// What the scanner needs for nested values.
+    open: Vec<u8>,
 }
 
 impl FieldOrder {
@@ -89,7 +95,18 @@ impl FieldOrder {
         let columns = mapping.columns();
         let guesses: Vec<u32> =
             (0u32..).zip(columns).filter(|(_, c)| c.source == Source::Json).map(|(at, _)| at).collect();
-        FieldOrder { seen: vec![0; columns.len()], stamp: 0, guesses, max_guesses: columns.len() * 2 + 16 }
+        let member = |name: &str| match name.bytes().any(|c| c < 0x20 || c == b'"' || c == b'\\') {
+            true => Vec::new(),
+            false => format!("\"{name}\":").into_bytes(),
+        };
+        FieldOrder {
+            seen: vec![0; columns.len()],
+            stamp: 0,
+            guesses,
+            max_guesses: columns.len() * 2 + 16,
+            members: columns.iter().map(|column| member(&column.name)).collect(),
+            open: Vec::new(),
+        }
     }
 
     pub(crate) fn was_seen(&self, column: usize) -> bool {
@@ -106,138 +123,111 @@ pub(crate) fn decode_record(
     rules: &Rules,
 ) -> Result<usize, RowError> {
     order.stamp += 1;
-    let mut error = None;
-    let mut filled = 0;
-    let mut json = serde_json::Deserializer::from_str(text);
-    let walk = RecordVisitor { mapping, nodes, order, rules, error: &mut error, filled: &mut filled };
-    let result = json.deserialize_map(walk).and_then(|()| json.end());
-    match (error, result) {
-        (Some(error), _) => Err(error),
-        (None, Ok(())) => Ok(filled),
-        (None, Err(e)) => Err(not_json(&e)),
+    let mut scanner = Scanner::new(text);
+    let syntax = |e| not_json(text, e);
+    if scanner.peek().is_some_and(|first| first != b'{') {
+        let whole = scanner.value(&mut order.open).and_then(|_| scanner.end());
+        return Err(match whole {
+            Ok(()) => RowError::new(code::NOT_JSON, None, "the record is JSON but not an object"),
+            Err(e) => syntax(e),
+        });
     }
+    scanner.expect(b'{').map_err(syntax)?;
+    let (mut filled, mut position) = (0, 0);
+    let mut more = scanner.peek() != Some(b'}') || scanner.more_members().map_err(syntax)?;
+    while more {
+        let column = member(&mut scanner, position, mapping, order, text)?;
+        position += 1;
+        let value = scanner.value(&mut order.open).map_err(syntax)?;
+        if let Some(column) = column {
+            let name = || mapping.columns().get(column).map_or("", |c| c.name.as_str());
+            if let (Some(node), Some(seen)) = (nodes.get_mut(column), order.seen.get_mut(column)) {
+                if *seen == order.stamp {
+                    return Err(RowError::new(code::DUPLICATE_FIELD, Some(name()), "the field occurs twice"));
+                }
+                *seen = order.stamp;
+                filled += 1;
+                node.push_value(value, rules).map_err(|cell| RowError::of_cell(name(), cell))?;
+            }
+        }
+        more = scanner.more_members().map_err(syntax)?;
+    }
+    scanner.end().map_err(syntax)?;
+    Ok(filled)
 }
 
-fn not_json(error: &serde_json::Error) -> RowError {
-    // Data errors quote the value; the only one that can come up here is a top level of another type.
-    let message = match error.classify() {
-        serde_json::error::Category::Data => "the record is JSON but not an object".to_owned(),
-        serde_json::error::Category::Eof => "the record ends inside a JSON value".to_owned(),
-        _ => format!("the record is not valid JSON at line {} column {}", error.line(), error.column()),
+fn not_json(text: &str, error: SyntaxError) -> RowError {
+    let message = match error {
+        SyntaxError::End => "the record ends inside a JSON value".to_owned(),
+        SyntaxError::At(at) => {
+            let before = text.as_bytes().get(..at).unwrap_or_default();
+            let line = before.iter().filter(|c| **c == b'\n').count() + 1;
+            let column = before.iter().rev().take_while(|c| **c != b'\n').count() + 1;
+            format!("the record is not valid JSON at line {line} column {column}")
+        }
     };
     RowError::new(code::NOT_JSON, None, message)
 }
 
-struct RecordVisitor<'a> {
-    mapping: &'a RowMapping,
-    nodes: &'a mut [Node],
-    order: &'a mut FieldOrder,
-    rules: &'a Rules,
-    error: &'a mut Option<RowError>,
-    filled: &'a mut usize,
-}
-
-impl<'de> Visitor<'de> for RecordVisitor<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut position = 0;
-        loop {
-            let key = KeySeed { mapping: self.mapping, order: self.order, position, error: self.error };
-            let Some(column) = map.next_key_seed(key)? else { return Ok(()) };
-            position += 1;
-            let Some(column) = column else {
-                if self.error.is_some() {
-                    return Err(A::Error::custom("unknown field"));
-                }
-                map.next_value::<IgnoredAny>()?;
-                continue;
-            };
-            let raw: &'de RawValue = map.next_value()?;
-            let name = || self.mapping.columns().get(column).map_or("", |c| c.name.as_str());
-            let (Some(node), Some(seen)) = (self.nodes.get_mut(column), self.order.seen.get_mut(column))
-            else {
-                return Err(A::Error::custom("no such column"));
-            };
-            if *seen == self.order.stamp {
-                *self.error =
-                    Some(RowError::new(code::DUPLICATE_FIELD, Some(name()), "the field occurs twice"));
-                return Err(A::Error::custom("duplicate field"));
-            }
-            *seen = self.order.stamp;
-            *self.filled += 1;
-            if let Err(cell) = node.push_json(raw.get(), self.rules) {
-                *self.error = Some(RowError::of_cell(name(), cell));
-                return Err(A::Error::custom("cell"));
-            }
-        }
-    }
-}
-
-struct KeySeed<'a> {
-    mapping: &'a RowMapping,
-    order: &'a mut FieldOrder,
+/// A member's name and colon: the column that takes its value, or none.
+fn member(
+    scanner: &mut Scanner<'_>,
     position: usize,
-    error: &'a mut Option<RowError>,
-}
-
-impl<'de> DeserializeSeed<'de> for KeySeed<'_> {
-    type Value = Option<usize>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<usize>, D::Error> {
-        deserializer.deserialize_str(self)
+    mapping: &RowMapping,
+    order: &mut FieldOrder,
+    text: &str,
+) -> Result<Option<usize>, RowError> {
+    let syntax = |e| not_json(text, e);
+    let guess = order.guesses.get(position).map(|at| *at as usize);
+    scanner.peek();
+    if let Some(at) = guess
+        && let Some(member) = order.members.get(at).filter(|member| !member.is_empty())
+        && scanner.take(member)
+    {
+        return Ok(Some(at));
     }
-}
-
-impl Visitor<'_> for KeySeed<'_> {
-    type Value = Option<usize>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a field name")
+    let name = match scanner.string().map_err(syntax)? {
+        Value::Str { quoted, escaped } => string_text(quoted, escaped).map_err(|e| {
+            RowError::new(code::NOT_JSON, None, format!("in the name of a field, {}", e.message))
+        })?,
+        Value::Raw(raw) => Cow::Borrowed(raw),
+    };
+    scanner.expect(b':').map_err(syntax)?;
+    if let Some(at) = guess
+        && mapping.columns().get(at).is_some_and(|c| c.name == *name)
+    {
+        return Ok(Some(at));
     }
-
-    fn visit_str<E>(self, name: &str) -> Result<Option<usize>, E> {
-        let guess = self.order.guesses.get(self.position).map(|at| *at as usize);
-        if let Some(at) = guess
-            && self.mapping.columns().get(at).is_some_and(|c| c.name == name)
-        {
-            return Ok(Some(at));
-        }
-        let found = self.mapping.find(name);
-        match found {
-            Some(at) => {
-                let at32 = at as u32;
-                if let Some(guess) = self.order.guesses.get_mut(self.position) {
-                    *guess = at32;
-                } else if self.position < self.order.max_guesses {
-                    // Positions in between were unknown fields: any guess will do for them.
-                    self.order.guesses.resize(self.position + 1, at32);
-                }
+    let found = mapping.find(&name);
+    match found {
+        Some(at) => {
+            let at32 = at as u32;
+            if let Some(guess) = order.guesses.get_mut(position) {
+                *guess = at32;
+            } else if position < order.max_guesses {
+                // Positions in between were unknown fields: any guess will do for them.
+                order.guesses.resize(position + 1, at32);
             }
-            None if self.mapping.options().unknown_fields == UnknownFields::DeadLetter => {
-                *self.error = Some(RowError::new(
-                    code::UNKNOWN_FIELD,
-                    Some(name),
-                    "no sent column of the table has this name",
-                ));
-            }
-            None => {}
         }
-        Ok(found)
+        None if mapping.options().unknown_fields == UnknownFields::DeadLetter => {
+            return Err(RowError::new(
+                code::UNKNOWN_FIELD,
+                Some(&name),
+                "no sent column of the table has this name",
+            ));
+        }
+        None => {}
     }
+    Ok(found)
 }
 
-/// The text of a JSON string from its raw form, quotes included.
-pub(crate) fn string_text(raw: &str) -> Result<Cow<'_, str>, CellError> {
-    let inner = raw.get(1..raw.len().saturating_sub(1)).unwrap_or_default();
-    if !inner.as_bytes().contains(&b'\\') {
-        return Ok(Cow::Borrowed(inner));
+/// The text of a JSON string, given with its quotes.
+pub(crate) fn string_text(quoted: &str, escaped: bool) -> Result<Cow<'_, str>, CellError> {
+    if !escaped {
+        return Ok(Cow::Borrowed(quoted.get(1..quoted.len().saturating_sub(1)).unwrap_or_default()));
     }
-    // The syntax was checked when the value was skipped, except that \u escapes may name half a character.
-    serde_json::from_str::<String>(raw)
+    // The syntax was checked by the scanner, except that \u escapes may name half a character.
+    serde_json::from_str::<String>(quoted)
         .map(Cow::Owned)
         .map_err(|_| CellError::new(code::BAD_UTF8, "a string escapes half a surrogate pair"))
 }

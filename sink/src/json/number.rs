@@ -50,6 +50,37 @@ pub(crate) fn parse_short_integer(text: &str) -> Option<i64> {
     Some(if negative { -value } else { value })
 }
 
+/// The fast path: digits with a point between them, at most 17 in all, times `10^scale`; none if that is not exact.
+pub(crate) fn parse_short_decimal(text: &str, scale: u8) -> Option<i64> {
+    let (negative, digits) = match text.as_bytes() {
+        [b'-', rest @ ..] => (true, rest),
+        all => (false, all),
+    };
+    if digits.len() > 18 {
+        return None;
+    }
+    let point = digits.iter().position(|c| *c == b'.');
+    let (whole, fraction) = match point {
+        Some(at) => (digits.get(..at)?, digits.get(at + 1..)?),
+        None => (digits, &[][..]),
+    };
+    // "5." and ".5" are not numbers.
+    if whole.is_empty() || (point.is_some() && fraction.is_empty()) || fraction.len() > usize::from(scale) {
+        return None;
+    }
+    let mut value: i64 = 0;
+    for c in whole.iter().chain(fraction) {
+        let digit = c.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        value = value * 10 + i64::from(digit);
+    }
+    let missing = u32::from(scale) - u32::try_from(fraction.len()).ok()?;
+    let value = value.checked_mul(10i64.checked_pow(missing)?)?;
+    Some(if negative { -value } else { value })
+}
+
 impl Number {
     pub(crate) fn parse(text: &str) -> Result<Number, NumberError> {
         let bytes = text.as_bytes();
@@ -232,6 +263,17 @@ mod tests {
             let sign = if value < 0 { "-" } else { "" };
             let text = if scale == 0 { format!("{sign}{whole}") } else { format!("{sign}{whole}.{fraction}") };
             prop_assert_eq!(scaled(&text, scale), Ok(i128::from(value)));
+        }
+
+        #[test]
+        fn short_decimals_agree(text in "-?[0-9]{0,9}\\.?[0-9]{0,9}(e1)?", scale in 0u8..=38) {
+            if let Some(short) = parse_short_decimal(&text, scale) {
+                prop_assert_eq!(scaled(&text, scale), Ok(i128::from(short)));
+            } else if text.len() < 12 && scale < 6 && !text.contains('e') {
+                // What it leaves to the slow path is no number, or not exact at this scale, or has too fine zeros.
+                let fraction = text.split_once('.').map_or("", |(_, f)| f);
+                prop_assert!(scaled(&text, scale).is_err() || fraction.len() > usize::from(scale), "{}", text);
+            }
         }
 
         #[test]

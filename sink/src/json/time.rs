@@ -8,6 +8,9 @@
 /// Nanoseconds are the finest tick of any column; further digits only matter for "was something cut".
 const MAX_FRACTION_DIGITS: usize = 9;
 
+const POWERS_OF_TEN: [u32; 10] =
+    [1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000];
+
 /// A point in time as it was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Timestamp {
@@ -97,10 +100,11 @@ pub(crate) fn parse_timestamp(text: &str) -> Option<Timestamp> {
 impl Timestamp {
     /// Ticks of `10^-precision` seconds, cut towards the past; the flag says whether anything was cut.
     pub(crate) fn ticks(&self, precision: u8) -> (i128, bool) {
-        let precision = u32::from(precision.min(9));
-        let drop = 10u32.pow(9 - precision);
-        let ticks = i128::from(self.seconds) * 10i128.pow(precision) + i128::from(self.nanos / drop);
-        (ticks, self.finer_than_nanos || !self.nanos.is_multiple_of(drop))
+        let precision = usize::from(precision.min(9));
+        let (per_second, drop) = (POWERS_OF_TEN[precision], POWERS_OF_TEN[9 - precision]);
+        let (whole, rest) = (self.nanos / drop, self.nanos % drop);
+        let ticks = i128::from(self.seconds) * i128::from(per_second) + i128::from(whole);
+        (ticks, self.finer_than_nanos || rest != 0)
     }
 }
 
