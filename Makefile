@@ -3,7 +3,7 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo test test-full lint conformance bench-smoke bench-log bench-instructions clean
+.PHONY: build engine setup demo test test-full crash-test lint conformance bench-smoke bench-log bench-instructions clean
 
 build:
 	cargo build --release -p flumen-broker
@@ -29,6 +29,15 @@ test: setup
 
 test-full: setup
 	FLUMEN_TEST_FULL=1 bash tests/run.sh
+
+# Lives of a data directory on a simulated disk: N seeds from SEED on (N=0: until it is interrupted). A failure says how to
+# repeat it; LOG=1 prints the operations on the disk before it.
+N ?= 5000
+SEED ?= 0
+LOG ?=
+crash-test:
+	cargo build --release -p flumen-crash-test
+	target/release/flumen-crash-test --seeds $(N) --seed $(SEED) $(if $(LOG),--log,)
 
 bench-smoke: engine
 	cargo build --release -p flumen-broker -p flumen-bench

@@ -6,10 +6,13 @@ echo "== build"
 cargo build -p flumen-broker -p flumen-embedded --examples --bins
 export FLUMEN_BIN="$PWD/target/debug/flumen"
 echo "== no unsafe code outside the two doors"
-# protocol/tests/allocation.rs counts allocations, which takes a global allocator of its own.
+# Tests that count allocations (protocol/tests/allocation.rs, storage/crash-test/tests/fuzz.rs) take a global allocator of
+# their own.
 if grep -rlE 'unsafe (\{|fn|impl)' --include='*.rs' --exclude=allocation.rs protocol storage/src broker sink/src bench tests; then
   echo "unsafe code in a file above" >&2
   exit 1
 fi
 echo "== tests"
 cargo test --workspace --no-fail-fast -- --test-threads=2
+echo "== mutants of the log, in a build of their own"
+cargo test -p flumen-crash-test --features mutants --test mutants -- --nocapture

@@ -255,7 +255,7 @@ impl Pass {
                     oldest_ms: known(segment.first_timestamp),
                     newest_ms: known(segment.max_timestamp),
                 };
-                (candidate, Place { name: segment.name(), bytes: segment.bytes, end })
+                (candidate, Place::of(&inner, at))
             })
             .collect()
     }

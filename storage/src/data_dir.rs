@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use flumen_io::{File, FileSystem, Mode};
 
+use crate::mutant::{self, Mutant};
 use crate::store::is_no_space;
 use crate::types::{OpenError, RecoveredGroup};
 
@@ -43,7 +44,9 @@ pub(crate) fn replace_file(files: &FileSystem, path: &Path, bytes: &[u8]) -> io:
     let file = files.open(&temporary, Mode { write: true, create: true, ..Mode::default() })?;
     file.set_len(0)?;
     file.write_all_at(bytes, 0)?;
-    file.sync_all()?;
+    if !mutant::is(Mutant::SkipsSyncBeforeRename) {
+        file.sync_all()?;
+    }
     files.rename(&temporary, path)?;
     match path.parent() {
         Some(parent) => files.sync_dir(parent),

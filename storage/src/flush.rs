@@ -1,9 +1,9 @@
 //! The flusher of a shard: committed entries leave the WAL for their segments in runs, WAL files retire, and everything
 //! is put in order at shutdown.
 //!
-//! One task, one thing at a time, under `flush_lock`. No space means waiting and trying again, with everything still in
-//! the WAL and in memory; any other failed write, and any failed sync, poisons the shard: after it the kernel may have
-//! dropped the bytes, so trying again would prove nothing.
+//! One task, under `flush_lock`; one run at a time, and several of different groups when a ring fills faster than that.
+//! No space means waiting and trying again, with everything still in the WAL and in memory; any other failed write, and
+//! any failed sync, poisons the shard: after it the kernel may have dropped the bytes, so trying again would prove nothing.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,9 +13,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use flumen_io::{BLOCK_BYTES, FileSystem, Mode};
 use flumen_protocol::record_batch;
+use futures_util::stream::{self, StreamExt};
 
 use crate::data_dir::replace_file;
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
+use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
@@ -25,6 +27,10 @@ use crate::types::{LANES, Lane, LogPoisoned, Lsn, ShutdownError};
 use crate::wal::sync_os_lane;
 use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, RecordHeader};
 use crate::walk::{Step, Walk};
+
+/// Partitions that hold eviction up and are seen to before a WAL file is emptied. Emptying one takes some ten runs, and
+/// what it moves is of one lane: without this a quiet partition of the other lane could hold up everybody's eviction.
+const EVICTIONS_PER_TURN: usize = 16;
 
 /// One write takes about this much of one partition.
 const FLUSH_MAX_BYTES: u64 = 1 << 20;
@@ -156,7 +162,7 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
         return Ok(false);
     }
     let cut = group.inner.borrow().cut_by;
-    if let Some((lane, lsn)) = cut {
+    if let Some((lane, lsn)) = cut.filter(|_| !mutant::is(Mutant::WritesOverBeforeCutIsSafe)) {
         shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
         let left = {
             let mut inner = group.inner.borrow_mut();
@@ -199,6 +205,10 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
             }
             if is_no_space(&error) {
                 shard.note_no_space(doing, &error);
+                // The next try may go on in the segment before, and then this file must not stand among the segments.
+                if run.new_segment && !abandon(shard, group, run.base) {
+                    return FlushError::Poisoned;
+                }
                 return FlushError::NoSpace;
             }
             shard.poison(&format!("{doing} {}: {error}", group.log_path(run.base).display()));
@@ -288,6 +298,19 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
     Ok(())
 }
 
+/// Removes a segment that was begun and has nothing that counts. `false`: the shard is poisoned.
+fn abandon(shard: &Shard, group: &Group, base: i64) -> bool {
+    shard.forget_file(group.id, base);
+    let path = group.log_path(base);
+    match shard.files.remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            shard.poison(&format!("removing {}: {error}", path.display()));
+            false
+        }
+        _ => true,
+    }
+}
+
 /// The length to which a segment's file should grow before an append that ends at `end`; `None` when there is room. Grows
 /// by as much again as there is, so that a small segment stays small on the disk and a large one is extended rarely and
 /// lies in few pieces.
@@ -359,10 +382,33 @@ pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes:
     Ok(())
 }
 
-/// Raft replaced entries that were in segments already (recovery puts all there). Cuts the log in memory; the files are
-/// written over once the replacing entries are durable. Reads headers with plain calls: this happens at most once after
-/// a change of leader.
-pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inner, index: u64, offset: i64) {
+/// Where in its segment a cut at `offset` would be; `None` if it is between two. Reads headers with plain calls: this
+/// happens at most once after a change of leader. Changes nothing, so that a cut that cannot be made is refused.
+pub(crate) fn place_of_cut(
+    shard: &Shard,
+    group: &Group,
+    inner: &Inner,
+    offset: i64,
+) -> io::Result<Option<u64>> {
+    let Some(segment) = inner.segments.iter().rev().find(|segment| segment.base < offset) else {
+        return Ok(None);
+    };
+    // A compacted one holds nothing above what is committed, so there is nothing to cut in it.
+    if segment.compacted.is_some() {
+        return Ok(None);
+    }
+    let file = shard.files.open(&group.log_path(segment.base), Mode::default())?;
+    position_of(&file, segment.base, segment.bytes, offset).map(Some)
+}
+
+/// Raft replaced entries that were in segments already (recovery puts all there). Cuts the log in memory, at the place
+/// that `place_of_cut` has found; the files are written over once the replacing entries are durable.
+pub(crate) fn cut_segments(
+    shard: &Rc<Shard>,
+    group: &Rc<Group>,
+    inner: &mut Inner,
+    (index, offset, place): (u64, i64, Option<u64>),
+) {
     while inner.segments.back().is_some_and(|segment| segment.base >= offset) {
         if let Some(segment) = inner.segments.pop_back() {
             inner.dirty.retain(|base| *base != segment.base);
@@ -371,28 +417,14 @@ pub(crate) fn cut_segments(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inn
             inner.cut_files.push(segment.base);
         }
     }
-    // A compacted one holds nothing above what is committed, so there is nothing to cut in it.
-    if let Some(segment) = inner.segments.back_mut().filter(|segment| segment.compacted.is_none()) {
-        let position = shard
-            .files
-            .open(&group.log_path(segment.base), Mode::default())
-            .and_then(|file| position_of(&file, segment.base, segment.bytes, offset));
-        match position {
-            Ok(position) => {
-                segment.bytes = position;
-                segment.reserved = 0;
-                segment.index = None;
-                segment.max_timestamp = None;
-                let _ = shard.files.remove_file(&group.index_path(segment.base));
-            }
-            Err(error) => {
-                group.note_damage(format!(
-                    "could not cut segment {} at offset {offset}: {error}",
-                    segment.base
-                ));
-            }
-        }
+    if let (Some(segment), Some(place)) = (inner.segments.back_mut(), place) {
+        segment.bytes = place;
+        segment.reserved = 0;
+        segment.index = None;
+        segment.max_timestamp = None;
+        let _ = shard.files.remove_file(&group.index_path(segment.base));
     }
+    inner.cuts += 1;
     inner.flushed_end = offset;
     inner.flushed_index = index - 1;
     inner.flushed_term = inner.last_term;
@@ -442,6 +474,13 @@ async fn back_off(shard: &Rc<Shard>, pause_ms: &mut u64) {
     }
 }
 
+/// Whether there is another run to make of a group right after one.
+fn flush_again(shard: &Shard, group: &Group) -> bool {
+    let bytes = group.unflushed_bytes();
+    let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
+    group.may_flush() && !group.deleted.get() && (bytes >= FLUSH_RUN_BYTES || (pressed && bytes > 0))
+}
+
 /// The flusher task.
 pub(crate) async fn run(shard: Rc<Shard>) {
     let mut pause_ms = NO_SPACE_PAUSE_MS.0;
@@ -451,6 +490,21 @@ pub(crate) async fn run(shard: Rc<Shard>) {
             let _alone = shard.flush_lock.lock().await;
             if shard.closing.get() {
                 return;
+            }
+            for _ in 0..EVICTIONS_PER_TURN {
+                // Writing a run evicts, and that names the next.
+                let Some(group) = shard.evicts_next.take() else { break };
+                worked = true;
+                match flush_run(&shard, &group).await {
+                    Ok(true) => {}
+                    // Not committed yet: its commit comes back to it.
+                    Ok(false) => break,
+                    Err(FlushError::NoSpace) => {
+                        back_off(&shard, &mut pause_ms).await;
+                        break;
+                    }
+                    Err(FlushError::Poisoned) => return,
+                }
             }
             for lane in LANES {
                 if shard.wal(lane).wants_retirement() {
@@ -462,26 +516,24 @@ pub(crate) async fn run(shard: Rc<Shard>) {
                     }
                 }
             }
-            let next = shard.flush_queue.borrow_mut().pop_front();
-            if let Some(group) = next {
+            let width = LANES.iter().map(|lane| shard.wal(*lane).runs_in_flight()).max().unwrap_or(1);
+            let next: Vec<Rc<Group>> = {
+                let mut queue = shard.flush_queue.borrow_mut();
+                let count = width.min(queue.len());
+                queue.drain(..count).collect()
+            };
+            // Each group stands in the queue once, so no two runs are of one group.
+            let flushes = next.iter().map(|group| {
                 group.queued.set(false);
+                flush_run(&shard, group)
+            });
+            let outcomes = futures_util::future::join_all(flushes).await;
+            for (group, outcome) in next.into_iter().zip(outcomes) {
                 worked = true;
-                match flush_run(&shard, &group).await {
+                match outcome {
                     Ok(_) => {
                         pause_ms = NO_SPACE_PAUSE_MS.0;
-                        let (bytes, committed) = {
-                            let inner = group.inner.borrow();
-                            let first = inner.tail.first_unflushed();
-                            (
-                                inner.tail.unflushed_bytes(),
-                                first.is_some_and(|entry| inner.is_committed(entry)),
-                            )
-                        };
-                        let pressed = shard.cache_bytes.get() > shard.config.cache_bytes as u64;
-                        if committed
-                            && !group.deleted.get()
-                            && (bytes >= FLUSH_RUN_BYTES || (pressed && bytes > 0))
-                        {
+                        if flush_again(&shard, &group) {
                             shard.queue_flush(&group);
                         }
                     }
@@ -517,20 +569,37 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             .find(|entry| entry.lane == lane && entry.file_seq <= file_seq)
             .map(|entry| inner.is_committed(entry))
     };
-    for group in &groups {
-        while in_file(group) == Some(true) {
-            if !flush_run(shard, group).await? {
-                break;
+    let mut runs = stream::iter(&groups)
+        .map(|group| async move {
+            while in_file(group) == Some(true) {
+                if !flush_run(shard, group).await? {
+                    break;
+                }
+                tokio::task::yield_now().await;
             }
-            tokio::task::yield_now().await;
-        }
+            Ok(())
+        })
+        .buffer_unordered(wal.runs_in_flight());
+    // All of them to their end: a run that is dropped half way would leave its group marked as flushing.
+    let mut outcome = Ok(());
+    while let Some(result) = runs.next().await {
+        outcome = outcome.and(result);
     }
+    drop(runs);
+    outcome?;
     let mut moved = [0; LANES.len()];
-    for group in groups.iter().filter(|group| !group.deleted.get() && in_file(group).is_some()) {
-        let Some((lane, lsn)) = write_again(shard, group, lane) else { return Ok(false) };
-        moved[lane as usize] = lsn;
+    // What is replaced by entries in the other lane is left behind here, so those must be there first.
+    for group in groups.iter().filter(|group| !group.deleted.get()) {
+        let inner = group.inner.borrow();
+        moved[inner.lane as usize] = inner.last_lsn.max(moved[inner.lane as usize]);
     }
-    // Those that moved to the other lane must be there before this file is said to be worthless.
+    for group in groups.iter().filter(|group| !group.deleted.get() && in_file(group).is_some()) {
+        if mutant::is(Mutant::RetiresWithEntries) {
+            continue;
+        }
+        let Some((lane, lsn)) = write_again(shard, group, lane) else { return Ok(false) };
+        moved[lane as usize] = lsn.max(moved[lane as usize]);
+    }
     for other in LANES.into_iter().filter(|other| *other != lane) {
         shard.wait_durable(other, moved[other as usize]).await.map_err(|_| FlushError::Poisoned)?;
     }
@@ -577,11 +646,8 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     wal.announce_retired(file_seq);
     wal.wake_writer();
     shard.wait_durable(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
-    if lane == Lane::Os
-        && let Err(error) = sync_os_lane(shard).await
-    {
-        shard.poison(&format!("syncing the os lane: {error}"));
-        return Err(FlushError::Poisoned);
+    if lane == Lane::Os {
+        sync_os_lane(shard).await.map_err(|_| FlushError::Poisoned)?;
     }
     for (group, base) in counted {
         group.inner.borrow_mut().counted_base = base.max(0);
@@ -680,6 +746,12 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
     if shard.log_dir_dirty.replace(false) {
         dirs.push(shard.segments_root());
     }
+    if mutant::is(Mutant::SkipsSegmentSync) {
+        files.clear();
+    }
+    if mutant::is(Mutant::SkipsDirectorySync) {
+        dirs.clear();
+    }
     add(&shard.counters.segment_syncs, files.len() as u64);
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
@@ -688,6 +760,9 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
     } else {
         sync_each(shard, files, dirs).await
     };
+    if mutant::is(Mutant::IgnoresFailedSync) {
+        return Ok(());
+    }
     result.map_err(|error| {
         shard.poison(&format!("syncing segments: {error}"));
         FlushError::Poisoned
@@ -695,7 +770,6 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
 }
 
 async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<PathBuf>) -> io::Result<()> {
-    use futures_util::stream::{self, StreamExt};
     let mut syncs = stream::iter(files)
         .map(|(group, base)| async move {
             let file = match shard.file(&group, base) {
@@ -704,7 +778,10 @@ async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<Pa
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 Err(error) => return Err(error),
             };
-            shard.disk.fdatasync(&file).await
+            match shard.disk.fdatasync(&file).await {
+                Err(_) if mutant::is(Mutant::RetriesFailedSync) => shard.disk.fdatasync(&file).await,
+                result => result,
+            }
         })
         .buffer_unordered(SYNCS_IN_FLIGHT);
     while let Some(result) = syncs.next().await {
@@ -748,6 +825,8 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     }
     let _no_compaction = shard.compacting.lock().await;
     let _alone = shard.flush_lock.lock().await;
+    // What is said to be in segments below was synced, unless a sync failed: then nobody knows, and nothing is said.
+    shard.check_poison()?;
     let groups: Vec<Rc<Group>> = shard.groups.borrow().values().cloned().collect();
     let mut everything = true;
     for group in &groups {
@@ -779,9 +858,7 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         }
     }
     sync_segments(shard, &groups).await.map_err(|_| poisoned(shard))?;
-    sync_os_lane(shard)
-        .await
-        .map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })?;
+    sync_os_lane(shard).await?;
     let mut metas = Vec::new();
     for group in &groups {
         let (dirty, snapshot) = {

@@ -19,6 +19,7 @@ use flumen_protocol::record_batch;
 
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::ring::Class;
 use crate::segment_index::IndexEntry;
@@ -108,6 +109,8 @@ pub(crate) struct Inner {
     pub dir_dirty: bool,
     /// Segments were cut; nothing is written to them before this commit is done. `Lsn::MAX`: it is being staged.
     pub cut_by: Option<(Lane, Lsn)>,
+    /// How often segments were cut: who began to read before that must not believe what it sees behind.
+    pub cuts: u64,
     /// Segments that the cut left without a place in the log; removed when it is durable.
     pub cut_files: Vec<i64>,
     /// (index, log end before it) of entries recovered above the commit index.
@@ -180,6 +183,7 @@ impl Group {
                 dirty: Vec::new(),
                 dir_dirty: false,
                 cut_by: None,
+                cuts: 0,
                 cut_files: Vec::new(),
                 recovered_tail: Vec::new(),
                 last_lsn: 0,
@@ -273,6 +277,12 @@ impl Group {
 
     pub fn unflushed_bytes(&self) -> u64 {
         self.inner.borrow().tail.unflushed_bytes()
+    }
+
+    /// Whether there is a committed entry that could go to a segment.
+    pub fn may_flush(&self) -> bool {
+        let inner = self.inner.borrow();
+        inner.tail.first_unflushed().is_some_and(|entry| inner.is_committed(entry))
     }
 
     pub fn evict_one(&self) -> Option<usize> {
@@ -428,7 +438,7 @@ impl GroupLog {
             return Ok((inner.lane, inner.last_lsn));
         }
         if let Some((index, offset)) = cut {
-            self.truncate(inner, index, offset);
+            self.truncate(inner, index, offset)?;
         }
         let wal = self.enter_lane(inner, lane);
         let votes = hard_state
@@ -482,7 +492,8 @@ impl GroupLog {
         // Behind the entries: cut off in between, the entries are there and nothing that depends on them.
         if let Some(hard_state) = hard_state {
             let mut payload = [0; 16];
-            payload[..8].copy_from_slice(&hard_state.vote.to_le_bytes());
+            let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
+            payload[..8].copy_from_slice(&vote.to_le_bytes());
             payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
             let record = RecordHeader {
                 kind: HARD_STATE,
@@ -525,6 +536,7 @@ impl GroupLog {
         if lane != inner.lane {
             match lane {
                 Lane::Os => self.shard.use_os_lane(),
+                Lane::Durable if mutant::is(Mutant::LeavesOsLaneBehind) => {}
                 Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable(inner.last_lsn),
             }
             inner.lane = lane;
@@ -584,8 +596,18 @@ impl GroupLog {
         Ok(cut)
     }
 
-    fn truncate(&self, inner: &mut Inner, index: u64, offset: i64) {
+    /// A segment in which the place of the cut cannot be found leaves everything as it was: what is counted of it must
+    /// stay what is in it.
+    fn truncate(&self, inner: &mut Inner, index: u64, offset: i64) -> Result<(), StageError> {
         let shard = &self.shard;
+        let place = if index <= inner.flushed_index {
+            crate::flush::place_of_cut(shard, &self.group, inner, offset).map_err(|error| {
+                self.group.note_damage(format!("could not cut the log at offset {offset}: {error}"));
+                StageError::Damaged
+            })?
+        } else {
+            None
+        };
         let (removed, unflushed) = inner.tail.truncate(index);
         shard.cache_bytes.set(shard.cache_bytes.get().saturating_sub(removed));
         shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
@@ -596,11 +618,12 @@ impl GroupLog {
         inner.log_end = offset;
         inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
         if index <= inner.flushed_index {
-            crate::flush::cut_segments(shard, &self.group, inner, index, offset);
+            crate::flush::cut_segments(shard, &self.group, inner, (index, offset, place));
         }
         if inner.snapshot_offset > offset {
             inner.snapshot_offset = -1;
         }
+        Ok(())
     }
 
     /// Whether a batch of `bytes` may be accepted: what `stage` is sure to take, with a margin for what is accepted at
@@ -767,10 +790,14 @@ impl GroupLog {
             return Ok((inner.lane, inner.last_lsn));
         }
         let lane = self.next_lane(inner);
+        // Before the lane changes: it is the one of the last record.
+        if !shard.wal(lane).fits_all(0, 0, 1) {
+            return Err(StageError::NoSpace);
+        }
         let wal = self.enter_lane(inner, lane);
         let record = RecordHeader { kind: LOG_START, group: self.group.id, index: 0, term: 0, offset };
-        let (lsn, file_seq) =
-            wal.append(&shard.next_lsn, &record, &[], Class::Stage).map_err(|_| StageError::NoSpace)?;
+        let placed = wal.append(&shard.next_lsn, &record, &[], Class::Stage);
+        let (lsn, file_seq) = placed.expect("there was room for it");
         inner.touch(self.group.id, wal, file_seq);
         inner.last_lsn = lsn;
         inner.log_start_by = (lane, lsn);

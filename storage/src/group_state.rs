@@ -7,7 +7,7 @@ use crate::leader_epochs::{LeaderEpochs, MAX_EPOCHS};
 use crate::types::{GroupId, HardState};
 
 const MAGIC: [u8; 4] = *b"FLGS";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const FLAG_OS: u16 = 1;
 const FIXED_BYTES: usize = 108;
 
@@ -81,18 +81,21 @@ impl GroupState {
             out.extend_from_slice(&epoch.to_le_bytes());
             out.extend_from_slice(&start.to_le_bytes());
         }
-        let crc = crc32c::crc32c(&out);
-        out.extend_from_slice(&crc.to_le_bytes());
+        let check = masked_crc(&out);
+        out.extend_from_slice(&check.to_le_bytes());
         out
     }
 
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let (body, crc) = bytes.split_last_chunk::<4>()?;
-        if body.get(..4)? != MAGIC || crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
-            return None;
-        }
-        let mut cursor = Cursor::new(&body[4..]);
-        if cursor.u16()? != VERSION {
+        let mut cursor = Cursor::new(body);
+        let (magic, version) = (cursor.take(4)?, cursor.u16()?);
+        let check = match version {
+            1 => crc32c::crc32c(body),
+            VERSION => masked_crc(body),
+            _ => return None,
+        };
+        if magic != MAGIC || check != u32::from_le_bytes(*crc) {
             return None;
         }
         let flags = cursor.u16()?;
@@ -135,6 +138,13 @@ impl GroupState {
     }
 }
 
+/// A state is part of a WAL block, which has a checksum of the same kind. That one cannot see whole states with their own
+/// checksum change places with others of the same length, as a torn write over an older block can make them: to a CRC the
+/// difference of two such states is nothing. Turned and added to, the checksum is no longer one.
+fn masked_crc(body: &[u8]) -> u32 {
+    crc32c::crc32c(body).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
 /// A single path component that cannot be mistaken for a deletion in progress.
 pub fn valid_dir_name(name: &str) -> bool {
     !name.is_empty()
@@ -167,6 +177,30 @@ mod tests {
         assert_eq!(GroupState::decode(&example().encode()), Some(example()));
         assert!(!valid_dir_name("../x") && !valid_dir_name("") && !valid_dir_name("a.9.deleted"));
         assert!(valid_dir_name("__consumer_offsets-12"));
+    }
+
+    /// Regression: a torn write that put an older state in the place of a newer one left a whole block, to its checksum.
+    #[test]
+    fn one_state_in_the_place_of_another_changes_the_checksum_around_them() {
+        let mut other = example();
+        other.hard_state.vote = 2;
+        let around = |state: &GroupState| {
+            let mut block = b"before".to_vec();
+            block.extend_from_slice(&state.encode());
+            block.extend_from_slice(b"behind");
+            crc32c::crc32c(&block)
+        };
+        assert_ne!(around(&example()), around(&other));
+    }
+
+    #[test]
+    fn version_1_is_read() {
+        let mut bytes = example().encode();
+        let end = bytes.len() - 4;
+        bytes[4] = 1;
+        let crc = crc32c::crc32c(&bytes[..end]);
+        bytes[end..].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(GroupState::decode(&bytes), Some(example()));
     }
 
     proptest! {

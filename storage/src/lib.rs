@@ -21,6 +21,10 @@ mod group;
 mod group_state;
 mod inspect;
 mod leader_epochs;
+#[cfg(not(feature = "mutants"))]
+mod mutant;
+#[cfg(feature = "mutants")]
+pub mod mutant;
 mod producer_state;
 mod read;
 mod recovery;

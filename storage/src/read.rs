@@ -16,7 +16,7 @@ use bytes::Bytes;
 use flumen_protocol::record::decode_records;
 use flumen_protocol::record_batch::{self, BatchHeader};
 
-use crate::group::{Group, GroupLog};
+use crate::group::{Group, GroupLog, Inner};
 use crate::segment_index::{self, IndexBuilder, IndexEntry};
 use crate::segment_name::SegmentName;
 use crate::store::{ReadAhead, Shard};
@@ -71,11 +71,12 @@ fn select(
         match (step, chosen) {
             (Step::Batch(header, _), _) if header.next_offset() <= from => {}
             (Step::Batch(header, at), None) => {
-                if header.next_offset() > upper {
-                    return Selected::Range { start: at, end: at, next: offset };
-                }
+                // First, so that nobody waits for an offset that only a flipped bit puts above the limit.
                 if !record_batch::crc_ok(&piece[at..walk.at()]) {
                     return Selected::Damaged(format!("wrong checksum of the batch at offset {offset}"));
+                }
+                if header.next_offset() > upper {
+                    return Selected::Range { start: at, end: at, next: offset };
                 }
                 chosen = Some((at, walk.at(), header.next_offset()));
             }
@@ -100,6 +101,33 @@ pub(crate) struct Place {
     pub name: SegmentName,
     pub bytes: u64,
     pub end: i64,
+    /// Of the group, when this was true.
+    cuts: u64,
+}
+
+impl Place {
+    pub fn of(inner: &Inner, at: usize) -> Place {
+        let segment = &inner.segments[at];
+        Place { name: segment.name(), bytes: segment.bytes, end: inner.segment_end(at), cuts: inner.cuts }
+    }
+
+    /// Raft has not cut the segments since; their files are shortened and written over after that.
+    fn holds(&self, group: &Group) -> bool {
+        self.cuts == group.inner.borrow().cuts
+    }
+}
+
+/// What a reader gets that was overtaken by a cut; it looks again.
+fn overtaken() -> ReadError {
+    ReadError::Io(io::ErrorKind::Interrupted.into())
+}
+
+fn is_overtaken(error: &ReadError) -> bool {
+    matches!(error, ReadError::Io(error) if error.kind() == io::ErrorKind::Interrupted)
+}
+
+fn damaged_at(group: &Group, place: Place, reason: String) -> ReadError {
+    if place.holds(group) { damaged(group, place.name, reason) } else { overtaken() }
 }
 
 /// A search by time starts over when segments were replaced under it. Each replacement is a compaction of its own, which
@@ -166,6 +194,9 @@ async fn index_of(
         entries.extend(found);
     }
     let index = Rc::new(RefCell::new(entries));
+    if !place.holds(group) {
+        return Err(overtaken());
+    }
     let mut inner = group.inner.borrow_mut();
     if let Some(segment) = inner.segments.iter_mut().find(|s| s.name() == place.name) {
         segment.index = Some(Rc::clone(&index));
@@ -211,13 +242,13 @@ async fn scan(
                 Step::End => break,
                 Step::Short(bytes) if walk.at() == 0 => {
                     if piece.len() < len || bytes <= len {
-                        return Err(damaged(group, place.name, format!("ends inside of offset {offset}")));
+                        return Err(damaged_at(group, place, format!("ends inside of offset {offset}")));
                     }
                     want = bytes;
                     break;
                 }
                 Step::Short(_) => break,
-                Step::Damaged(reason) => return Err(damaged(group, place.name, reason)),
+                Step::Damaged(reason) => return Err(damaged_at(group, place, reason)),
             }
         }
         position += walk.at() as u64;
@@ -228,32 +259,39 @@ async fn scan(
 
 /// First and largest timestamp of a segment, for its index and for retention.
 pub(crate) async fn learn_timestamps(shard: &Rc<Shard>, group: &Rc<Group>, base: i64) {
-    let place = {
-        let inner = group.inner.borrow();
-        let Some(at) = inner.segments.iter().position(|segment| segment.base == base) else { return };
-        Place { name: inner.segments[at].name(), bytes: inner.segments[at].bytes, end: inner.segment_end(at) }
-    };
-    let max = match index_of(shard, group, place).await {
-        Ok(index) => index.borrow().last().map_or(i64::MIN, |entry| entry.max_timestamp_before),
-        // Replaced or deleted meanwhile: whoever wants to know looks again.
-        Err(error) if is_gone(&error) => return,
-        Err(error) => {
-            tracing::warn!(group = group.id, segment = base, %error, "timestamps unknown");
-            -1
+    // Again only when Raft cut the segments meanwhile.
+    loop {
+        let place = {
+            let inner = group.inner.borrow();
+            let Some(at) = inner.segments.iter().position(|segment| segment.base == base) else { return };
+            Place::of(&inner, at)
+        };
+        let max = match index_of(shard, group, place).await {
+            Ok(index) => index.borrow().last().map_or(i64::MIN, |entry| entry.max_timestamp_before),
+            Err(error) if is_overtaken(&error) => continue,
+            // Replaced or deleted meanwhile: whoever wants to know looks again.
+            Err(error) if is_gone(&error) => return,
+            Err(error) => {
+                tracing::warn!(group = group.id, segment = base, %error, "timestamps unknown");
+                -1
+            }
+        };
+        let mut first = -1;
+        // Only the first batch; an unreadable one has been reported above.
+        let _ = scan(shard, group, place, (0, base), |header, _, _| {
+            first = header.newest_record_ms().unwrap_or(-1);
+            first >= 0
+        })
+        .await;
+        if !place.holds(group) {
+            continue;
         }
-    };
-    let mut first = -1;
-    // Only the first batch; an unreadable one has been reported above.
-    let one = Place { bytes: place.bytes, ..place };
-    let _ = scan(shard, group, one, (0, base), |header, _, _| {
-        first = header.newest_record_ms().unwrap_or(-1);
-        first >= 0
-    })
-    .await;
-    let mut inner = group.inner.borrow_mut();
-    if let Some(segment) = inner.segments.iter_mut().find(|segment| segment.name() == place.name) {
-        segment.max_timestamp.get_or_insert(max);
-        segment.first_timestamp.get_or_insert(first);
+        let mut inner = group.inner.borrow_mut();
+        if let Some(segment) = inner.segments.iter_mut().find(|segment| segment.name() == place.name) {
+            segment.max_timestamp.get_or_insert(max);
+            segment.first_timestamp.get_or_insert(first);
+        }
+        return;
     }
 }
 
@@ -273,7 +311,7 @@ impl GroupLog {
         let after = inner.segments.partition_point(|segment| segment.base <= from);
         let at = after.checked_sub(1)?;
         let end = inner.segment_end(at);
-        (from < end).then(|| Place { name: inner.segments[at].name(), bytes: inner.segments[at].bytes, end })
+        (from < end).then(|| Place::of(&inner, at))
     }
 
     fn readable(&self, from: i64) -> Result<(), ReadError> {
@@ -306,11 +344,13 @@ impl GroupLog {
                 return Err(damaged(group, name, format!("no segment holds offset {from}")));
             };
             match self.read_segment(place, from, upper, max_bytes).await {
+                // Bounded by how often Raft cuts.
+                Err(error) if is_overtaken(&error) => {}
                 // Retention or compaction took the segment away meanwhile, look again.
                 Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
                     let still = self.place_of(from).is_some_and(|now| now.name == place.name);
                     if still && !group.deleting.get() && from >= self.log_start_offset() {
-                        return Err(damaged(group, place.name, "the segment is missing".to_owned()));
+                        return Err(damaged_at(group, place, "the segment is missing".to_owned()));
                     }
                     if group.deleting.get() {
                         return Err(ReadError::Io(error));
@@ -358,25 +398,26 @@ impl GroupLog {
                     return Ok(None);
                 }
                 if position >= place.bytes {
-                    return Err(damaged(group, place.name, format!("ends before offset {from}")));
+                    return Err(damaged_at(group, place, format!("ends before offset {from}")));
                 }
                 let file = shard.segment_file(group, place.name)?;
                 let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
                 piece = shard.disk.read_at(&file, position, len).await?;
                 if piece.len() < len {
-                    return Err(damaged(
-                        group,
-                        place.name,
-                        format!("shorter than its {} bytes", place.bytes),
-                    ));
+                    return Err(damaged_at(group, place, format!("shorter than its {} bytes", place.bytes)));
                 }
             }
             match select(&piece, (offset, place.name.holes_to()), from, upper, max_bytes) {
                 Selected::Range { start, end, next } => {
+                    let first = record_batch::parse_header(&piece[start..]);
+                    if end == start && first.is_ok_and(|header| header.next_offset() > place.end) {
+                        let reason = format!("the batch at offset {next} reaches over the end");
+                        return Err(damaged_at(group, place, reason));
+                    }
                     let rest = piece.slice(end..);
                     // Only what small readers leave is worth keeping; large ones read again from where they stopped.
                     let keep = if piece.len() <= READ_MIN_BYTES { rest } else { Bytes::new() };
-                    if end > start && next < place.end {
+                    if end > start && next < place.end && place.holds(group) {
                         shard.keep_read_ahead(ReadAhead {
                             group: group.id,
                             segment: place.name,
@@ -389,18 +430,14 @@ impl GroupLog {
                 }
                 Selected::Short { at, offset: reached, bytes } => {
                     if at == 0 && bytes <= piece.len() {
-                        return Err(damaged(
-                            group,
-                            place.name,
-                            format!("no whole batch at offset {reached}"),
-                        ));
+                        return Err(damaged_at(group, place, format!("no whole batch at offset {reached}")));
                     }
                     position += at as u64;
                     offset = reached;
                     if position + bytes as u64 > place.bytes {
-                        return Err(damaged(
+                        return Err(damaged_at(
                             group,
-                            place.name,
+                            place,
                             format!("offset {reached} reaches over the end"),
                         ));
                     }
@@ -412,20 +449,14 @@ impl GroupLog {
                     offset = reached;
                     piece = Bytes::new();
                 }
-                Selected::Damaged(reason) => return Err(damaged(group, place.name, reason)),
+                Selected::Damaged(reason) => return Err(damaged_at(group, place, reason)),
             }
         }
     }
 
     fn places(&self) -> Vec<Place> {
         let inner = self.group.inner.borrow();
-        (0..inner.segments.len())
-            .map(|at| Place {
-                name: inner.segments[at].name(),
-                bytes: inner.segments[at].bytes,
-                end: inner.segment_end(at),
-            })
-            .collect()
+        (0..inner.segments.len()).map(|at| Place::of(&inner, at)).collect()
     }
 
     /// Largest timestamp of a segment; `None` when it was replaced or deleted meanwhile.
@@ -591,6 +622,10 @@ mod tests {
         assert_eq!(select(&rotten, (10, None), 10, 99, 1 << 20), range(0, 1, 12));
         assert!(matches!(select(&rotten, (10, None), 12, 99, 1 << 20), Selected::Damaged(_)));
         assert_eq!(select(&rotten, (10, None), 14, 99, 1 << 20), range(2, 3, 16));
+        // Regression: one that a flipped bit makes end above the limit is damage, not something to wait for.
+        let mut far = piece.clone();
+        far[one + 23] ^= 0x40;
+        assert!(matches!(select(&far, (10, None), 12, 99, 1 << 20), Selected::Damaged(_)));
         assert_eq!(record_at(&piece[one..2 * one], 1013, 0), Some((1013, 13)));
         assert_eq!(record_at(&piece[one..2 * one], 1014, 0), None);
         assert_eq!(record_at(&piece[one..2 * one], 0, 13), Some((1013, 13)));

@@ -15,6 +15,7 @@ use crate::codec::Cursor;
 use crate::data_dir::{boot_id, open_error, replace_file};
 use crate::flush::replace_many;
 use crate::group_state::GroupState;
+use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{Action, Position, Replayed, replay};
 pub(crate) use crate::restore::Restored;
@@ -134,6 +135,7 @@ fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
 
 pub(crate) struct Ring {
     path: PathBuf,
+    lane: Lane,
     /// No commit of the former run is in it.
     empty: bool,
     /// How many commits count, and whether something behind them was cut off.
@@ -164,10 +166,12 @@ pub(crate) fn read_ring(
     }
     // The os lane promises nothing over a loss of power; then it ends where the kernel had not written yet.
     let newest = found.iter().filter(|block| block.payload_ok).max_by_key(|block| block.header.sequence);
-    let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id(disk));
+    let same_boot = newest.is_none_or(|block| block.header.boot_id == boot_id(disk))
+        || mutant::is(Mutant::ForgetsPowerLoss);
     let judged = judge(&found, lane == Lane::Os && !same_boot);
     let mut ring = Ring {
         path: path.to_owned(),
+        lane,
         empty: found.is_empty(),
         commits: judged.live.len() as u64,
         torn: judged.torn,
@@ -234,7 +238,12 @@ impl Work {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => None,
                 Err(error) => return Err(open_error(&path, "reading group.meta", error)),
             };
-            let marker = self.files.read(&path.join(MARKER)).ok();
+            let marker = match self.files.read(&path.join(MARKER)) {
+                Ok(text) => Some(text),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                // What cannot be read now may be the only thing that says what is wrong.
+                Err(error) => return Err(open_error(&path, "reading DAMAGED", error)),
+            };
             let marker = marker.map(|text| parse_marker(&String::from_utf8_lossy(&text)));
             let marked_group = marker.as_ref().and_then(|(group, _)| *group);
             let marked = marker.map(|(_, reason)| reason);
@@ -262,18 +271,21 @@ impl Work {
         Ok((deletions, unknown))
     }
 
-    fn damaged(&mut self, group_id: GroupId, dir_name: &str, reason: String) {
+    /// The next start must refuse as well, when the WAL that shows the damage is out of the way: without a marker that is
+    /// sure to be there, this one ends.
+    fn damaged(&mut self, group_id: GroupId, dir_name: &str, reason: String) -> Result<(), OpenError> {
         tracing::error!(group_id, directory = dir_name, reason, "damaged partition; it refuses to serve");
         let dir = self.dir(dir_name);
         if self.files.is_dir(&dir) && !dir_name.is_empty() {
-            // The next start must refuse as well, when the WAL that shows the damage is out of the way.
             let marker = dir.join(MARKER);
-            if !self.files.exists(&marker)
-                && let Err(error) =
-                    replace_file(&self.files, &marker, format!("group {group_id}: {reason}\n").as_bytes())
-            {
-                tracing::warn!(path = %marker.display(), %error, "could not be written");
-            }
+            let line = format!("group {group_id}: {reason}\n");
+            // One that is there may be from a start that was cut short.
+            let marked = if self.files.exists(&marker) {
+                self.files.sync_dir(&dir)
+            } else {
+                replace_file(&self.files, &marker, line.as_bytes())
+            };
+            marked.map_err(|error| open_error(&marker, "writing", error))?;
         }
         let state = self.groups.get(&group_id).and_then(|directory| directory.state.clone());
         let state = state.unwrap_or_else(|| GroupState::new(group_id, dir_name));
@@ -292,6 +304,7 @@ impl Work {
             producers: ProducerState::new(),
             restored: Restored::default(),
         });
+        Ok(())
     }
 
     /// Brings one partition up to date. `Ok(false)`: it is damaged.
@@ -314,7 +327,7 @@ impl Work {
                     Action::State(state) => Some(state.dir_name.clone()),
                     _ => None,
                 });
-                self.damaged(group_id, &known_name.or(from_log).unwrap_or_default(), reason);
+                self.damaged(group_id, &known_name.or(from_log).unwrap_or_default(), reason)?;
                 return Ok(false);
             }
         };
@@ -342,7 +355,7 @@ impl Work {
         let outcome = match restore(&self.files, &dir, replayed, changed, &mut self.warm_bytes) {
             Ok(outcome) => outcome,
             Err(RestoreError::Damaged(reason)) => {
-                self.damaged(group_id, dir_name, reason);
+                self.damaged(group_id, dir_name, reason)?;
                 return Ok(false);
             }
             Err(RestoreError::Io(path, error)) => return Err(open_error(&path, "recovering", error)),
@@ -353,7 +366,7 @@ impl Work {
             state.lsn = u64::MAX;
             self.metas.push((dir.join("group.meta"), state.encode()));
         }
-        if !outcome.written.is_empty() {
+        if outcome.names_changed {
             self.dirs.insert(dir);
         }
         self.written.extend(outcome.written);
@@ -374,6 +387,9 @@ impl Work {
     }
 
     fn sync(&mut self) -> Result<(), OpenError> {
+        if mutant::is(Mutant::SkipsSyncOfRecovery) {
+            return Ok(());
+        }
         let (root, disk) = (self.root.clone(), &self.files);
         let result = if self.written.len() + self.dirs.len() > SYNC_EACH_MAX {
             disk.sync_all(&root)
@@ -440,10 +456,12 @@ pub(crate) fn recover(
         .collect();
     for (group, name, reason) in marked {
         if seen.insert(group) && !work.deleted.contains(&group) {
-            work.damaged(group, &name, reason);
+            work.damaged(group, &name, reason)?;
         }
     }
     let mut kept_rings = Vec::new();
+    // That a partition exists is written to the durable lane.
+    let mut creations_hidden = false;
     for (shard, lanes) in rings(files, &wal)? {
         let Some(wal_id) = former else { continue };
         if lanes[Lane::Durable as usize].as_ref().is_some_and(|ring| is_clean(files, ring, wal_id)) {
@@ -458,6 +476,7 @@ pub(crate) fn recover(
         }
         let damage: Vec<&(String, Suspects)> = rings.iter().flat_map(|ring| &ring.damage).collect();
         let mut keep = !damage.is_empty();
+        creations_hidden |= rings.iter().any(|ring| ring.lane == Lane::Durable && !ring.damage.is_empty());
         // The names of partitions that are only in this WAL.
         for (group, records) in &mut log {
             records.sort_by_key(|(position, _)| *position);
@@ -482,7 +501,7 @@ pub(crate) fn recover(
             .collect();
         for (group, name, reason) in suspects {
             seen.insert(group);
-            work.damaged(group, &name, reason);
+            work.damaged(group, &name, reason)?;
         }
         for (group, records) in log {
             if seen.insert(group) {
@@ -507,13 +526,12 @@ pub(crate) fn recover(
     for (group, name) in without_state {
         let path = root.join("log").join(&name);
         let empty = names(files, &path)?.iter().all(|file| file == "group.new");
-        // With a damaged ring it may be one whose records cannot be read.
-        if empty && kept_rings.is_empty() {
+        if empty && !creations_hidden {
             // Created, and nothing of it ever committed.
             files.remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
         } else {
             let reason = "its group.meta is missing or damaged, and the WAL does not know it".to_owned();
-            work.damaged(group, &name, reason);
+            work.damaged(group, &name, reason)?;
         }
     }
     // A killed process may have left names of partitions that were never synced; from here on we rely on them.
@@ -528,7 +546,8 @@ pub(crate) fn recover(
         tracing::error!(ring = %kept.display(), "kept for repair");
     }
     // From here on the old blocks do not count.
-    let wal_id = files.random_id();
+    let wal_id = if mutant::is(Mutant::KeepsWalId) { former } else { None };
+    let wal_id = wal_id.unwrap_or_else(|| files.random_id());
     let line = format!("{wal_id:016x} {:08x}\n", crc32c::crc32c(&wal_id.to_le_bytes()));
     replace_file(files, &current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
     for step in work.afterwards {

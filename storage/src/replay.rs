@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::flush::is_one_batch;
 use crate::group_state::GroupState;
+use crate::mutant::{self, Mutant};
 use crate::types::HardState;
 
 /// Where a record stands: commit, and number of the record in it.
@@ -76,6 +77,7 @@ pub fn replay(
     for (position, action) in records {
         match action {
             Action::State(_) | Action::Delete => {}
+            Action::LogStart(_) if mutant::is(Mutant::ForgetsLogStart) => {}
             Action::Hard(hard) => {
                 if *position > base_at {
                     state.hard_state = *hard;
@@ -119,13 +121,10 @@ pub fn replay(
                 let (last_index, end) = entries
                     .back()
                     .map_or((state.flushed_index, state.flushed_end), |e| (e.index, e.next_offset));
-                if index != last_index + 1 {
+                if index != last_index + 1 || offset != end {
                     let known = ahead.filter(|(_, of)| *of == term).map_or(0, |(at, _)| at);
                     ahead = Some((index.max(known), term));
                     continue;
-                }
-                if offset != end {
-                    return Err(format!("entry {index} has offset {offset}, the log ends at {end}"));
                 }
                 let mut next_offset = end;
                 if *is_batch {
@@ -146,14 +145,19 @@ pub fn replay(
             }
         }
     }
-    let last_index = entries.back().map_or(state.flushed_index, |entry| entry.index);
-    if let Some((ahead, _)) = ahead.filter(|(at, _)| *at > last_index) {
-        return Err(format!("entries {} to {} are missing", last_index + 1, ahead - 1));
+    let (last_index, end) =
+        entries.back().map_or((state.flushed_index, state.flushed_end), |e| (e.index, e.next_offset));
+    // What the kernel alone had may be gone with the machine's power, and with it what replaced the entries in between.
+    if let Some((ahead, _)) = ahead.filter(|(at, _)| *at > last_index && !state.os) {
+        return Err(match ahead - last_index {
+            1 => format!("entry {ahead} is not the one for offset {end}, where the log ends"),
+            _ => format!("entries {} to {} are missing", last_index + 1, ahead - 1),
+        });
     }
-    for entry in entries.iter().filter(|entry| entry.is_batch) {
+    for entry in entries.iter().filter(|entry| entry.is_batch && !mutant::is(Mutant::ForgetsEpochs)) {
         if let Some(header) = is_one_batch(&entry.payload) {
             // Entries that were replaced may have left their epoch; offsets decide.
-            state.epochs.truncate_end(entry.offset.saturating_add(1));
+            state.epochs.truncate_end(entry.offset);
             state.epochs.assign(header.leader_epoch, header.base_offset);
         }
     }
@@ -269,11 +273,29 @@ mod tests {
         replaced.push(records[5].clone());
         let out = replay(None, &replaced).unwrap().unwrap();
         assert_eq!(indexes(&out), [(4, 1), (5, 2)]);
+        // What it follows was replaced, and that stood in a file that is gone: 5 in term 2, at another offset.
+        let mut replaced =
+            at(vec![entry(4, 1, 3, 1), entry(5, 1, 4, 1), entry(5, 2, 6, 1), entry(6, 2, 7, 1)]);
+        for (lsn, action) in [(6, entry(4, 2, 3, 3)), (7, entry(5, 2, 6, 1)), (8, entry(6, 2, 7, 1))] {
+            replaced.push(((lsn, 0), action));
+        }
+        replaced.push(((9, 0), records[5].1.clone()));
+        assert_eq!(indexes(&replay(None, &replaced).unwrap().unwrap()), [(4, 2), (5, 2), (6, 2)]);
         // Replaced before it was written again: 4 in term 2, and neither 5 nor 6.
         let mut shorter = records[..2].to_vec();
         shorter.push(((3, 0), entry(4, 2, 3, 1)));
         shorter.push(records[5].clone());
         assert_eq!(indexes(&replay(None, &shorter).unwrap().unwrap()), [(4, 2)]);
+    }
+
+    /// The replacement of 4 and 5 was in the os lane and is gone with the machine's power; the file with 4 and 5 has retired.
+    #[test]
+    fn a_hole_that_the_kernel_left_is_where_the_log_ends() {
+        let mut state = GroupState::new(5, "t-0");
+        (state.flushed_index, state.flushed_end, state.os) = (3, 3, true);
+        let records = at(vec![entry(6, 1, 5, 1), Action::State(Box::new(state))]);
+        let out = replay(None, &records).unwrap().unwrap();
+        assert!(out.entries.is_empty() && out.state.flushed_end == 3);
     }
 
     #[test]

@@ -10,10 +10,12 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use flumen_io::{FileSystem, Mode};
+use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::flush::{position_of, snapshots, write_snapshot};
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{LogEntry, Replayed};
 use crate::segment_index::{self, IndexBuilder, IndexEntry, encode_entry, encode_header};
@@ -59,6 +61,8 @@ pub(crate) struct Outcome {
     pub written: Vec<PathBuf>,
     pub afterwards: Vec<Afterwards>,
     pub changed: bool,
+    /// The directory has names to sync before the state is written.
+    pub names_changed: bool,
 }
 
 fn log_path(dir: &Path, base: i64) -> PathBuf {
@@ -112,7 +116,7 @@ fn scan(
     (dir, name): (&Path, SegmentName),
     bytes: u64,
     (mut position, mut offset): (u64, i64),
-    mut each: impl FnMut(&flumen_protocol::record_batch::BatchHeader, u64),
+    mut each: impl FnMut(&BatchHeader, u64, &[u8]) -> Result<(), String>,
 ) -> Result<i64, RestoreError> {
     let path = &dir.join(name.log_file());
     let mut crc = name.compacted.filter(|_| position == 0).map(|compacted| (0, compacted.crc));
@@ -127,7 +131,10 @@ fn scan(
         let mut need = 0;
         loop {
             match walk.step() {
-                Step::Batch(header, at) => each(&header, position + at as u64),
+                Step::Batch(header, at) => {
+                    let batch = &piece[at..at + header.total_bytes()];
+                    each(&header, position + at as u64, batch).map_err(damaged)?;
+                }
                 Step::End => break,
                 Step::Short(bytes) => {
                     need = bytes;
@@ -188,17 +195,18 @@ fn load_index(
     let (position, offset, max) =
         last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
     let mut builder = IndexBuilder::resume(max, position);
-    if whole {
+    if whole || mutant::is(Mutant::TrustsIndex) {
         return Ok(Index { entries, builder, rebuilt: false });
     }
     let path = dir.join(name.log_file());
     let mut term = 0;
     let walk =
         |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
-            scan(files, (dir, name), bytes, from, |header, position| {
+            scan(files, (dir, name), bytes, from, |header, position, _| {
                 *term = u32::try_from(header.leader_epoch).unwrap_or(0);
                 let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
                 entries.extend(builder.batch(header.base_offset, position, *term, 0, timestamp));
+                Ok(())
             })
         };
     let mut reached = walk((position, offset), &mut builder, &mut entries, &mut term);
@@ -237,21 +245,34 @@ fn restore_producers(
     flushed_end: i64,
     entries: &[LogEntry],
     (log_end, epochs): (i64, &LeaderEpochs),
+    names_changed: &mut bool,
 ) -> Result<(ProducerState, i64), RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let mut state = ProducerState::new();
     let mut from = i64::MIN;
     let first = segments.first().map_or(flushed_end, |segment| segment.0);
     for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
+        // Of a log that the kernel lost the end of. Another could grow to there with the same terms, which were lost too.
+        if offset > log_end {
+            files.remove_file(&path).map_err(io)?;
+            *names_changed = true;
+            continue;
+        }
         // Between an older one and the first segment that is left, producers may have gone on.
-        if offset > log_end || offset < first {
+        if offset < first {
             continue;
         }
         let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
         match decoded {
             // One that was taken before the log was cut, and should be gone, knows of another leader.
-            Some((found, at, epoch)) if at == offset && epoch == epochs.epoch_at(offset - 1) => {
+            Some((found, at, epoch))
+                if at == offset
+                    && (epoch == epochs.epoch_at(offset - 1) || mutant::is(Mutant::TakesForeignSnapshot)) =>
+            {
                 (state, from) = (found, offset);
+                if mutant::is(Mutant::LosesProducerSnapshot) {
+                    state = ProducerState::new();
+                }
                 break;
             }
             _ => {
@@ -272,10 +293,15 @@ fn restore_producers(
             let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
             segment_index::seek_offset(&entries, *base, from)
         };
-        scan(files, (dir, on_disk.name(*base)), *bytes, start, |header, _| {
+        scan(files, (dir, on_disk.name(*base)), *bytes, start, |header, _, batch| {
             if header.base_offset >= from {
+                // What duplicates are told by is not taken from bytes that nobody vouches for.
+                if header.has_producer_id() && !record_batch::crc_ok(batch) {
+                    return Err(format!("wrong checksum of the batch at offset {}", header.base_offset));
+                }
                 state.apply(header);
             }
+            Ok(())
         })?;
     }
     for entry in entries.iter().filter(|entry| entry.is_batch && entry.offset >= from) {
@@ -391,12 +417,17 @@ pub(crate) fn restore(
             // A compacted one holds only what is committed, which no cut takes away.
             if let Some((base, bytes)) =
                 segments.last_mut().filter(|(base, _)| !on_disk.compacted.contains_key(base))
+                && !mutant::is(Mutant::CutsInTheWrongPlace)
             {
                 let path = log_path(dir, *base);
                 *bytes = files
                     .open(&path, Mode::default())
                     .and_then(|file| position_of(&file, *base, *bytes, offset))
-                    .map_err(|error| RestoreError::Damaged(format!("{}: {error}", path.display())))?;
+                    .map_err(|error| match error.raw_os_error() {
+                        // The disk did not read it this time, which says nothing about what is there.
+                        Some(_) => RestoreError::Io(path.clone(), error),
+                        None => RestoreError::Damaged(format!("{}: {error}", path.display())),
+                    })?;
             }
             changed = true;
         }
@@ -409,7 +440,7 @@ pub(crate) fn restore(
                 }
             }
             Some((_, bytes)) if *bytes >= state.active_bytes => {
-                if *bytes > state.active_bytes {
+                if *bytes > state.active_bytes && !mutant::is(Mutant::KeepsUncountedEnd) {
                     let file = files.open(&shown, Mode { write: true, ..Mode::default() });
                     file.and_then(|file| file.set_len(state.active_bytes)).map_err(io)?;
                     *bytes = state.active_bytes;
@@ -444,6 +475,7 @@ pub(crate) fn restore(
         }
     }
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
+    let mut names_changed = false;
     let (producers, snapshot_from) = restore_producers(
         files,
         dir,
@@ -451,6 +483,7 @@ pub(crate) fn restore(
         state.flushed_end,
         &entries,
         (log_end, &state.epochs),
+        &mut names_changed,
     )?;
     let mut written = Vec::new();
     let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
@@ -524,7 +557,19 @@ pub(crate) fn restore(
     afterwards.extend(on_disk.leftovers.into_iter().map(Afterwards::Remove));
     let restored =
         Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
-    Ok(Outcome { state, producers, restored, last_index, last_term, log_end, written, afterwards, changed })
+    let names_changed = names_changed || !written.is_empty();
+    Ok(Outcome {
+        state,
+        producers,
+        restored,
+        last_index,
+        last_term,
+        log_end,
+        written,
+        afterwards,
+        changed,
+        names_changed,
+    })
 }
 
 /// The newest entries, copied out of the WAL's pages, as far as the budget goes.

@@ -3,6 +3,7 @@
 //! Pure: no file is opened here. See FORMAT.md for the layout and the reasons.
 
 use crate::codec::Cursor;
+use crate::mutant::{self, Mutant};
 use crate::types::GroupId;
 
 pub const BLOCK_ALIGN: usize = 4096;
@@ -286,7 +287,8 @@ pub fn judge(found: &[Found], cut_at_gap: bool) -> Judgement {
     let by_sequence = |sequence: u64| {
         order.binary_search_by_key(&sequence, |k| found[*k].header.sequence).ok().map(|at| order[at])
     };
-    let Some(newest) = order.iter().rev().copied().find(|k| found[*k].payload_ok) else {
+    let counts = |k: &usize| found[*k].payload_ok || mutant::is(Mutant::TakesTornCommit);
+    let Some(newest) = order.iter().rev().copied().find(counts) else {
         return Judgement { torn: !found.is_empty(), ..Judgement::default() };
     };
     let last = found[newest].header.sequence;
@@ -303,12 +305,13 @@ pub fn judge(found: &[Found], cut_at_gap: bool) -> Judgement {
         let here = by_sequence(sequence);
         match here {
             Some(k)
-                if found[k].payload_ok
+                if (found[k].payload_ok || mutant::is(Mutant::TakesTornCommit))
                     && previous_crc.is_none_or(|crc| crc == found[k].header.previous_payload_crc) =>
             {
                 previous_crc = Some(found[k].header.payload_crc);
                 out.live.push(k);
             }
+            _ if mutant::is(Mutant::CutsAtBadChecksum) => break,
             _ => {
                 let own = here.map(|k| found[k].header.groups);
                 let next = sequence.checked_add(1).and_then(by_sequence);

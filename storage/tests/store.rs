@@ -522,6 +522,38 @@ fn retention_start_and_times() {
     });
 }
 
+/// Emptying the busy lane's files must not keep the flusher from the quiet partition whose batches are the oldest.
+#[test]
+fn a_quiet_partition_does_not_hold_up_eviction() {
+    run_all(|io| {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, _) = recover(dir.path());
+        on_shard(async {
+            let store = ShardStore::open(&data, StoreConfig { io, ..small() }).await.unwrap();
+            let quiet = Writer::new(&store, store.create(1, "t-1", GroupConfig::default()).unwrap());
+            quiet.append(1, 100).await;
+            let config = GroupConfig { durability: Durability::Os, ..GroupConfig::default() };
+            let busy: Vec<Writer> = (2..202)
+                .map(|id| Writer::new(&store, store.create(id, &format!("t-{id}"), config.clone()).unwrap()))
+                .collect();
+            let largest = std::cell::Cell::new(0);
+            let all = busy.iter().map(|writer| async {
+                for _ in 0..16 {
+                    writer.append(1, 20_000).await;
+                    largest.set(largest.get().max(store.stats().cache_bytes));
+                }
+            });
+            futures_util::future::join_all(all).await;
+            let largest = largest.get();
+            // 64 MB went through; the budget is 1 MiB, the rings hold 3 MiB each, a run is up to 1 MiB.
+            assert!(largest < 8 << 20, "{largest} bytes in the cache");
+            quiet.append(1, 100).await;
+            check_log(&quiet.log, 0, 2, 1000).await;
+            check_log(&busy[7].log, 0, 16, 100_000).await;
+        });
+    });
+}
+
 #[test]
 fn deletion_is_final() {
     let dir = tempfile::tempdir().unwrap();

@@ -94,6 +94,13 @@ pub struct Fate<'a> {
     pub stale: &'a [Page],
 }
 
+/// How many bytes in front of a sector all of `since` leave as they were: an append writes the last block again with what
+/// it held in front, as the page cache would do for it. To the disk that is the same as leaving those bytes alone.
+fn left_in_front<'a>(old: &[u8], since: impl Iterator<Item = &'a [u8]>) -> usize {
+    let same = |new: &[u8]| old.iter().zip(new).take_while(|(old, new)| old == new).count();
+    since.map(same).min().unwrap_or(old.len())
+}
+
 impl Fate<'_> {
     /// `shared`: parts of the page that a write since the last sync did not cover.
     fn page(&mut self, old: &[u8; PAGE_BYTES], since: &[&[u8; PAGE_BYTES]], shared: u8) -> Page {
@@ -115,8 +122,11 @@ impl Fate<'_> {
             let parts = at / PART_BYTES..(at + self.sector_bytes) / PART_BYTES;
             let holds_more = parts.into_iter().any(|part| shared & (1 << part) != 0)
                 && old[range.clone()] != ZEROS[range.clone()];
-            let whole = !holds_more || self.random.chance(self.rates.ruins);
-            let (zero, garbage) = if whole { (self.rates.zero, self.rates.garbage) } else { (0, 0) };
+            let ruined = self.random.chance(self.rates.ruins);
+            let (zero, garbage) =
+                if holds_more && !ruined { (0, 0) } else { (self.rates.zero, self.rates.garbage) };
+            let kept = left_in_front(&old[range.clone()], since.iter().map(|page| &page[range.clone()]));
+            let lost = if ruined { 0..self.sector_bytes } else { kept..self.sector_bytes };
             let sector = &mut out[range.clone()];
             if self.random.chance(self.rates.torn) {
                 self.counters.count(Fault::SectorTorn);
@@ -125,14 +135,14 @@ impl Fate<'_> {
                 sector[part.clone()].copy_from_slice(&new[at + part.start..at + part.end]);
             } else if self.random.chance(zero) {
                 self.counters.count(Fault::SectorZero);
-                sector.fill(0);
+                sector[lost].fill(0);
             } else if self.random.chance(garbage) {
                 self.counters.count(Fault::SectorGarbage);
                 match self.random.pick(self.stale) {
                     Some(page) if self.random.below(2) == 0 => {
-                        sector.copy_from_slice(&page.bytes()[range.clone()])
+                        sector[lost.clone()].copy_from_slice(&page.bytes()[range.clone()][lost]);
                     }
-                    _ => sector.chunks_mut(8).for_each(|chunk| {
+                    _ => sector[lost].chunks_mut(8).for_each(|chunk| {
                         chunk.copy_from_slice(&self.random.draw().to_le_bytes()[..chunk.len()]);
                     }),
                 }

@@ -64,6 +64,25 @@ fn what_was_synced_survives_and_the_rest_is_old_or_new_sector_by_sector() {
     assert!(seen.contains(&vec![1; 8]) && seen.contains(&vec![2; 8]));
 }
 
+/// An append writes the last block again, with what it held in front.
+#[test]
+fn a_block_written_again_keeps_what_it_held() {
+    let seen = outcomes(|machine| {
+        machine.set_rates(Rates { zero: 500_000, garbage: 500_000, ..Rates::default() });
+        let mut block = [0; 4096];
+        block[..700].fill(1);
+        let file = synced(&machine, "a", &block);
+        block[700..1_500].fill(2);
+        file.write_all_at(&block, 0).unwrap();
+        machine.crash_now(Crash::PowerLoss);
+        machine.restart();
+        let bytes = content(&machine, "a").unwrap();
+        assert!(bytes[..700].iter().all(|byte| *byte == 1));
+        bytes[700..1_500].iter().all(|byte| *byte == 2)
+    });
+    assert!(seen.contains(&false), "what came new is as lost as ever");
+}
+
 #[test]
 fn a_killed_process_loses_nothing_that_the_kernel_had() {
     for seed in 0..50 {

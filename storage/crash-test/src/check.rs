@@ -1,0 +1,285 @@
+//! Comparing what recovery found, and what readers get, with the model.
+
+use bytes::Bytes;
+use flumen_io::simulated::Machine;
+use flumen_protocol::record_batch;
+use flumen_storage::{GroupLog, ReadError, RecoveredGroup};
+
+use crate::model::{Log, Partition};
+
+/// Where in a batch the fields end that Kafka's checksum does not cover: base offset, length, leader epoch, magic, and
+/// the checksum itself.
+const UNCHECKED_BYTES: usize = 21;
+
+#[derive(Debug)]
+pub enum Mismatch {
+    /// A reader sees that something is wrong with it; that is what damage may do.
+    Noticeable(String),
+    Wrong(String),
+}
+
+/// `found` must be the batches from the one with `from` on, in order and byte by byte, none above `upper`.
+pub fn same_batches(state: &Log, from: i64, upper: i64, found: &[Bytes]) -> Result<i64, Mismatch> {
+    let mut at = from;
+    if from < upper && found.iter().all(Bytes::is_empty) {
+        return Err(Mismatch::Wrong(format!("nothing at {from} below {upper}")));
+    }
+    for piece in found {
+        for batch in record_batch::batches(piece) {
+            let (header, bytes) =
+                batch.map_err(|error| Mismatch::Wrong(format!("no batch at {at}: {error}")))?;
+            let Some(want) = state.batch_at(at) else {
+                return Err(Mismatch::Wrong(format!("a batch at {at}, where the log ends")));
+            };
+            let want_bytes = want.batch.as_deref().unwrap_or_default();
+            if bytes != want_bytes {
+                if !record_batch::crc_ok(bytes) {
+                    return Err(Mismatch::Noticeable(format!("the batch at {at} fails its checksum")));
+                }
+                let checked = |bytes: &[u8]| bytes.get(UNCHECKED_BYTES..).map(<[u8]>::to_vec);
+                if checked(bytes) == checked(want_bytes) && header.base_offset == want.base {
+                    return Err(Mismatch::Noticeable(format!("the batch at {at} has another leader epoch")));
+                }
+                return Err(Mismatch::Wrong(format!(
+                    "another batch at {at}: found {}, wanted {}",
+                    describe(bytes),
+                    describe(want_bytes)
+                )));
+            }
+            at = want.next;
+            if at > upper {
+                return Err(Mismatch::Wrong(format!("a batch up to {at} above {upper}")));
+            }
+        }
+    }
+    Ok(at)
+}
+
+fn describe(batch: &[u8]) -> String {
+    let text: String = batch.iter().skip(66).take(24).map(|byte| char::from(*byte)).collect();
+    match record_batch::parse_header(batch) {
+        Ok(header) => format!(
+            "[{} to {}, epoch {}, {} bytes, {text:?}]",
+            header.base_offset,
+            header.next_offset(),
+            header.leader_epoch,
+            batch.len()
+        ),
+        Err(error) => format!("[{error}]"),
+    }
+}
+
+/// How much of what it was told a partition may have forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Nothing that was acknowledged.
+    Kill,
+    /// What only the kernel had.
+    PowerLoss,
+    /// The end: the newest commits of a ring, when they are damaged, cannot be told from ones that were never finished.
+    DamagedEnd,
+}
+
+/// A write that goes astray covers so many blocks of a ring at most, each of them a commit.
+const COMMITS_DAMAGED_MAX: usize = 16;
+
+/// The states of the model that recovery's account agrees with, best first. `Err` says why none does.
+pub fn matching(
+    id: u64,
+    partition: &Partition,
+    loss: Loss,
+    found: Option<&RecoveredGroup>,
+) -> Result<Vec<Option<Log>>, String> {
+    let from = match loss {
+        Loss::Kill => partition.lower_bound(false),
+        Loss::PowerLoss => partition.lower_bound(true),
+        Loss::DamagedEnd if partition.is_durable() => partition.before_last_commits(COMMITS_DAMAGED_MAX),
+        // The os lane of a machine that lost power ends where the first damage is.
+        Loss::DamagedEnd => 0,
+    };
+    let candidates = partition.states_from(from);
+    let mixed = loss != Loss::Kill && !partition.is_durable();
+    let (_, floor) = &candidates[candidates.len() - 1];
+    let mut reasons = Vec::new();
+    let mut matching = Vec::new();
+    // A file of one lane retires with what its partitions are by then, which may still be on its way in the other lane:
+    // vote and log start run ahead of entries then, and neither was acknowledged.
+    let ahead = partition.has_two_lanes();
+    for (at, (steps, state)) in candidates.iter().enumerate() {
+        let states = if mixed {
+            without_tail(state, floor, &candidates, found, loss)
+        } else if ahead {
+            candidates[..=at]
+                .iter()
+                .rev()
+                .filter_map(|(_, head)| with_head(state.as_ref(), head.as_ref()))
+                .collect()
+        } else {
+            with_head(state.as_ref(), state.as_ref()).into_iter().collect()
+        };
+        let mut reason = None;
+        for state in states {
+            match differs(state.as_ref(), found) {
+                None => matching.push(state),
+                Some(why) => reason = reason.or(Some(why)),
+            }
+        }
+        reasons.extend(reason.map(|reason| format!("after {steps} steps: {reason}")));
+    }
+    if !matching.is_empty() {
+        return Ok(matching);
+    }
+    // The nearest first.
+    reasons.sort_by_key(|reason| reason.matches(", not ").count());
+    reasons.truncate(6);
+    Err(format!(
+        "group {id} is in none of its {} possible states ({} steps, {from} must be there, {loss:?}):\n  {}",
+        candidates.len(),
+        partition.steps().len(),
+        reasons.join("\n  ")
+    ))
+}
+
+/// What the os lane may leave of a state when the power goes: entries from the end may be missing, but none that was there
+/// at `floor` and was not replaced since; and the rest may be of another time, as far as the durable lane knows it.
+fn without_tail(
+    state: &Option<Log>,
+    floor: &Option<Log>,
+    heads: &[(usize, Option<Log>)],
+    found: Option<&RecoveredGroup>,
+    loss: Loss,
+) -> Vec<Option<Log>> {
+    let mut entries = state.clone();
+    // Where the os lane ends at damage in its middle, the durable one can have a log start of after that.
+    let start = found.map(|found| found.log_start_offset).filter(|start| {
+        loss == Loss::DamagedEnd
+            && heads.iter().any(|(_, head)| head.as_ref().is_some_and(|h| h.log_start == *start))
+    });
+    if let (Some(log), Some(found)) = (&mut entries, found) {
+        let kept = floor.as_ref().map_or(0, |floor| floor.common(log));
+        if found.last_index >= kept {
+            log.entries.truncate(usize::try_from(found.last_index).unwrap_or(usize::MAX));
+        }
+    }
+    let moved = |head: &Option<Log>| {
+        head.as_ref().map(|head| Log { log_start: start.unwrap_or(head.log_start), ..head.clone() })
+    };
+    heads.iter().filter_map(|(_, head)| with_head(entries.as_ref(), moved(head).as_ref())).collect()
+}
+
+/// Entries of one state, the rest of another, cut to what the entries allow. `None`: they do not go together.
+fn with_head(state: Option<&Log>, head: Option<&Log>) -> Option<Option<Log>> {
+    match (state, head) {
+        (None, None) => Some(None),
+        (Some(state), Some(head)) => {
+            let mut log = state.clone();
+            log.hard = head.hard;
+            log.hard.commit = log.hard.commit.min(log.last_index());
+            // An entry proves its term, and nobody has voted in a term of which there is only that.
+            if log.last_term() > log.hard.term {
+                (log.hard.term, log.hard.vote) = (log.last_term(), 0);
+            }
+            log.log_start = head.log_start.min(log.log_end());
+            Some(Some(log))
+        }
+        _ => None,
+    }
+}
+
+fn differs(state: Option<&Log>, found: Option<&RecoveredGroup>) -> Option<String> {
+    let (state, found) = match (state, found) {
+        (None, None) => return None,
+        (Some(_), None) => return Some("it should exist".to_owned()),
+        (None, Some(_)) => return Some("it should not exist".to_owned()),
+        (Some(state), Some(found)) => (state, found),
+    };
+    let mut reasons = Vec::new();
+    let mut compare = |what: &str, found: i128, want: i128| {
+        if found != want {
+            reasons.push(format!("{what} is {found}, not {want}"));
+        }
+    };
+    compare("last index", found.last_index.into(), state.last_index().into());
+    compare("last term", found.last_term.into(), state.last_term().into());
+    compare("log end", found.log_end_offset.into(), state.log_end().into());
+    compare("log start", found.log_start_offset.into(), state.log_start.into());
+    compare("term", found.hard_state.term.into(), state.hard.term.into());
+    compare("vote", found.hard_state.vote.into(), state.hard.vote.into());
+    compare("commit", found.hard_state.commit.into(), state.hard.commit.into());
+    if reasons.is_empty()
+        && let Err(reason) = producers(state, found)
+    {
+        reasons.push(reason);
+    }
+    (!reasons.is_empty()).then(|| reasons.join(", "))
+}
+
+/// Every producer whose last batch readers can still see is known with it; one whose batches are gone may be forgotten.
+fn producers(state: &Log, found: &RecoveredGroup) -> Result<(), String> {
+    let want = state.producers();
+    for (id, (epoch, sequence, base)) in &want {
+        match found.producers.producer(*id) {
+            Some(known) if known == (*epoch, *sequence) => {}
+            None if *base < state.log_start => {}
+            known => {
+                return Err(format!("producer {id} is {known:?}, not {:?}", (epoch, sequence)));
+            }
+        }
+    }
+    match found.producers.producers().find(|(id, ..)| !want.contains_key(id)) {
+        Some((id, ..)) => Err(format!("producer {id} wrote nothing")),
+        None => Ok(()),
+    }
+}
+
+/// Reads a whole recovered log and compares it with each state; returns the first that it is.
+pub async fn content(
+    machine: &Machine,
+    log: &GroupLog,
+    candidates: Vec<Option<Log>>,
+    max_bytes: usize,
+) -> Result<Log, Mismatch> {
+    let (start, end) = (log.log_start_offset(), log.log_end_offset());
+    let mut pieces = Vec::new();
+    let mut at = start;
+    while at < end {
+        let found = match log.read_cached(at, end, max_bytes) {
+            Some(found) => found,
+            None => log.read(at, end, max_bytes).await.map_err(|error| match error {
+                ReadError::Damaged { .. } => Mismatch::Noticeable(format!("reading at {at}: {error}")),
+                error => Mismatch::Wrong(format!("reading at {at}: {error}")),
+            })?,
+        };
+        let last = found.iter().flat_map(|piece| record_batch::batches(piece)).last();
+        match last {
+            Some(Ok((header, _))) if header.next_offset() > at => at = header.next_offset(),
+            _ => return Err(Mismatch::Wrong(format!("reading at {at} of {start} to {end} gets nowhere"))),
+        }
+        pieces.extend(found);
+    }
+    machine.note(&format!("{} read from {start} to {end}", log.group_id()));
+    let mut mismatch = Mismatch::Wrong("no candidate".to_owned());
+    for state in candidates.into_iter().flatten() {
+        match same_batches(&state, start, end, &pieces) {
+            Ok(reached) if reached == end => {
+                epochs(&state, log).map_err(Mismatch::Wrong)?;
+                return Ok(state);
+            }
+            Ok(reached) => mismatch = Mismatch::Wrong(format!("the log reaches {reached}, not {end}")),
+            Err(found) => mismatch = found,
+        }
+    }
+    Err(mismatch)
+}
+
+/// Leader epochs are those of the batches.
+fn epochs(state: &Log, log: &GroupLog) -> Result<(), String> {
+    for entry in state.batches() {
+        let (at, term) = (entry.base.max(state.log_start), entry.term as i32);
+        let found = log.epoch_at(at);
+        if found != term {
+            return Err(format!("offset {at} has leader epoch {found}, not {term}"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,244 @@
+//! What the store was told and what it has acknowledged, per partition; what may and what must be there after a crash.
+//!
+//! Pure. The store's promise is about an order: what was staged forms one sequence per partition, and a crash leaves a
+//! beginning of it that includes everything acknowledged. So whatever is found must be the state after some number of
+//! changes, and that number has a lower bound.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use flumen_protocol::record_batch;
+use flumen_storage::{HardState, LANES, Lane, Lsn};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub index: u64,
+    pub term: u64,
+    pub base: i64,
+    pub next: i64,
+    /// `None` for an entry without records.
+    pub batch: Option<Bytes>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    Create,
+    Entry(Entry),
+    Hard(HardState),
+    LogStart(i64),
+    Delete,
+}
+
+#[derive(Debug, Clone)]
+pub struct Step {
+    pub change: Change,
+    /// `None` where the store does not say; then the next one tells.
+    pub commit: Option<(Lane, Lsn)>,
+    /// The partition was to survive a loss of power when this was staged.
+    pub durable: bool,
+}
+
+/// State of a log that exists.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Log {
+    pub entries: Vec<Entry>,
+    pub hard: HardState,
+    pub log_start: i64,
+}
+
+impl Log {
+    pub fn last_index(&self) -> u64 {
+        self.entries.last().map_or(0, |entry| entry.index)
+    }
+
+    pub fn last_term(&self) -> u64 {
+        self.entries.last().map_or(0, |entry| entry.term)
+    }
+
+    pub fn log_end(&self) -> i64 {
+        self.entries.last().map_or(0, |entry| entry.next)
+    }
+
+    pub fn entry(&self, index: u64) -> Option<&Entry> {
+        self.entries.get(usize::try_from(index.checked_sub(1)?).ok()?)
+    }
+
+    /// Offset after the entry at `index`.
+    pub fn end_of(&self, index: u64) -> i64 {
+        self.entry(index).map_or(0, |entry| entry.next)
+    }
+
+    /// Batches that a reader of the whole log gets.
+    pub fn batches(&self) -> impl Iterator<Item = &Entry> + '_ {
+        self.entries.iter().filter(|entry| entry.batch.is_some() && entry.next > self.log_start)
+    }
+
+    /// The batch with `offset`.
+    pub fn batch_at(&self, offset: i64) -> Option<&Entry> {
+        let at = self.entries.partition_point(|entry| entry.next <= offset);
+        self.entries[at..].iter().find(|entry| entry.batch.is_some())
+    }
+
+    /// Entries that both have, from the first on.
+    pub fn common(&self, other: &Log) -> u64 {
+        self.entries.iter().zip(&other.entries).take_while(|(mine, theirs)| mine == theirs).count() as u64
+    }
+
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Entry(entry) => {
+                self.entries.truncate(usize::try_from(entry.index - 1).unwrap_or(usize::MAX));
+                assert_eq!(self.last_index() + 1, entry.index, "the workload stages without gaps");
+                self.entries.push(entry.clone());
+            }
+            Change::Hard(hard) => self.hard = *hard,
+            Change::LogStart(offset) => self.log_start = self.log_start.max(*offset),
+            Change::Create | Change::Delete => {}
+        }
+    }
+
+    /// Last batch of every idempotent producer: epoch, last sequence, base offset.
+    pub fn producers(&self) -> BTreeMap<i64, (i16, i32, i64)> {
+        let mut found = BTreeMap::new();
+        for batch in self.entries.iter().filter_map(|entry| entry.batch.as_ref()) {
+            if let Ok(header) = record_batch::parse_header(batch)
+                && header.has_producer_id()
+            {
+                let last = (header.producer_epoch, header.last_sequence(), header.base_offset);
+                found.insert(header.producer_id, last);
+            }
+        }
+        found
+    }
+}
+
+/// What a partition is as far as the test has told the store.
+#[derive(Debug, Clone, Default)]
+pub struct Partition {
+    /// At the last restart, all of it durable; `None`: it does not exist.
+    floor: Option<Log>,
+    steps: Vec<Step>,
+    /// Steps that were acknowledged, and those that a loss of power may not take either.
+    acked: usize,
+    safe: usize,
+    now: Option<Log>,
+}
+
+fn fold(state: &mut Option<Log>, change: &Change) {
+    match (change, &mut *state) {
+        (Change::Create, _) => *state = Some(Log::default()),
+        (Change::Delete, _) => *state = None,
+        (_, Some(log)) => log.apply(change),
+        (_, None) => unreachable!("nothing is staged to a partition that is not there"),
+    }
+}
+
+impl Partition {
+    pub fn stage(&mut self, change: Change, commit: Option<(Lane, Lsn)>, durable: bool) {
+        fold(&mut self.now, &change);
+        self.steps.push(Step { change, commit, durable });
+    }
+
+    /// The newest step was refused after all.
+    pub fn take_back(&mut self) {
+        self.steps.pop();
+        self.now = self.floor.clone();
+        let now = &mut self.now;
+        self.steps.iter().for_each(|step| fold(now, &step.change));
+    }
+
+    /// The state at the last restart.
+    pub fn floor(&self) -> Option<&Log> {
+        self.floor.as_ref()
+    }
+
+    /// The state after everything staged.
+    pub fn log(&self) -> Option<&Log> {
+        self.now.as_ref()
+    }
+
+    /// The state after everything acknowledged.
+    pub fn acknowledged(&self) -> Option<Log> {
+        let mut state = self.floor.clone();
+        self.steps[..self.acked].iter().for_each(|step| fold(&mut state, &step.change));
+        state
+    }
+
+    /// Everything in this lane with this LSN or a lower one is done, the store says.
+    pub fn acknowledge(&mut self, lane: Lane, done: Lsn) {
+        let known = |step: &Step| step.commit.is_some_and(|(l, lsn)| l == lane && lsn <= done);
+        if let Some(last) = self.steps.iter().rposition(known) {
+            self.acked = self.acked.max(last + 1);
+        }
+        self.note_safe();
+    }
+
+    /// The deletion, which is the last there can be, was acknowledged: no restart brings it back, of either kind.
+    pub fn acknowledge_deletion(&mut self) {
+        self.stopped_cleanly();
+    }
+
+    fn note_safe(&mut self) {
+        if let Some(last) = self.steps[..self.acked].iter().rposition(|step| step.durable) {
+            self.safe = self.safe.max(last + 1);
+        }
+    }
+
+    /// A clean stop leaves nothing to the kernel.
+    pub fn stopped_cleanly(&mut self) {
+        self.acked = self.steps.len();
+        self.safe = self.acked;
+    }
+
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// All that was staged since the last restart is to survive a loss of power.
+    pub fn is_durable(&self) -> bool {
+        self.steps.iter().all(|step| step.durable)
+    }
+
+    /// Since the last restart it wrote to both lanes.
+    pub fn has_two_lanes(&self) -> bool {
+        let uses = |lane| self.steps.iter().any(|step| step.commit.is_some_and(|(l, _)| l == lane));
+        LANES.into_iter().all(uses)
+    }
+
+    /// How many of the steps must be found.
+    pub fn lower_bound(&self, power_loss: bool) -> usize {
+        if power_loss { self.safe } else { self.acked }
+    }
+
+    /// How many steps are left without the newest commits that were acknowledged.
+    pub fn before_last_commits(&self, count: usize) -> usize {
+        let mut commits = Vec::new();
+        for (at, step) in self.steps[..self.acked].iter().enumerate().rev() {
+            if let Some(commit) = step.commit.filter(|commit| !commits.contains(commit)) {
+                if commits.len() == count {
+                    return at + 1;
+                }
+                commits.push(commit);
+            }
+        }
+        0
+    }
+
+    /// The states after `from` steps and after each further one, the last one first, with the number of steps.
+    pub fn states_from(&self, from: usize) -> Vec<(usize, Option<Log>)> {
+        let mut state = self.floor.clone();
+        self.steps[..from].iter().for_each(|step| fold(&mut state, &step.change));
+        let mut found = vec![(from, state.clone())];
+        for (at, step) in self.steps.iter().enumerate().skip(from) {
+            fold(&mut state, &step.change);
+            found.push((at + 1, state.clone()));
+        }
+        found.reverse();
+        found
+    }
+
+    /// Recovery came to this state and made it durable.
+    pub fn rebase(&mut self, state: Option<Log>) {
+        *self = Self { floor: state.clone(), now: state, ..Self::default() };
+    }
+}

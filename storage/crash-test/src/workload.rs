@@ -1,0 +1,519 @@
+//! What the clients of a store do to it between two crashes, told to the model as it happens.
+//!
+//! A client picks a partition and does one of the things a broker does: append, vote, replace what is not committed,
+//! commit, read, advance the log start, apply retention, change the configuration, create, delete. What the store takes
+//! goes into the model in the same turn, and what it acknowledges too.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use flumen_io::simulated::{Fault, Machine, Random};
+use flumen_protocol::record::BatchBuilder;
+use flumen_storage::{
+    AdvanceError, CreateError, DeleteError, Durability, Entry, GroupConfig, GroupId, GroupLog, HardState,
+    Lane, Lsn, Payload, ReadError, ShardStore, StageError,
+};
+
+use crate::check::{self, Mismatch};
+use crate::model::{self, Change, Partition};
+use crate::settings::Theme;
+
+/// Ids of idempotent producers, few enough that each writes often.
+const PRODUCERS: u64 = 3;
+
+/// A partition and what the test knows of it.
+pub struct Slot {
+    pub model: Partition,
+    pub dir_name: String,
+    pub config: GroupConfig,
+    pub store: usize,
+    /// None while it is being deleted, after it refused to be, and when the store refuses to serve it.
+    pub log: Option<GroupLog>,
+    /// Entries up to here are committed: never replaced, and free to leave the WAL.
+    pub commit: u64,
+    /// Entries up to here were in segments before the last restart. The store knows where entries begin that it took from
+    /// the WAL or since, and so replaces no others.
+    pub settled: u64,
+    /// A leader is elected after every start, before it writes anything.
+    pub elected: bool,
+    /// Sequence that each producer would use next.
+    pub sequences: BTreeMap<i64, i32>,
+    /// It was told to go.
+    pub deleting: bool,
+    /// The store reported it damaged; only where the disk did damage.
+    pub refused: bool,
+}
+
+pub struct World {
+    pub machine: Machine,
+    pub theme: Theme,
+    pub random: Random,
+    pub stores: Vec<ShardStore>,
+    pub slots: BTreeMap<GroupId, Slot>,
+    pub next_group: GroupId,
+    pub partitions: u64,
+    /// First broken promise.
+    pub violation: Option<String>,
+    /// A store took no more writes.
+    pub poisoned: bool,
+    pub stage_count: u64,
+}
+
+pub type Shared = Rc<RefCell<World>>;
+
+impl World {
+    pub fn blame(&mut self, what: String) {
+        // After the machine went down nothing counts; every call fails then.
+        if self.violation.is_none() && !self.machine.is_down() {
+            self.violation = Some(what);
+        }
+    }
+
+    fn pick_slot(&mut self) -> Option<GroupId> {
+        let ids: Vec<GroupId> =
+            self.slots.iter().filter(|(_, slot)| slot.log.is_some()).map(|(id, _)| *id).collect();
+        self.random.pick(&ids).copied()
+    }
+
+    /// A partition that could not be read when it had to be takes nothing more until the next start.
+    fn may_be_refused(&self) -> bool {
+        self.theme == Theme::Damage || self.machine.counters().of(Fault::ReadFails) > 0
+    }
+
+    fn take_out_of_service(&mut self, id: GroupId) {
+        if let Some(slot) = self.slots.get_mut(&id) {
+            slot.log = None;
+        }
+    }
+
+    /// Damage makes anything unreadable, and failed reads make some things so for once.
+    fn may_not_read(&self, error: &ReadError) -> bool {
+        match error {
+            ReadError::Io(_) => self.machine.counters().of(Fault::ReadFails) > 0,
+            ReadError::Damaged { .. } => self.may_be_refused(),
+            ReadError::OutOfRange { .. } => false,
+        }
+    }
+}
+
+pub fn new_config(random: &mut Random) -> GroupConfig {
+    GroupConfig {
+        durability: if random.below(3) == 0 { Durability::Os } else { Durability::Durable },
+        segment_bytes: 8 << (10 + random.below(6)),
+        retention_ms: -1,
+        ..GroupConfig::default()
+    }
+}
+
+/// A batch whose content tells where it belongs and which attempt wrote it.
+fn batch(world: &mut World, id: GroupId, base: i64, term: u64, producer: Option<(i64, i32)>) -> (Bytes, i64) {
+    let records = 1 + i64::try_from(world.random.below(4)).unwrap_or(0);
+    let size = match world.random.below(20) {
+        0 => 10_000 + world.random.below(30_000),
+        1..=4 => 1_000 + world.random.below(6_000),
+        _ => 10 + world.random.below(300),
+    } as usize;
+    let mut builder = BatchBuilder::new();
+    let at = world.machine.now_ms();
+    world.stage_count += 1;
+    for k in 0..records {
+        let mut value = format!("{id}/{}/{term}/{}/", base + k, world.stage_count).into_bytes();
+        let fill = (world.stage_count % 251) as u8;
+        value.resize(value.len().max(size / records as usize), fill);
+        builder.append(at + k, None, Some(&value), &[]);
+    }
+    if let Some((producer, sequence)) = producer {
+        builder.producer(producer, 0, sequence);
+    }
+    builder.leader_epoch(i32::try_from(term).unwrap_or(i32::MAX));
+    (builder.build(base).freeze(), records)
+}
+
+/// Stages entries from `first` on (replacing what is there), maybe with a hard state, and tells the model.
+fn stage(
+    world: &mut World,
+    id: GroupId,
+    first: u64,
+    term: u64,
+    count: u64,
+    with_hard: bool,
+) -> Option<(Lane, Lsn)> {
+    let slot = world.slots.get(&id)?;
+    let (log, durable) = (slot.log.clone()?, slot.config.durability == Durability::Durable);
+    let state = slot.model.log()?.clone();
+    let mut sequences = slot.sequences.clone();
+    let replaces = first <= state.last_index();
+    let mut offset = state.end_of(first - 1);
+    let (mut entries, mut changes) = (Vec::new(), Vec::new());
+    for k in 0..count {
+        let index = first + k;
+        let (payload, next, bytes) = if world.random.below(8) == 0 {
+            let size = world.random.below(40) as usize;
+            (Payload::Control(Bytes::from(vec![9; size])), offset, None)
+        } else {
+            // A client whose batch was replaced does not know; to keep sequences simple it is another one.
+            let producer = (!replaces && world.random.below(2) == 0)
+                .then(|| i64::try_from(world.random.below(PRODUCERS)).unwrap_or(0) + 100);
+            let producer =
+                producer.map(|producer| (producer, sequences.get(&producer).copied().unwrap_or(0)));
+            let (bytes, records) = batch(world, id, offset, term, producer);
+            if let Some((producer, sequence)) = producer {
+                sequences.insert(producer, sequence + i32::try_from(records).unwrap_or(0));
+            }
+            (Payload::Batch(bytes.clone()), offset + records, Some(bytes))
+        };
+        changes.push(Change::Entry(model::Entry { index, term, base: offset, next, batch: bytes }));
+        entries.push(Entry { index, term, payload });
+        offset = next;
+    }
+    let slot = world.slots.get_mut(&id)?;
+    let hard = with_hard.then(|| HardState { term, vote: 1 + term % 3, commit: slot.commit.min(first - 1) });
+    changes.extend(hard.map(Change::Hard));
+    if changes.is_empty() {
+        return None;
+    }
+    let total: usize = entries.iter().map(|entry| entry.payload.bytes().len()).sum();
+    let promised = count == 1 && !with_hard && !replaces && log.has_room(total);
+    match log.stage(hard, &entries) {
+        Ok(commit) => {
+            slot.sequences = sequences;
+            // Who only votes does not lead.
+            slot.elected |= count > 0;
+            for change in changes {
+                slot.model.stage(change, Some(commit), durable);
+            }
+            world
+                .machine
+                .note(&format!("{id} staged {first}+{count} term {term} hard {hard:?} at {commit:?}"));
+            Some(commit)
+        }
+        Err(StageError::NoSpace) if promised => {
+            world.blame(format!("group {id}: there was room for {total} bytes, and then there was none"));
+            None
+        }
+        Err(StageError::NoSpace | StageError::TooLarge { .. }) => None,
+        Err(StageError::Poisoned) => {
+            world.poisoned = true;
+            None
+        }
+        Err(StageError::Damaged) if world.may_be_refused() => {
+            world.take_out_of_service(id);
+            None
+        }
+        Err(error) => {
+            world.blame(format!("group {id}: staging entries {first} to {}: {error}", first + count));
+            None
+        }
+    }
+}
+
+fn term_of(state: &model::Log) -> u64 {
+    state.hard.term.max(state.last_term()).max(1)
+}
+
+fn append(world: &mut World, id: GroupId) {
+    let Some(slot) = world.slots.get(&id) else { return };
+    let Some(state) = slot.model.log() else { return };
+    let term = term_of(state) + u64::from(!slot.elected);
+    let next = state.last_index() + 1;
+    let count = 1 + world.random.below(3);
+    // Entries of a term follow a hard state that knows it.
+    let with_hard = state_is_behind(world, id, term) || world.random.below(2) == 0;
+    stage(world, id, next, term, count, with_hard);
+}
+
+fn state_is_behind(world: &World, id: GroupId, term: u64) -> bool {
+    world.slots.get(&id).and_then(|slot| slot.model.log()).is_some_and(|log| log.hard.term < term)
+}
+
+/// Raft voted, with nothing to append.
+fn vote(world: &mut World, id: GroupId) {
+    let Some(state) = world.slots.get(&id).and_then(|slot| slot.model.log()) else { return };
+    let term = term_of(state) + world.random.below(2);
+    stage(world, id, state_end(world, id) + 1, term, 0, true);
+}
+
+fn state_end(world: &World, id: GroupId) -> u64 {
+    world.slots.get(&id).and_then(|slot| slot.model.log()).map_or(0, model::Log::last_index)
+}
+
+/// A new leader replaces what was not committed.
+fn replace(world: &mut World, id: GroupId) {
+    let Some(slot) = world.slots.get(&id) else { return };
+    let Some(state) = slot.model.log() else { return };
+    let (kept, last, term) = (slot.commit.max(slot.settled), state.last_index(), term_of(state) + 1);
+    if last <= kept {
+        return;
+    }
+    let first = kept + 1 + world.random.below(last - kept);
+    let count = 1 + world.random.below(2);
+    stage(world, id, first, term, count, true);
+}
+
+/// What is acknowledged is committed: it may leave the WAL, and readers may see it.
+fn commit(world: &mut World, id: GroupId) {
+    let Some(slot) = world.slots.get_mut(&id) else { return };
+    let (Some(log), Some(acked)) = (slot.log.clone(), slot.model.acknowledged()) else { return };
+    // Entries that are acknowledged and were not replaced since.
+    let common = slot.model.log().map_or(0, |now| now.common(&acked));
+    if common > slot.commit {
+        slot.commit = slot.commit + 1 + world.random.below(common - slot.commit);
+    }
+    let Some(end) = slot.model.log().map(|now| now.end_of(slot.commit)) else { return };
+    log.set_high_watermark(end);
+}
+
+fn advance(world: &mut World, id: GroupId) {
+    let Some(slot) = world.slots.get_mut(&id) else { return };
+    let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
+    let (start, end) = (state.log_start, log.high_watermark());
+    if end <= start {
+        return;
+    }
+    let to = start + 1 + i64::try_from(world.random.below((end - start) as u64 / 2 + 1)).unwrap_or(0);
+    let to = to.min(end);
+    let durable = slot.config.durability == Durability::Durable;
+    match log.advance_log_start(to) {
+        Ok(commit) => {
+            slot.model.stage(Change::LogStart(to), Some(commit), durable);
+            world.machine.note(&format!("{id} log start {to} at {commit:?}"));
+        }
+        Err(AdvanceError::Stage(StageError::NoSpace)) => {}
+        Err(AdvanceError::Stage(StageError::Poisoned) | AdvanceError::Poisoned(_)) => world.poisoned = true,
+        Err(AdvanceError::Stage(StageError::Damaged)) if world.may_be_refused() => {
+            world.take_out_of_service(id)
+        }
+        Err(error) => world.blame(format!("group {id}: advancing the log start to {to}: {error}")),
+    }
+}
+
+fn retain(world: &mut World, id: GroupId) {
+    let now = world.machine.now_ms();
+    let Some(slot) = world.slots.get_mut(&id) else { return };
+    let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
+    let before = state.log_start;
+    let mut config = slot.config.clone();
+    match world.random.below(3) {
+        0 => config.retention_bytes = i64::try_from(world.random.below(60_000)).unwrap_or(0),
+        1 => config.retention_ms = i64::try_from(world.random.below(400)).unwrap_or(0),
+        _ => {}
+    }
+    log.set_config(config);
+    let hold = if world.random.below(3) == 0 { before + 5 } else { i64::MAX };
+    let outcome = log.enforce_retention(now, hold);
+    log.set_config(slot.config.clone());
+    let durable = slot.config.durability == Durability::Durable;
+    if outcome.log_start_offset > before {
+        slot.model.stage(Change::LogStart(outcome.log_start_offset), None, durable);
+        world.machine.note(&format!("{id} retention to {}", outcome.log_start_offset));
+    }
+    if outcome.log_start_offset > hold.max(before)
+        || outcome.log_start_offset > log.high_watermark().max(before)
+    {
+        world.blame(format!("group {id}: retention went to {} beyond its bounds", outcome.log_start_offset));
+    }
+}
+
+fn reconfigure(world: &mut World, id: GroupId) {
+    let config = new_config(&mut world.random);
+    let Some(slot) = world.slots.get_mut(&id) else { return };
+    slot.config = config.clone();
+    if let Some(log) = &slot.log {
+        log.set_config(config);
+    }
+}
+
+pub fn create_any(world: &mut World) {
+    let id = world.next_group;
+    let config = new_config(&mut world.random);
+    // Names of deleted topics come back, numbers do not.
+    let dir_name = format!("t-{}", world.random.below(world.partitions + 2));
+    if world.slots.values().any(|slot| slot.dir_name == dir_name && slot.model.log().is_some()) {
+        return;
+    }
+    create_as(world, id, dir_name, config);
+}
+
+pub fn create_as(world: &mut World, id: GroupId, dir_name: String, config: GroupConfig) {
+    let store_at = usize::try_from(id % world.stores.len() as u64).unwrap_or(0);
+    match world.stores[store_at].create(id, &dir_name, config.clone()) {
+        Ok(log) => {
+            world.next_group = world.next_group.max(id + 1);
+            world.machine.note(&format!("{id} created as {dir_name}"));
+            let mut model = Partition::default();
+            // That it exists is durable whatever its topic asks for.
+            model.stage(Change::Create, None, true);
+            let slot = Slot {
+                model,
+                dir_name,
+                config,
+                store: store_at,
+                log: Some(log),
+                commit: 0,
+                settled: 0,
+                elected: false,
+                sequences: BTreeMap::new(),
+                deleting: false,
+                refused: false,
+            };
+            world.slots.insert(id, slot);
+        }
+        Err(CreateError::NoSpace | CreateError::Io { .. }) => {}
+        // A deletion that could not be finished, or a creation that was refused half-way, holds the name until the
+        // next start.
+        Err(CreateError::DirectoryExists(_)) => {}
+        Err(CreateError::Poisoned(_)) => world.poisoned = true,
+        Err(error) => world.blame(format!("creating group {id} as {dir_name}: {error}")),
+    }
+}
+
+async fn delete(world: &Shared, id: GroupId) {
+    let store = {
+        let mut world = world.borrow_mut();
+        let Some(slot) = world.slots.get_mut(&id) else { return };
+        // Another client may have been faster.
+        if slot.log.take().is_none() {
+            return;
+        }
+        slot.deleting = true;
+        slot.model.stage(Change::Delete, None, true);
+        let at = slot.store;
+        world.machine.note(&format!("{id} delete"));
+        world.stores[at].clone()
+    };
+    let result = store.delete(id).await;
+    let mut world = world.borrow_mut();
+    if world.machine.is_down() {
+        return;
+    }
+    world.machine.note(&format!("{id} delete: {result:?}"));
+    match result {
+        Ok(()) => {
+            if let Some(slot) = world.slots.get_mut(&id) {
+                slot.model.acknowledge_deletion();
+            }
+        }
+        Err(DeleteError::Poisoned(_)) => world.poisoned = true,
+        // Renamed, which the next start takes for a deletion.
+        Err(DeleteError::Stage(_)) => {}
+        // Not even that: it is as it was.
+        Err(DeleteError::Io { .. }) => {
+            let log = store.group(id);
+            if let Some(slot) = world.slots.get_mut(&id) {
+                slot.log = log;
+                slot.deleting = false;
+                slot.model.take_back();
+            }
+        }
+        Err(error) => world.blame(format!("deleting group {id}: {error}")),
+    }
+}
+
+async fn read(world: &Shared, id: GroupId) {
+    let (log, from, upper, max_bytes) = {
+        let mut world = world.borrow_mut();
+        let Some(log) = world.slots.get(&id).and_then(|slot| slot.log.clone()) else { return };
+        let (start, end) = (log.log_start_offset(), log.high_watermark());
+        if end <= start {
+            return;
+        }
+        let from = start + i64::try_from(world.random.below((end - start) as u64)).unwrap_or(0);
+        (log, from, end, 1 + world.random.below(20_000) as usize)
+    };
+    let found = match log.read_cached(from, upper, max_bytes) {
+        Some(found) => Ok(found),
+        None => log.read(from, upper, max_bytes).await,
+    };
+    let mut world = world.borrow_mut();
+    let Some(slot) = world.slots.get(&id) else { return };
+    let Some(state) = slot.model.log() else { return };
+    let verdict = match found {
+        Ok(found) => check::same_batches(state, from, upper, &found).map(drop),
+        Err(ReadError::OutOfRange { .. }) if state.log_start > from => Ok(()),
+        Err(error) if world.may_not_read(&error) => Ok(()),
+        Err(error) => Err(Mismatch::Wrong(format!("reading from {from}: {error}"))),
+    };
+    match verdict {
+        Ok(()) => {}
+        Err(Mismatch::Noticeable(_)) if world.theme == Theme::Damage => {}
+        Err(Mismatch::Noticeable(reason) | Mismatch::Wrong(reason)) => {
+            world.blame(format!("group {id}: {reason}"));
+        }
+    }
+}
+
+/// One client, for a number of actions.
+pub async fn client(world: Shared, actions: u64) {
+    for _ in 0..actions {
+        let (pause, action, id) = {
+            let mut world = world.borrow_mut();
+            if world.violation.is_some() || world.poisoned {
+                return;
+            }
+            let pause = world.random.below(12);
+            (pause, world.random.below(100), world.pick_slot())
+        };
+        match pause {
+            0 => {
+                let ms = 1 + world.borrow_mut().random.below(30);
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+            }
+            1..=8 => {
+                for _ in 0..pause {
+                    tokio::task::yield_now().await;
+                }
+            }
+            _ => {}
+        }
+        let Some(id) = id else {
+            create_any(&mut world.borrow_mut());
+            tokio::task::yield_now().await;
+            continue;
+        };
+        match action {
+            0..=44 => append(&mut world.borrow_mut(), id),
+            45..=49 => vote(&mut world.borrow_mut(), id),
+            50..=54 => replace(&mut world.borrow_mut(), id),
+            55..=74 => commit(&mut world.borrow_mut(), id),
+            75..=78 => advance(&mut world.borrow_mut(), id),
+            79..=81 => retain(&mut world.borrow_mut(), id),
+            82..=84 => reconfigure(&mut world.borrow_mut(), id),
+            85..=86 => create_any(&mut world.borrow_mut()),
+            87 => delete(&world, id).await,
+            _ => read(&world, id).await,
+        }
+    }
+}
+
+/// Hears what a lane of a store says is done, and tells the model.
+pub async fn listener(world: Shared, at: usize, lane: Lane) {
+    let store = world.borrow().stores[at].clone();
+    let mut seen = 0;
+    loop {
+        let news = store.next_durable(lane, seen).await;
+        let mut world = world.borrow_mut();
+        if world.machine.is_down() {
+            return;
+        }
+        match news {
+            Ok(durable) => {
+                if durable <= seen {
+                    world.blame(format!("the durable LSN went from {seen} to {durable}"));
+                    return;
+                }
+                seen = durable;
+                world.machine.note(&format!("store {at} {lane:?} {durable}"));
+                for slot in world.slots.values_mut().filter(|slot| slot.store == at) {
+                    slot.model.acknowledge(lane, durable);
+                }
+            }
+            Err(_) => {
+                world.poisoned = true;
+                return;
+            }
+        }
+    }
+}
