@@ -217,13 +217,17 @@ async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Resul
         .into_iter()
         .map(|(name, value, source)| (name, json!({ "value": value, "source": source })))
         .collect();
-    let (durability, meaning) = match found.effective.durability {
+    let (durability, meaning) = match found.effective.acknowledges() {
         flumen_metadata::Durability::Durable => {
             ("durable", "acknowledged after the disk has the records: survives kill -9 and power loss")
         }
         flumen_metadata::Durability::Os => {
             ("os", "acknowledged when the kernel has the records: survives kill -9, not power loss")
         }
+        flumen_metadata::Durability::Memory => (
+            "memory",
+            "acknowledged when the process has the records: kill -9 and power loss take the last of them",
+        ),
     };
     Ok(Json(json!({
         "name": found.name, "id": found.id.to_string(), "internal": found.internal,

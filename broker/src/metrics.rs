@@ -31,6 +31,9 @@ pub struct ShardMetrics {
     commit_times: [AtomicU64; COMMIT_BUCKETS_US.len() + 1],
     commit_us_sum: AtomicU64,
     pub segment_bytes: AtomicU64,
+    pub compactions: AtomicU64,
+    pub compaction_bytes_read: AtomicU64,
+    pub compaction_bytes_written: AtomicU64,
     pub appended_bytes: AtomicU64,
     pub cache_bytes: AtomicU64,
     pub no_space: AtomicU64,
@@ -56,6 +59,9 @@ impl Default for ShardMetrics {
             commit_times: std::array::from_fn(|_| zero()),
             commit_us_sum: zero(),
             segment_bytes: zero(),
+            compactions: zero(),
+            compaction_bytes_read: zero(),
+            compaction_bytes_written: zero(),
             appended_bytes: zero(),
             cache_bytes: zero(),
             no_space: zero(),
@@ -114,6 +120,9 @@ impl ShardMetrics {
         }
         self.commit_us_sum.store(stats.commit_time_sum_us, Ordering::Relaxed);
         self.segment_bytes.store(stats.segment_bytes_written, Ordering::Relaxed);
+        self.compactions.store(stats.compactions, Ordering::Relaxed);
+        self.compaction_bytes_read.store(stats.compaction_bytes_read, Ordering::Relaxed);
+        self.compaction_bytes_written.store(stats.compaction_bytes_written, Ordering::Relaxed);
         self.appended_bytes.store(stats.bytes_appended, Ordering::Relaxed);
         self.cache_bytes.store(stats.cache_bytes, Ordering::Relaxed);
         self.no_space.store(u64::from(stats.no_space), Ordering::Relaxed);

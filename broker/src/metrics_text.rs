@@ -157,6 +157,12 @@ fn shards(families: &Families, node: &Node) {
     let wal = one("flumen_storage_wal_bytes_total", "Bytes written to the shard log");
     let commits = one("flumen_storage_wal_commits_total", "Group commits of the shard log");
     let segments = one("flumen_storage_segment_bytes_total", "Bytes written to segments");
+    let compactions = one("flumen_storage_compactions_total", "Passes of compaction over a partition");
+    let compacted = families.counter(
+        "flumen_storage_compaction_bytes_total",
+        "Bytes of segments that compaction read, and wrote instead",
+        &["shard", "direction"],
+    );
     let appended = one("flumen_storage_appended_bytes_total", "Bytes of batches appended");
     let cache = families.gauge("flumen_storage_cache_bytes", "Bytes held by the tail cache", &["shard"]);
     let full = families.gauge("flumen_storage_no_space", "1 while the disk is full", &["shard"]);
@@ -185,6 +191,10 @@ fn shards(families: &Families, node: &Node) {
         wal.with_label_values(l).inc_by(read(&metrics.wal_bytes));
         commits.with_label_values(l).inc_by(read(&metrics.wal_commits));
         segments.with_label_values(l).inc_by(read(&metrics.segment_bytes));
+        compactions.with_label_values(l).inc_by(read(&metrics.compactions));
+        compacted.with_label_values(&[shard.as_str(), "read"]).inc_by(read(&metrics.compaction_bytes_read));
+        let written = read(&metrics.compaction_bytes_written);
+        compacted.with_label_values(&[shard.as_str(), "written"]).inc_by(written);
         appended.with_label_values(l).inc_by(read(&metrics.appended_bytes));
         cache.with_label_values(l).set(to_i64(read(&metrics.cache_bytes)));
         full.with_label_values(l).set(to_i64(read(&metrics.no_space)));

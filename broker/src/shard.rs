@@ -1,8 +1,8 @@
 //! One core: its partitions, its connections, its log, its mailbox.
 //!
 //! Runs on one pinned thread with a tokio `current_thread` runtime and a `LocalSet`; nothing in here is
-//! `Send`. Four loops share the thread: the mailbox, the durability loop (tells raft what the disk has),
-//! retention, and one task per connection. A shard with nothing to do sleeps.
+//! `Send`. Six loops share the thread: the mailbox, the durability loop (tells raft what the disk has),
+//! retention, compaction, forcing logs to disk, and one task per connection. A shard with nothing to do sleeps.
 //!
 //! Invariants
 //! - A partition is opened once and closed once; its home shard is `group id % shards`.
@@ -31,6 +31,12 @@ use crate::partition::{Partition, PartitionSpec, group_config};
 /// requests go first.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
 const RETENTION_PARTITIONS_PER_TURN: usize = 32;
+/// How often compaction looks for partitions that are due. It asks only those of compacted topics, and what it finds there
+/// is some additions.
+const COMPACTION_INTERVAL: Duration = Duration::from_secs(1);
+/// How often flush.ms and flush.messages are looked at; they ask for no more than "about".
+const FORCE_INTERVAL: Duration = Duration::from_millis(100);
+const FORCES_PER_LOOK: u32 = 10;
 /// Exit status when the log failed: an operator has to look at the disk (sysexits EX_IOERR).
 const EXIT_LOG_FAILED: i32 = 74;
 
@@ -80,6 +86,8 @@ impl Shard {
             tokio::task::spawn_local(self.clone().watch_durability(lane));
         }
         tokio::task::spawn_local(self.clone().keep_retention());
+        tokio::task::spawn_local(self.clone().keep_compaction());
+        tokio::task::spawn_local(self.clone().keep_forced());
         tokio::task::spawn_local(self.clone().publish_store_stats());
         while let Some(message) = mailbox.recv().await {
             match message {
@@ -220,6 +228,36 @@ impl Shard {
                 let now = now_ms();
                 partition.enforce_retention(now);
                 partition.expire_producers(now, expiration_ms);
+            }
+        }
+    }
+
+    /// One partition at a time: a shard reads and writes for compaction no faster than the store lets it.
+    async fn keep_compaction(self: Rc<Self>) {
+        if !self.node.config.log_cleaner_enable {
+            return;
+        }
+        while !self.is_stopping() {
+            tokio::time::sleep(COMPACTION_INTERVAL).await;
+            for (i, partition) in self.partitions().into_iter().enumerate() {
+                if i % RETENTION_PARTITIONS_PER_TURN == RETENTION_PARTITIONS_PER_TURN - 1 {
+                    tokio::task::yield_now().await;
+                }
+                partition.compact(now_ms()).await;
+            }
+        }
+    }
+
+    async fn keep_forced(self: Rc<Self>) {
+        while !self.is_stopping() {
+            // Who they are is looked up more rarely: with many partitions, asking all of them costs more than the rest.
+            let mut forced = self.partitions();
+            forced.retain(|partition| partition.is_forced());
+            for _ in 0..FORCES_PER_LOOK {
+                tokio::time::sleep(FORCE_INTERVAL).await;
+                for partition in &forced {
+                    partition.keep_forced(now_ms()).await;
+                }
             }
         }
     }

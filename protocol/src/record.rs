@@ -6,7 +6,7 @@
 use bytes::{BufMut, BytesMut};
 
 use crate::compression::{self, Compression, CompressionError};
-use crate::record_batch::{self, BatchError, BatchHeader, HEADER_BYTES};
+use crate::record_batch::{self, BatchError, BatchHeader, DELETE_HORIZON, HEADER_BYTES};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record<'a> {
@@ -304,6 +304,22 @@ impl BatchBuilder {
         Self { records: Vec::new(), header, compression: Compression::None }
     }
 
+    /// A batch that takes the place of the one with this header: the same offsets, producer, sequence, kind, timestamps
+    /// and compression, and no records yet. With `build(header.base_offset)` it covers what the other one did.
+    pub fn replacing(header: &BatchHeader, delete_horizon_ms: Option<i64>) -> Result<Self, BatchError> {
+        let compression = header.compression()?;
+        let horizon = delete_horizon_ms.or(header.delete_horizon_ms());
+        let kind = header.attributes & !compression.id() & !DELETE_HORIZON;
+        let builder = BatchHeader {
+            attributes: kind | if horizon.is_some() { DELETE_HORIZON } else { 0 },
+            base_timestamp: horizon.unwrap_or(-1),
+            last_offset_delta: -1,
+            record_count: 0,
+            ..*header
+        };
+        Ok(Self { records: Vec::new(), header: builder, compression })
+    }
+
     /// Adds a record at the next offset. The first record's timestamp becomes the base.
     pub fn append(
         &mut self,
@@ -327,7 +343,9 @@ impl BatchBuilder {
     ) -> &mut Self {
         assert!(offset_delta > self.header.last_offset_delta, "offset deltas must rise");
         if self.is_empty() {
-            self.header.base_timestamp = timestamp_ms;
+            if self.header.delete_horizon_ms().is_none() {
+                self.header.base_timestamp = timestamp_ms;
+            }
             self.header.max_timestamp = timestamp_ms;
         }
         let timestamp_delta = timestamp_ms.wrapping_sub(self.header.base_timestamp);
@@ -465,6 +483,44 @@ mod tests {
         assert_eq!(records.iter().map(|record| record.offset).collect::<Vec<_>>(), [102, 107]);
         assert_eq!(records[1].headers.clone().collect::<Vec<_>>(), [(&b"h"[..], None)]);
         assert_eq!(records[1].headers.len(), 1);
+    }
+
+    #[test]
+    fn a_replacing_batch_covers_what_the_other_one_did() {
+        let mut builder = BatchBuilder::new();
+        builder.producer(7, 2, 40).leader_epoch(3).compression(Compression::Lz4).transactional();
+        for k in 0..5 {
+            builder.append(1000 + k, Some(b"k"), None, &[("h", None)]);
+        }
+        let batch = builder.build(100);
+        let header = record_batch::parse(&batch).expect("valid");
+        assert_eq!(header.delete_horizon_ms(), None);
+        let mut buf = RecordsBuf::new();
+        let mut kept = BatchBuilder::replacing(&header, Some(90_000)).expect("known codec");
+        for record in buf.decode(&batch, 1 << 20).expect("opens").map(|record| record.expect("decodes")) {
+            if record.offset == 103 {
+                kept.append_at(3, record.timestamp, record.key, record.value, record.headers);
+            }
+        }
+        kept.last_offset_delta(header.last_offset_delta);
+        let rebuilt = kept.build(100);
+        let new = record_batch::parse(&rebuilt).expect("valid");
+        assert!(record_batch::crc_ok(&rebuilt));
+        assert_eq!(new.delete_horizon_ms(), Some(90_000));
+        assert_eq!((new.base_offset, new.last_offset(), new.last_sequence()), (100, 104, 44));
+        assert_eq!((new.producer_id, new.producer_epoch, new.leader_epoch), (7, 2, 3));
+        assert_eq!((new.max_timestamp, new.record_count), (1003, 1));
+        assert!(new.is_transactional() && new.compression() == Ok(Compression::Lz4));
+        let records: Vec<_> =
+            buf.decode(&rebuilt, 1 << 20).expect("opens").map(|record| record.expect("decodes")).collect();
+        assert_eq!((records[0].offset, records[0].timestamp, records[0].value), (103, 1003, None));
+        // Once set, the horizon stays, and an empty one keeps the time for the producer's sake.
+        let mut empty = BatchBuilder::replacing(&new, None).expect("known codec");
+        empty.compression(Compression::None).last_offset_delta(4);
+        let empty = empty.build(100);
+        let last = record_batch::parse(&empty).expect("valid");
+        assert_eq!((last.delete_horizon_ms(), last.max_timestamp), (Some(90_000), 1003));
+        assert_eq!((last.newest_record_ms(), last.last_sequence(), empty.len()), (None, 44, HEADER_BYTES));
     }
 
     #[test]

@@ -22,6 +22,7 @@ const CODEC_MASK: i16 = 0x07;
 const LOG_APPEND_TIME: i16 = 0x08;
 const TRANSACTIONAL: i16 = 0x10;
 const CONTROL: i16 = 0x20;
+pub(crate) const DELETE_HORIZON: i16 = 0x40;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchHeader {
@@ -111,6 +112,17 @@ impl BatchHeader {
 
     pub fn is_transactional(&self) -> bool {
         self.attributes & TRANSACTIONAL != 0
+    }
+
+    /// From when on compaction may drop the tombstones of this batch, or the marker that it is (KIP-534). The field of the
+    /// base timestamp holds it then, and the records' timestamps count from it.
+    pub fn delete_horizon_ms(&self) -> Option<i64> {
+        (self.attributes & DELETE_HORIZON != 0).then_some(self.base_timestamp)
+    }
+
+    /// Largest timestamp of its records; `None` for a batch that compaction has left without any.
+    pub fn newest_record_ms(&self) -> Option<i64> {
+        (self.record_count > 0).then_some(self.max_timestamp)
     }
 
     pub fn has_producer_id(&self) -> bool {

@@ -11,7 +11,7 @@ use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::data_dir::open_error;
 use crate::group_state::GroupState;
-use crate::inspect::{Batches, Found, Inspection, segment_path};
+use crate::inspect::{Batches, Found, Inspection};
 use crate::recovery;
 use crate::types::{LANES, OpenError};
 use crate::wal_format::{
@@ -73,11 +73,11 @@ impl Inspection {
                 return Ok(());
             }
             let (segments, _) = self.segments(&dir)?;
-            for (at, (base, len)) in segments.iter().enumerate() {
-                if segments.get(at + 1).is_some_and(|(next, _)| *next <= options.from_offset) {
+            for (at, (name, len)) in segments.iter().enumerate() {
+                if segments.get(at + 1).is_some_and(|(next, _)| next.base <= options.from_offset) {
                     continue;
                 }
-                let path = segment_path(&dir, *base);
+                let path = dir.join(name.log_file());
                 if !line(format!("Dumping {}", path.display()))
                     || !self.dump_segment(&path, *len, options, line)?
                 {

@@ -85,7 +85,7 @@ fn plan_run(inner: &Inner) -> Option<Run> {
     let mut committed = inner.tail.unflushed().take_while(|entry| inner.is_committed(entry)).peekable();
     committed.peek()?;
     let limit = inner.segment_limit();
-    let active = inner.segments.back();
+    let active = inner.segments.back().filter(|segment| segment.compacted.is_none());
     let mut run = Run {
         base: active.map_or(inner.flushed_end, |segment| segment.base),
         new_segment: active.is_none(),
@@ -393,6 +393,10 @@ pub(crate) fn place_of_cut(
     let Some(segment) = inner.segments.iter().rev().find(|segment| segment.base < offset) else {
         return Ok(None);
     };
+    // A compacted one holds nothing above what is committed, so there is nothing to cut in it.
+    if segment.compacted.is_some() {
+        return Ok(None);
+    }
     let file = shard.files.open(&group.log_path(segment.base), Mode::default())?;
     position_of(&file, segment.base, segment.bytes, offset).map(Some)
 }
@@ -603,6 +607,7 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     sync_segments(shard, &groups).await?;
     // What a group state says stays true until it is in a block, because flushing is this task's alone.
     let mut since_yield = 0;
+    let mut counted = Vec::with_capacity(groups.len());
     for group in &groups {
         if group.deleted.get() {
             continue;
@@ -614,6 +619,7 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             Ok((_, at)) => group.touch(wal, at),
             Err(_) => return Ok(false),
         }
+        counted.push((Rc::clone(group), state.active_base));
         since_yield += 1;
         if since_yield % 256 == 0 {
             wal.wake_writer();
@@ -644,8 +650,37 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     if lane == Lane::Os {
         sync_os_lane(shard).await.map_err(|_| FlushError::Poisoned)?;
     }
+    for (group, base) in counted {
+        group.inner.borrow_mut().counted_base = base.max(0);
+    }
     wal.retired(file_seq);
     add(&shard.counters.files_retired, 1);
+    Ok(true)
+}
+
+/// Makes what is in the segments of a group count: from here on no recovery takes any of it from the WAL again. False if
+/// there is no room for the record now.
+pub(crate) async fn checkpoint(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushError> {
+    let _alone = shard.flush_lock.lock().await;
+    if group.deleted.get() || shard.closing.get() {
+        return Ok(false);
+    }
+    sync_segments(shard, std::slice::from_ref(group)).await?;
+    if group.deleted.get() {
+        return Ok(false);
+    }
+    let state = group.state(shard.wal_id, 0);
+    let lane = group.inner.borrow().lane;
+    let wal = shard.wal(lane);
+    let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
+    group.inner.borrow_mut().record_in(shard, lane);
+    let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
+        return Ok(false);
+    };
+    group.touch(wal, file_seq);
+    wal.wake_writer();
+    shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+    group.inner.borrow_mut().counted_base = state.active_base.max(0);
     Ok(true)
 }
 
@@ -784,10 +819,12 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     shard.wake_flusher();
     let last = shard.next_lsn.get() - 1;
     for lane in LANES {
+        shard.wal(lane).wake_writer();
         if let Some(lsn) = shard.wal(lane).newest_pending() {
             shard.wait_durable(lane, lsn).await?;
         }
     }
+    let _no_compaction = shard.compacting.lock().await;
     let _alone = shard.flush_lock.lock().await;
     // What is said to be in segments below was synced, unless a sync failed: then nobody knows, and nothing is said.
     shard.check_poison()?;

@@ -5,7 +5,8 @@
 //!
 //! Invariants:
 //! - `flushed_end <= high_watermark` except right after recovery: only committed entries leave the WAL.
-//! - Segments hold offsets `[segments[0].base, flushed_end)` without gaps; the tail continues there.
+//! - Segments hold offsets `[segments[0].base, flushed_end)` without gaps, but for what compaction has taken out of those
+//!   that it wrote; the tail continues there, and only a segment that compaction has not written is appended to.
 //! - An entry at an index that exists replaces it and everything after it.
 
 use std::cell::{Cell, OnceCell, Ref, RefCell, RefMut};
@@ -22,11 +23,12 @@ use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::ring::Class;
 use crate::segment_index::IndexEntry;
+use crate::segment_name::{Compacted, SegmentName};
 use crate::store::{Shard, add};
 use crate::tail::{Tail, TailEntry};
 use crate::types::{
-    AdvanceError, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, Lsn, Payload, RecoveredGroup,
-    StageError,
+    AdvanceError, Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, LogPoisoned, Lsn,
+    Payload, RecoveredGroup, StageError,
 };
 use crate::wal::Wal;
 use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
@@ -50,6 +52,8 @@ const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
     pub base: i64,
+    /// Written by compaction: it has holes, and nothing is added to it.
+    pub compacted: Option<Compacted>,
     pub bytes: u64,
     /// Unknown after a start until somebody asks.
     pub max_timestamp: Option<i64>,
@@ -61,7 +65,23 @@ pub(crate) struct Segment {
 
 impl Segment {
     pub fn new(base: i64, bytes: u64) -> Self {
-        Self { base, bytes, max_timestamp: None, first_timestamp: None, index: None, reserved: 0 }
+        Self::of(SegmentName::plain(base), bytes)
+    }
+
+    pub fn of(name: SegmentName, bytes: u64) -> Self {
+        Self {
+            base: name.base,
+            compacted: name.compacted,
+            bytes,
+            max_timestamp: None,
+            first_timestamp: None,
+            index: None,
+            reserved: 0,
+        }
+    }
+
+    pub fn name(&self) -> SegmentName {
+        SegmentName { base: self.base, compacted: self.compacted }
     }
 }
 
@@ -79,6 +99,11 @@ pub(crate) struct Inner {
     pub flushed_index: u64,
     pub flushed_term: u64,
     pub flushed_end: i64,
+    /// Segments that begin below this are whole in a group state that is safe: no recovery adds to them or cuts them, so
+    /// compaction may replace them.
+    pub counted_base: i64,
+    /// Compaction has compared everything below it; `None` until its file is read.
+    pub clean_offset: Option<i64>,
     /// Segments written and not synced.
     pub dirty: Vec<i64>,
     pub dir_dirty: bool,
@@ -153,6 +178,8 @@ impl Group {
                 flushed_index: 0,
                 flushed_term: 0,
                 flushed_end: 0,
+                counted_base: 0,
+                clean_offset: None,
                 dirty: Vec::new(),
                 dir_dirty: false,
                 cut_by: None,
@@ -206,8 +233,9 @@ impl Group {
             inner.epochs = restored.epochs;
             inner.snapshot_offset = restored.snapshot_offset;
             inner.recovered_tail = restored.above_commit;
+            inner.counted_base = restored.segments.last().map_or(0, |(name, _)| name.base);
             inner.segments =
-                restored.segments.iter().map(|(base, bytes)| Segment::new(*base, *bytes)).collect();
+                restored.segments.iter().map(|(name, bytes)| Segment::of(*name, *bytes)).collect();
             for entry in restored.warm {
                 shard.cache_push(group.id, entry.bytes.len());
                 inner.tail.push_flushed(entry);
@@ -235,6 +263,14 @@ impl Group {
         self.dir.join(format!("{base:020}.idx"))
     }
 
+    pub fn segment_path(&self, name: SegmentName) -> PathBuf {
+        self.dir.join(name.log_file())
+    }
+
+    pub fn segment_index_path(&self, name: SegmentName) -> PathBuf {
+        self.dir.join(name.index_file())
+    }
+
     pub fn segment_bases(&self) -> Vec<i64> {
         self.inner.borrow().segments.iter().map(|segment| segment.base).collect()
     }
@@ -251,6 +287,13 @@ impl Group {
 
     pub fn evict_one(&self) -> Option<usize> {
         self.inner.borrow_mut().tail.evict()
+    }
+
+    /// As `evict_one`, but only what ends at `offset` or before.
+    pub fn evict_below(&self, offset: i64) -> Option<usize> {
+        let mut inner = self.inner.borrow_mut();
+        inner.tail.iter().next().filter(|oldest| oldest.next_offset <= offset)?;
+        inner.tail.evict()
     }
 
     /// Its records are in `file_seq` of `wal`: that file may not go before this group is seen to.
@@ -398,6 +441,8 @@ impl GroupLog {
             self.truncate(inner, index, offset)?;
         }
         let wal = self.enter_lane(inner, lane);
+        let votes = hard_state
+            .is_some_and(|new| (new.term, new.vote) != (inner.hard_state.term, inner.hard_state.vote));
         let mut lsn = inner.last_lsn;
         for entry in entries {
             let (kind, bytes) = match &entry.payload {
@@ -468,7 +513,12 @@ impl GroupLog {
         if inner.cut_by.is_some_and(|(_, by)| by == Lsn::MAX) {
             inner.cut_by = Some((lane, lsn));
         }
-        wal.wake_writer();
+        // Nobody waits for it, so it waits for more.
+        if inner.config.durability == Durability::Memory && lane == Lane::Os && !votes {
+            wal.wake_writer_later();
+        } else {
+            wal.wake_writer();
+        }
         Ok((lane, lsn))
     }
 
@@ -763,6 +813,16 @@ impl GroupLog {
         let mut inner = self.group.inner.borrow_mut();
         inner.meta_dirty = true;
         inner.config = config;
+    }
+
+    /// Waits until no loss of power takes back what was staged so far.
+    pub async fn force(&self) -> Result<(), LogPoisoned> {
+        let (lane, lsn) = {
+            let inner = self.inner();
+            (inner.lane, inner.last_lsn)
+        };
+        self.shard.wal(lane).wake_writer();
+        self.shard.wait_safe(lane, lsn).await
     }
 
     /// The producers of this partition. Not to be held over `stage`.

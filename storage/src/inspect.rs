@@ -17,6 +17,7 @@ use crate::producer_state::ProducerState;
 use crate::recovery::{self, MARKER, Records, Ring};
 use crate::replay::replay;
 use crate::segment_index::{self, INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexEntry};
+use crate::segment_name::{self, SegmentName};
 use crate::types::{GroupId, LANES, Lane, OpenError};
 
 /// Read at once: some hundred batches of a kilobyte.
@@ -287,8 +288,9 @@ impl Inspection {
             std::cmp::Ordering::Greater => None,
         };
         let mut reached: Option<i64> = None;
-        for (base, len) in &segments {
-            let path = segment_path(&dir, *base);
+        let first = summary.segments;
+        for (name, len) in &segments {
+            let (base, path) = (&name.base, dir.join(name.log_file()));
             let mut say = |severity, position, what: String| {
                 report(Finding { severity, path: path.clone(), position, what });
             };
@@ -311,10 +313,17 @@ impl Inspection {
                     format!("records from offset {end} to {base} are missing before it"),
                 );
             }
+            if summary.segments == first && *base > state.log_start {
+                say(
+                    Severity::Damage,
+                    None,
+                    format!("records from offset {} on are missing", state.log_start),
+                );
+            }
             summary.segments += 1;
             summary.segment_bytes += bytes;
-            let index = self.read_index(&dir, *base, bytes);
-            let walked = self.verify_segment(&path, *base, bytes, index.as_ref().ok(), summary)?;
+            let index = self.read_index(&dir, *name, bytes);
+            let walked = self.verify_segment(&path, *name, bytes, index.as_ref().ok(), summary)?;
             if let Some((position, what)) = walked.damage {
                 say(Severity::Damage, Some(position), what);
                 reached = None;
@@ -328,7 +337,7 @@ impl Inspection {
                 );
                 say(Severity::Normal, Some(bytes), what);
             }
-            let index_path = dir.join(format!("{base:020}.idx"));
+            let index_path = dir.join(name.index_file());
             let wrong = match index {
                 Ok(_) => walked.index_wrong,
                 Err(what) => Some(what),
@@ -339,7 +348,7 @@ impl Inspection {
         }
         // Offsets of Raft entries in segments; a cut that is due takes its part away.
         let end = partition.cut.map_or(state.flushed_end, |cut| cut.min(state.flushed_end));
-        if segments.iter().any(|(base, _)| *base <= state.active_base)
+        if segments.iter().any(|(name, _)| name.base <= state.active_base)
             && let Some(found) = reached
             && found < end
         {
@@ -353,6 +362,11 @@ impl Inspection {
         }
         for name in rest {
             let path = dir.join(&name);
+            if SegmentName::parse(&name).is_some() || name.ends_with(crate::compact::UNFINISHED) {
+                let what = "left by compaction, which has replaced it or did not finish it; the next start removes it";
+                report(Finding { severity: Severity::Normal, path, position: None, what: what.to_owned() });
+                continue;
+            }
             if let Some(offset) = name.strip_suffix(".snapshot").and_then(|name| name.parse::<i64>().ok()) {
                 summary.snapshots += 1;
                 let bytes = self.files.read(&path).map_err(|e| open_error(&path, "reading", e))?;
@@ -368,22 +382,26 @@ impl Inspection {
         Ok(())
     }
 
-    /// (base offset, file length) of a partition's segments in order, and the names of other files.
-    pub(crate) fn segments(&self, dir: &Path) -> Result<(Vec<(i64, u64)>, Vec<String>), OpenError> {
+    /// Names and file lengths of the segments of a partition that count, in order, and the names of other files.
+    pub(crate) fn segments(&self, dir: &Path) -> Result<(Vec<(SegmentName, u64)>, Vec<String>), OpenError> {
         let (mut segments, mut rest) = (Vec::new(), Vec::new());
         for entry in self.files.list(dir).map_err(|e| open_error(dir, "listing", e))? {
-            match entry.name.strip_suffix(".log").and_then(|name| name.parse::<i64>().ok()) {
-                Some(base) if base >= 0 => segments.push((base, entry.len)),
-                _ => rest.push(entry.name),
+            match SegmentName::parse(&entry.name) {
+                Some(name) => segments.push((name, entry.len)),
+                None => rest.push(entry.name),
             }
         }
-        segments.sort_unstable();
+        let names: Vec<SegmentName> = segments.iter().map(|(name, _)| *name).collect();
+        let (kept, replaced) = segment_name::choose(&names);
+        segments.retain(|(name, _)| kept.contains(name));
+        segments.sort_by_key(|(name, _)| name.base);
+        rest.extend(replaced.iter().map(SegmentName::log_file));
         rest.sort_unstable();
         Ok((segments, rest))
     }
 
-    fn read_index(&self, dir: &Path, base: i64, bytes: u64) -> Result<Vec<IndexEntry>, String> {
-        let path = dir.join(format!("{base:020}.idx"));
+    fn read_index(&self, dir: &Path, name: SegmentName, bytes: u64) -> Result<Vec<IndexEntry>, String> {
+        let (base, path) = (name.base, dir.join(name.index_file()));
         let raw = self.files.read(&path).map_err(|error| format!("cannot be read: {error}"))?;
         let entries = segment_index::decode(&raw, base, bytes).ok_or("its header is damaged")?;
         let written = raw.len().saturating_sub(INDEX_HEADER_BYTES) / INDEX_ENTRY_BYTES;
@@ -401,13 +419,14 @@ impl Inspection {
     fn verify_segment(
         &self,
         path: &Path,
-        base: i64,
+        name: SegmentName,
         bytes: u64,
         index: Option<&Vec<IndexEntry>>,
         summary: &mut Summary,
     ) -> Result<Walked, OpenError> {
         let file = self.files.open(path, Mode::default()).map_err(|e| open_error(path, "opening", e))?;
-        let mut walked = Walked { end: base, damage: None, index_wrong: None };
+        let mut crc = 0;
+        let mut walked = Walked { end: name.base, damage: None, index_wrong: None };
         let mut index = index.map_or(&[][..], Vec::as_slice).iter().peekable();
         summary.index_entries += index.len() as u64;
         let mut max_timestamp = i64::MIN;
@@ -415,8 +434,13 @@ impl Inspection {
         loop {
             let position = batches.position();
             while let Some(entry) = index.next_if(|entry| u64::from(entry.position) <= position) {
+                let offset_right = match name.holes_to() {
+                    None => entry.offset == walked.end,
+                    Some(end) if position == bytes => entry.offset == end,
+                    Some(end) => (walked.end..end).contains(&entry.offset),
+                };
                 let right = u64::from(entry.position) == position
-                    && entry.offset == walked.end
+                    && offset_right
                     && entry.max_timestamp_before == max_timestamp;
                 if !right {
                     let what = format!("the entry for offset {} does not lead to it", entry.offset);
@@ -424,13 +448,27 @@ impl Inspection {
                 }
             }
             match batches.step().map_err(|e| open_error(path, "reading", e))? {
-                Found::End => return Ok(walked),
+                Found::End => {
+                    if let Some(compacted) = name.compacted {
+                        walked.end = compacted.end;
+                        if crc != compacted.crc {
+                            let what = "the segment does not have the checksum that its name says".to_owned();
+                            walked.damage = Some((0, what));
+                        }
+                    }
+                    return Ok(walked);
+                }
                 Found::Damaged(what) => {
                     walked.damage = Some((position, what));
                     return Ok(walked);
                 }
                 Found::Batch(header, batch) => {
-                    let what = if header.base_offset != walked.end {
+                    crc = crc32c::crc32c_append(crc, batch);
+                    let fits = match name.holes_to() {
+                        None => header.base_offset == walked.end,
+                        Some(end) => header.base_offset >= walked.end && header.next_offset() <= end,
+                    };
+                    let what = if !fits {
                         format!(
                             "batch with offset {} where offset {} should be",
                             header.base_offset, walked.end
@@ -441,7 +479,7 @@ impl Inspection {
                         summary.batches += 1;
                         summary.records += u64::try_from(header.record_count).unwrap_or(0);
                         walked.end = header.next_offset();
-                        max_timestamp = max_timestamp.max(header.max_timestamp);
+                        max_timestamp = max_timestamp.max(header.newest_record_ms().unwrap_or(i64::MIN));
                         continue;
                     };
                     walked.damage = Some((position, what));
@@ -456,10 +494,6 @@ struct Walked {
     end: i64,
     damage: Option<(u64, String)>,
     index_wrong: Option<String>,
-}
-
-pub(crate) fn segment_path(dir: &Path, base: i64) -> PathBuf {
-    dir.join(format!("{base:020}.log"))
 }
 
 fn is_read_only(error: &io::Error) -> bool {

@@ -3,11 +3,17 @@
 //! Owns every byte on disk (FORMAT.md says where each lies and who repairs what) and nothing else: Raft, offsets and
 //! acknowledgements are the broker's. `DataDir` opens and recovers before the shards start; then each shard thread has a
 //! `ShardStore`, and a `GroupLog` per partition. The rules are pure (`wal_format`, `replay`, `ring`, `group_state`,
-//! `segment_index`, `leader_epochs`, `producer_state`, `tail`, `walk`), the rest carries them out.
+//! `segment_index`, `segment_name`, `leader_epochs`, `producer_state`, `tail`, `walk`, `compact_policy`, `compact_map`,
+//! `compact_scan`, `compact_filter`), the rest carries them out.
 
 #![forbid(unsafe_code)]
 
 mod codec;
+mod compact;
+mod compact_filter;
+mod compact_map;
+mod compact_policy;
+mod compact_scan;
 mod data_dir;
 mod dump;
 mod flush;
@@ -27,6 +33,7 @@ mod restore;
 mod retention;
 mod ring;
 mod segment_index;
+mod segment_name;
 mod store;
 mod tail;
 mod types;

@@ -107,6 +107,15 @@ impl ProducerState {
         })
     }
 
+    /// What the log must keep for each producer's sake: its epoch, and the last offset of its newest batch of data, if
+    /// it has written any.
+    pub fn newest_batches(&self) -> impl Iterator<Item = (i64, i16, Option<i64>)> + '_ {
+        self.producers.iter().map(|(id, p)| {
+            let last = p.batches.back().map(|batch| batch.base_offset + i64::from(batch.last_offset_delta));
+            (*id, p.epoch, last)
+        })
+    }
+
     /// Whether a produced batch may be appended now. Batches without a producer id always may.
     pub fn check(&self, batch: &BatchHeader) -> Result<Verdict, ProducerError> {
         if !batch.has_producer_id() {

@@ -4,6 +4,9 @@
 //! What is read here does not enter the tail cache. Offsets of batches are checked as they are walked, and checksums of
 //! those that are given out, since bytes may have rotted on the disk: a segment that is not what it should be gives an
 //! error, never other records, and the partition serves no more until somebody has looked at it.
+//!
+//! Between two waits a segment may be replaced by a compacted one, or deleted. Its content goes by its full name, which
+//! is never used again, so a reader gets what it began with or finds it gone, and then looks again.
 
 use std::cell::RefCell;
 use std::io;
@@ -15,6 +18,7 @@ use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::group::{Group, GroupLog, Inner};
 use crate::segment_index::{self, IndexBuilder, IndexEntry};
+use crate::segment_name::SegmentName;
 use crate::store::{ReadAhead, Shard};
 use crate::types::ReadError;
 use crate::walk::{Step, Walk};
@@ -51,9 +55,15 @@ enum Selected {
     Damaged(String),
 }
 
-/// Chooses whole batches from a piece that begins with the batch at `first`.
-fn select(piece: &[u8], first: i64, from: i64, upper: i64, max_bytes: usize) -> Selected {
-    let mut walk = Walk::new(piece, first);
+/// Chooses whole batches from a piece that begins with the batch at `first`, or with the first one that is left after it.
+fn select(
+    piece: &[u8],
+    (first, holes_to): (i64, Option<i64>),
+    from: i64,
+    upper: i64,
+    max_bytes: usize,
+) -> Selected {
+    let mut walk = Walk::with_holes(piece, first, holes_to);
     let mut chosen: Option<(usize, usize, i64)> = None;
     loop {
         let (at, offset) = (walk.at(), walk.offset());
@@ -87,18 +97,18 @@ fn select(piece: &[u8], first: i64, from: i64, upper: i64, max_bytes: usize) -> 
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Place {
-    base: i64,
-    bytes: u64,
-    end: i64,
+pub(crate) struct Place {
+    pub name: SegmentName,
+    pub bytes: u64,
+    pub end: i64,
     /// Of the group, when this was true.
     cuts: u64,
 }
 
 impl Place {
-    fn of(inner: &Inner, at: usize) -> Place {
+    pub fn of(inner: &Inner, at: usize) -> Place {
         let segment = &inner.segments[at];
-        Place { base: segment.base, bytes: segment.bytes, end: inner.segment_end(at), cuts: inner.cuts }
+        Place { name: segment.name(), bytes: segment.bytes, end: inner.segment_end(at), cuts: inner.cuts }
     }
 
     /// Raft has not cut the segments since; their files are shortened and written over after that.
@@ -117,18 +127,26 @@ fn is_overtaken(error: &ReadError) -> bool {
 }
 
 fn damaged_at(group: &Group, place: Place, reason: String) -> ReadError {
-    if place.holds(group) { damaged(group, place.base, reason) } else { overtaken() }
+    if place.holds(group) { damaged(group, place.name, reason) } else { overtaken() }
 }
 
-fn damaged(group: &Group, base: i64, reason: String) -> ReadError {
+/// A search by time starts over when segments were replaced under it. Each replacement is a compaction of its own, which
+/// takes longer than a search; beyond this something else is wrong.
+const SEARCHES_MAX: usize = 16;
+
+fn is_gone(error: &ReadError) -> bool {
+    matches!(error, ReadError::Io(error) if error.kind() == io::ErrorKind::NotFound)
+}
+
+pub(crate) fn damaged(group: &Group, name: SegmentName, reason: String) -> ReadError {
     tracing::error!(
         group = group.id,
         directory = group.dir_name,
-        segment = base,
+        segment = %name,
         reason,
         "damaged segment; the partition refuses to serve"
     );
-    let reason = format!("{}: {reason}", group.log_path(base).display());
+    let reason = format!("{}: {reason}", group.segment_path(name).display());
     group.note_damage(reason.clone());
     ReadError::Damaged { reason }
 }
@@ -142,22 +160,22 @@ async fn index_of(
     {
         let inner = group.inner.borrow();
         if let Some(index) =
-            inner.segments.iter().find(|s| s.base == place.base).and_then(|s| s.index.clone())
+            inner.segments.iter().find(|s| s.name() == place.name).and_then(|s| s.index.clone())
         {
             return Ok(index);
         }
     }
-    let path = group.index_path(place.base);
+    let path = group.segment_index_path(place.name);
     let files = shard.files.clone();
     let bytes = shard.disk.off_thread(move || files.read(&path)).await?;
     let mut entries = match bytes {
-        Ok(bytes) => segment_index::decode(&bytes, place.base, place.bytes).unwrap_or_default(),
+        Ok(bytes) => segment_index::decode(&bytes, place.name.base, place.bytes).unwrap_or_default(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(error.into()),
     };
     let (position, offset, max) = match entries.last() {
         Some(last) => (u64::from(last.position), last.offset, last.max_timestamp_before),
-        None => (0, place.base, i64::MIN),
+        None => (0, place.name.base, i64::MIN),
     };
     if position < place.bytes {
         let mut builder = IndexBuilder::resume(max, position);
@@ -165,10 +183,13 @@ async fn index_of(
         let mut found = Vec::new();
         let end = scan(shard, group, place, (position, offset), |header, position, _| {
             term = u32::try_from(header.leader_epoch).unwrap_or(0);
-            found.extend(builder.batch(header.base_offset, position, term, 0, header.max_timestamp));
+            let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
+            found.extend(builder.batch(header.base_offset, position, term, 0, timestamp));
             false
         })
         .await?;
+        // Where a compacted segment ends, its name says.
+        let end = place.name.holes_to().unwrap_or(end);
         found.extend(builder.end(end, place.bytes, term, 0));
         entries.extend(found);
     }
@@ -177,12 +198,12 @@ async fn index_of(
         return Err(overtaken());
     }
     let mut inner = group.inner.borrow_mut();
-    if let Some(segment) = inner.segments.iter_mut().find(|s| s.base == place.base) {
+    if let Some(segment) = inner.segments.iter_mut().find(|s| s.name() == place.name) {
         segment.index = Some(Rc::clone(&index));
     }
     drop(inner);
     let mut loaded = shard.loaded_indexes.borrow_mut();
-    loaded.push_back((group.id, place.base, index.borrow().len()));
+    loaded.push_back((group.id, place.name.base, index.borrow().len()));
     let mut entries: usize = loaded.iter().map(|(_, _, entries)| entries).sum();
     while entries > LOADED_ENTRIES_MAX && loaded.len() > 1 {
         let Some((id, base, freed)) = loaded.pop_front() else { break };
@@ -206,10 +227,10 @@ async fn scan(
 ) -> Result<i64, ReadError> {
     let mut want = 1 << 20;
     while position < place.bytes {
-        let file = shard.file(group, place.base)?;
+        let file = shard.segment_file(group, place.name)?;
         let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
         let piece = shard.disk.read_at(&file, position, len).await?;
-        let mut walk = Walk::new(&piece, offset);
+        let mut walk = Walk::with_holes(&piece, offset, place.name.holes_to());
         loop {
             match walk.step() {
                 Step::Batch(header, at) => {
@@ -249,6 +270,8 @@ pub(crate) async fn learn_timestamps(shard: &Rc<Shard>, group: &Rc<Group>, base:
         let max = match index_of(shard, group, place).await {
             Ok(index) => index.borrow().last().map_or(i64::MIN, |entry| entry.max_timestamp_before),
             Err(error) if is_overtaken(&error) => continue,
+            // Replaced or deleted meanwhile: whoever wants to know looks again.
+            Err(error) if is_gone(&error) => return,
             Err(error) => {
                 tracing::warn!(group = group.id, segment = base, %error, "timestamps unknown");
                 -1
@@ -257,15 +280,15 @@ pub(crate) async fn learn_timestamps(shard: &Rc<Shard>, group: &Rc<Group>, base:
         let mut first = -1;
         // Only the first batch; an unreadable one has been reported above.
         let _ = scan(shard, group, place, (0, base), |header, _, _| {
-            first = header.max_timestamp;
-            true
+            first = header.newest_record_ms().unwrap_or(-1);
+            first >= 0
         })
         .await;
         if !place.holds(group) {
             continue;
         }
         let mut inner = group.inner.borrow_mut();
-        if let Some(segment) = inner.segments.iter_mut().find(|segment| segment.base == base) {
+        if let Some(segment) = inner.segments.iter_mut().find(|segment| segment.name() == place.name) {
             segment.max_timestamp.get_or_insert(max);
             segment.first_timestamp.get_or_insert(first);
         }
@@ -303,10 +326,11 @@ impl GroupLog {
         Ok(())
     }
 
-    /// Batches from the one that holds `from`, none ending above `upper`, up to `max_bytes` and at least one; from memory
-    /// or disk. Empty at the end of the log.
+    /// Batches from the one that holds `from`, or the next one where compaction has taken that out, none ending above
+    /// `upper`, up to `max_bytes` and at least one; from memory or disk. Empty at the end of the log.
     pub async fn read(&self, from: i64, upper: i64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
-        let (shard, group) = (&self.shard, &self.group);
+        let group = &self.group;
+        let mut from = from;
         // Bounds the turns: each either answers, or goes on at a later offset or segment, or needs a larger piece.
         loop {
             self.readable(from)?;
@@ -317,14 +341,15 @@ impl GroupLog {
                 return Ok(Vec::new());
             }
             let Some(place) = self.place_of(from) else {
-                return Err(damaged(group, from, format!("no segment holds offset {from}")));
+                let name = SegmentName::plain(from);
+                return Err(damaged(group, name, format!("no segment holds offset {from}")));
             };
             match self.read_segment(place, from, upper, max_bytes).await {
                 // Bounded by how often Raft cuts.
                 Err(error) if is_overtaken(&error) => {}
-                // Retention took the segment away meanwhile: the log start has moved, look again.
+                // Retention or compaction took the segment away meanwhile, look again.
                 Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
-                    let still = self.place_of(from).is_some_and(|now| now.base == place.base);
+                    let still = self.place_of(from).is_some_and(|now| now.name == place.name);
                     if still && !group.deleting.get() && from >= self.log_start_offset() {
                         return Err(damaged_at(group, place, "the segment is missing".to_owned()));
                     }
@@ -332,10 +357,10 @@ impl GroupLog {
                         return Err(ReadError::Io(error));
                     }
                 }
-                result => {
-                    let _ = shard;
-                    return result;
-                }
+                Err(error) => return Err(error),
+                Ok(Some(found)) => return Ok(found),
+                // Nothing is left in this one from there on.
+                Ok(None) => from = place.end,
             }
         }
     }
@@ -346,22 +371,22 @@ impl GroupLog {
         from: i64,
         upper: i64,
         max_bytes: usize,
-    ) -> Result<Vec<Bytes>, ReadError> {
+    ) -> Result<Option<Vec<Bytes>>, ReadError> {
         let (shard, group) = (&self.shard, &self.group);
         let ahead = {
             let mut slots = shard.read_ahead.borrow_mut();
             let at = slots
                 .iter()
-                .position(|slot| slot.group == group.id && slot.base == place.base && slot.offset == from);
+                .position(|slot| slot.group == group.id && slot.segment == place.name && slot.offset == from);
             at.and_then(|at| slots.remove(at))
         };
         let (mut position, mut offset, mut piece) = match ahead {
             Some(slot) if slot.position <= place.bytes => (slot.position, slot.offset, slot.bytes),
             _ => {
                 let index = index_of(shard, group, place).await?;
-                let (position, offset) = segment_index::seek_offset(&index.borrow(), place.base, from);
+                let (position, offset) = segment_index::seek_offset(&index.borrow(), place.name.base, from);
                 if position >= place.bytes || offset > from {
-                    (0, place.base, Bytes::new())
+                    (0, place.name.base, Bytes::new())
                 } else {
                     (position, offset, Bytes::new())
                 }
@@ -370,17 +395,20 @@ impl GroupLog {
         let mut want = max_bytes.clamp(READ_MIN_BYTES, READ_MAX_BYTES);
         loop {
             if piece.is_empty() {
+                if position >= place.bytes && place.name.compacted.is_some() {
+                    return Ok(None);
+                }
                 if position >= place.bytes {
                     return Err(damaged_at(group, place, format!("ends before offset {from}")));
                 }
-                let file = shard.file(group, place.base)?;
+                let file = shard.segment_file(group, place.name)?;
                 let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
                 piece = shard.disk.read_at(&file, position, len).await?;
                 if piece.len() < len {
                     return Err(damaged_at(group, place, format!("shorter than its {} bytes", place.bytes)));
                 }
             }
-            match select(&piece, offset, from, upper, max_bytes) {
+            match select(&piece, (offset, place.name.holes_to()), from, upper, max_bytes) {
                 Selected::Range { start, end, next } => {
                     let first = record_batch::parse_header(&piece[start..]);
                     if end == start && first.is_ok_and(|header| header.next_offset() > place.end) {
@@ -393,13 +421,13 @@ impl GroupLog {
                     if end > start && next < place.end && place.holds(group) {
                         shard.keep_read_ahead(ReadAhead {
                             group: group.id,
-                            base: place.base,
+                            segment: place.name,
                             offset: next,
                             position: position + end as u64,
                             bytes: keep,
                         });
                     }
-                    return Ok(if end > start { vec![piece.slice(start..end)] } else { Vec::new() });
+                    return Ok(Some(if end > start { vec![piece.slice(start..end)] } else { Vec::new() }));
                 }
                 Selected::Short { at, offset: reached, bytes } => {
                     if at == 0 && bytes <= piece.len() {
@@ -432,36 +460,55 @@ impl GroupLog {
         (0..inner.segments.len()).map(|at| Place::of(&inner, at)).collect()
     }
 
-    async fn newest_in(&self, base: i64) -> i64 {
+    /// Largest timestamp of a segment; `None` when it was replaced or deleted meanwhile.
+    async fn newest_in(&self, name: SegmentName) -> Option<i64> {
         let known = |group: &Group| {
             let inner = group.inner.borrow();
-            inner
-                .segments
-                .iter()
-                .find(|segment| segment.base == base)
-                .and_then(|segment| segment.max_timestamp)
+            let segment = inner.segments.iter().find(|segment| segment.name() == name)?;
+            Some(segment.max_timestamp)
         };
-        if let Some(known) = known(&self.group).filter(|timestamp| *timestamp != i64::MAX) {
-            return known;
+        if let Some(known) = known(&self.group)?.filter(|timestamp| *timestamp != i64::MAX) {
+            return Some(known);
         }
-        learn_timestamps(&self.shard, &self.group, base).await;
-        known(&self.group).unwrap_or(-1)
+        learn_timestamps(&self.shard, &self.group, name.base).await;
+        Some(known(&self.group)?.unwrap_or(-1))
+    }
+
+    /// Whether a segment that was gone when it was read is one that the log no longer wants.
+    fn has_passed(&self, place: Place) -> bool {
+        place.end <= self.log_start_offset()
     }
 
     /// First record with a timestamp of at least `timestamp`, below `upper`, as (timestamp, offset).
     pub async fn find_timestamp(&self, timestamp: i64, upper: i64) -> Result<Option<(i64, i64)>, ReadError> {
+        for _ in 0..SEARCHES_MAX {
+            match self.search_timestamp(timestamp, upper).await {
+                Err(error) if is_gone(&error) => {}
+                result => return result,
+            }
+        }
+        Err(ReadError::Io(io::ErrorKind::NotFound.into()))
+    }
+
+    async fn search_timestamp(&self, timestamp: i64, upper: i64) -> Result<Option<(i64, i64)>, ReadError> {
         let (shard, group) = (&self.shard, &self.group);
         let log_start = self.log_start_offset();
         self.readable(log_start)?;
         let found = |at: Option<(i64, i64)>| at.filter(|(_, offset)| *offset < upper);
         for place in self.places() {
-            if place.end <= log_start || self.newest_in(place.base).await < timestamp {
+            if place.end <= log_start {
                 continue;
+            }
+            match self.newest_in(place.name).await {
+                Some(newest) if newest < timestamp => continue,
+                Some(_) => {}
+                None if self.has_passed(place) => continue,
+                None => return Err(ReadError::Io(io::ErrorKind::NotFound.into())),
             }
             let mut hit = None;
             let search = async {
                 let index = index_of(shard, group, place).await?;
-                let from = segment_index::seek_timestamp(&index.borrow(), place.base, timestamp);
+                let from = segment_index::seek_timestamp(&index.borrow(), place.name.base, timestamp);
                 scan(shard, group, place, from, |header, _, batch| {
                     if header.max_timestamp >= timestamp && header.next_offset() > log_start {
                         hit = record_at(batch, timestamp, log_start);
@@ -472,7 +519,7 @@ impl GroupLog {
             };
             match search.await {
                 // Gone with retention: what it held is no longer asked for.
-                Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) if is_gone(&error) && self.has_passed(place) => continue,
                 result => result?,
             };
             if hit.is_some() {
@@ -492,20 +539,31 @@ impl GroupLog {
 
     /// The committed record with the largest timestamp, the first of them if there are several, as (timestamp, offset).
     pub async fn max_timestamp(&self) -> Result<Option<(i64, i64)>, ReadError> {
+        for _ in 0..SEARCHES_MAX {
+            match self.search_max_timestamp().await {
+                Err(error) if is_gone(&error) => {}
+                result => return result,
+            }
+        }
+        Err(ReadError::Io(io::ErrorKind::NotFound.into()))
+    }
+
+    async fn search_max_timestamp(&self) -> Result<Option<(i64, i64)>, ReadError> {
         let (log_start, upper) = (self.log_start_offset(), self.high_watermark());
         let mut max = i64::MIN;
         for place in self.places() {
             if place.end <= log_start {
                 continue;
             }
-            if place.base >= log_start {
-                max = max.max(self.newest_in(place.base).await);
+            if place.name.base >= log_start {
+                let newest = self.newest_in(place.name).await;
+                max = max.max(newest.ok_or(ReadError::Io(io::ErrorKind::NotFound.into()))?);
                 continue;
             }
             // Only part of this segment counts.
-            scan(&self.shard, &self.group, place, (0, place.base), |header, _, _| {
+            scan(&self.shard, &self.group, place, (0, place.name.base), |header, _, _| {
                 if header.next_offset() > log_start {
-                    max = max.max(header.max_timestamp);
+                    max = max.max(header.newest_record_ms().unwrap_or(-1));
                 }
                 false
             })
@@ -547,28 +605,28 @@ mod tests {
         let (piece, one) = piece();
         let range =
             |start: usize, end: usize, next| Selected::Range { start: start * one, end: end * one, next };
-        assert_eq!(select(&piece, 10, 10, 99, 1 << 20), range(0, 3, 16));
-        assert_eq!(select(&piece, 10, 13, 99, 1 << 20), range(1, 3, 16));
-        assert_eq!(select(&piece, 10, 10, 99, 1), range(0, 1, 12));
-        assert_eq!(select(&piece, 10, 10, 99, 2 * one), range(0, 2, 14));
-        assert_eq!(select(&piece, 10, 10, 15, 1 << 20), range(0, 2, 14));
-        assert_eq!(select(&piece, 10, 10, 11, 1 << 20), range(0, 0, 10));
-        assert_eq!(select(&piece, 10, 16, 99, 1), Selected::Beyond { offset: 16 });
+        assert_eq!(select(&piece, (10, None), 10, 99, 1 << 20), range(0, 3, 16));
+        assert_eq!(select(&piece, (10, None), 13, 99, 1 << 20), range(1, 3, 16));
+        assert_eq!(select(&piece, (10, None), 10, 99, 1), range(0, 1, 12));
+        assert_eq!(select(&piece, (10, None), 10, 99, 2 * one), range(0, 2, 14));
+        assert_eq!(select(&piece, (10, None), 10, 15, 1 << 20), range(0, 2, 14));
+        assert_eq!(select(&piece, (10, None), 10, 11, 1 << 20), range(0, 0, 10));
+        assert_eq!(select(&piece, (10, None), 16, 99, 1), Selected::Beyond { offset: 16 });
         assert_eq!(
-            select(&piece[..2 * one + 5], 10, 14, 99, 1),
+            select(&piece[..2 * one + 5], (10, None), 14, 99, 1),
             Selected::Short { at: 2 * one, offset: 14, bytes: 61 }
         );
-        assert_eq!(select(&piece[..2 * one + 5], 10, 12, 99, 1 << 20), range(1, 2, 14));
-        assert!(matches!(select(&piece, 11, 11, 99, 1), Selected::Damaged(_)));
+        assert_eq!(select(&piece[..2 * one + 5], (10, None), 12, 99, 1 << 20), range(1, 2, 14));
+        assert!(matches!(select(&piece, (11, None), 11, 99, 1), Selected::Damaged(_)));
         let mut rotten = piece.clone();
         rotten[2 * one - 1] ^= 1;
-        assert_eq!(select(&rotten, 10, 10, 99, 1 << 20), range(0, 1, 12));
-        assert!(matches!(select(&rotten, 10, 12, 99, 1 << 20), Selected::Damaged(_)));
-        assert_eq!(select(&rotten, 10, 14, 99, 1 << 20), range(2, 3, 16));
+        assert_eq!(select(&rotten, (10, None), 10, 99, 1 << 20), range(0, 1, 12));
+        assert!(matches!(select(&rotten, (10, None), 12, 99, 1 << 20), Selected::Damaged(_)));
+        assert_eq!(select(&rotten, (10, None), 14, 99, 1 << 20), range(2, 3, 16));
         // Regression: one that a flipped bit makes end above the limit is damage, not something to wait for.
         let mut far = piece.clone();
         far[one + 23] ^= 0x40;
-        assert!(matches!(select(&far, 10, 12, 99, 1 << 20), Selected::Damaged(_)));
+        assert!(matches!(select(&far, (10, None), 12, 99, 1 << 20), Selected::Damaged(_)));
         assert_eq!(record_at(&piece[one..2 * one], 1013, 0), Some((1013, 13)));
         assert_eq!(record_at(&piece[one..2 * one], 1014, 0), None);
         assert_eq!(record_at(&piece[one..2 * one], 0, 13), Some((1013, 13)));

@@ -19,6 +19,7 @@ use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{LogEntry, Replayed};
 use crate::segment_index::{self, IndexBuilder, IndexEntry, encode_entry, encode_header};
+use crate::segment_name::{self, Compacted, SegmentName};
 use crate::tail::TailEntry;
 use crate::walk::{Step, Walk};
 
@@ -29,7 +30,7 @@ const PIECE_BYTES: usize = 1 << 20;
 /// What `attach` needs beyond the public part of a recovered group.
 #[derive(Debug, Default)]
 pub(crate) struct Restored {
-    pub segments: Vec<(i64, u64)>,
+    pub segments: Vec<(SegmentName, u64)>,
     pub epochs: LeaderEpochs,
     pub snapshot_offset: i64,
     pub above_commit: Vec<(u64, i64)>,
@@ -65,29 +66,60 @@ pub(crate) struct Outcome {
 }
 
 fn log_path(dir: &Path, base: i64) -> PathBuf {
-    dir.join(format!("{base:020}.log"))
+    dir.join(SegmentName::plain(base).log_file())
 }
 
-fn index_path(dir: &Path, base: i64) -> PathBuf {
-    dir.join(format!("{base:020}.idx"))
+/// What a directory has, by base.
+struct OnDisk {
+    /// Segments that count, with their lengths.
+    segments: BTreeMap<i64, u64>,
+    /// Which of them compaction has written.
+    compacted: BTreeMap<i64, Compacted>,
+    /// What compaction left unfinished, or did not come to remove.
+    leftovers: Vec<PathBuf>,
 }
 
-fn list_segments(files: &FileSystem, dir: &Path) -> io::Result<BTreeMap<i64, u64>> {
-    let segments = files.list(dir)?.into_iter().filter_map(|entry| {
-        let base = entry.name.strip_suffix(".log")?.parse::<i64>().ok()?;
-        (base >= 0).then_some((base, entry.len))
-    });
-    Ok(segments.collect())
+impl OnDisk {
+    fn list(files: &FileSystem, dir: &Path) -> io::Result<OnDisk> {
+        let mut leftovers = Vec::new();
+        let mut lengths = Vec::new();
+        for entry in files.list(dir)? {
+            if entry.name.ends_with(crate::compact::UNFINISHED) {
+                leftovers.push(dir.join(&entry.name));
+            }
+            if let Some(name) = SegmentName::parse(&entry.name) {
+                lengths.push((name, entry.len));
+            }
+        }
+        let names: Vec<SegmentName> = lengths.iter().map(|(name, _)| *name).collect();
+        let (kept, replaced) = segment_name::choose(&names);
+        for name in replaced {
+            leftovers.extend([dir.join(name.index_file()), dir.join(name.log_file())]);
+        }
+        let counts = lengths.into_iter().filter(|(name, _)| kept.contains(name));
+        Ok(OnDisk {
+            segments: counts.map(|(name, len)| (name.base, len)).collect(),
+            compacted: kept.iter().filter_map(|name| Some((name.base, name.compacted?))).collect(),
+            leftovers,
+        })
+    }
+
+    fn name(&self, base: i64) -> SegmentName {
+        SegmentName { base, compacted: self.compacted.get(&base).copied() }
+    }
 }
 
-/// Walks a segment from a batch on to `bytes`; returns the offset reached.
+/// Walks a segment from a batch on to `bytes`; returns the offset reached. All of a compacted one must have the checksum
+/// that its name says.
 fn scan(
     files: &FileSystem,
-    path: &Path,
+    (dir, name): (&Path, SegmentName),
     bytes: u64,
     (mut position, mut offset): (u64, i64),
     mut each: impl FnMut(&BatchHeader, u64, &[u8]) -> Result<(), String>,
 ) -> Result<i64, RestoreError> {
+    let path = &dir.join(name.log_file());
+    let mut crc = name.compacted.filter(|_| position == 0).map(|compacted| (0, compacted.crc));
     let io = |error| RestoreError::Io(path.to_owned(), error);
     let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
     let file = files.open(path, Mode::default()).map_err(io)?;
@@ -95,7 +127,7 @@ fn scan(
     while position < bytes {
         let want = usize::try_from(bytes - position).unwrap_or(usize::MAX).min(piece.len());
         let got = file.read_full_at(&mut piece[..want], position).map_err(io)?;
-        let mut walk = Walk::new(&piece[..got], offset);
+        let mut walk = Walk::with_holes(&piece[..got], offset, name.holes_to());
         let mut need = 0;
         loop {
             match walk.step() {
@@ -118,8 +150,14 @@ fn scan(
             }
             piece.resize(need, 0);
         }
+        if let Some((so_far, _)) = &mut crc {
+            *so_far = crc32c::crc32c_append(*so_far, &piece[..advanced]);
+        }
         position += advanced as u64;
         offset = reached;
+    }
+    if crc.is_some_and(|(found, named)| found != named) {
+        return Err(damaged("its content is not what compaction wrote".to_owned()));
     }
     Ok(offset)
 }
@@ -134,29 +172,40 @@ struct Index {
 fn load_index(
     files: &FileSystem,
     dir: &Path,
-    base: i64,
+    name: SegmentName,
     bytes: u64,
     end: i64,
 ) -> Result<Index, RestoreError> {
-    let raw = files.read(&index_path(dir, base)).unwrap_or_default();
+    let base = name.base;
+    if name.holes_to().is_some_and(|named| named != end) {
+        let reason = format!("the segment after {name} is missing: the next one begins at {end}");
+        return Err(RestoreError::Damaged(format!("{}: {reason}", dir.display())));
+    }
+    let raw = files.read(&dir.join(name.index_file())).unwrap_or_default();
     let mut entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
     // An entry that disagrees with where the segment ends was written for other content.
     entries
         .retain(|entry| entry.offset <= end && (u64::from(entry.position) == bytes) == (entry.offset == end));
+    let whole = entries.last().is_some_and(|e| u64::from(e.position) == bytes && e.offset == end);
+    // Missing batches leave no trace where holes are allowed, but in the checksum over all of them.
+    if name.compacted.is_some() && !whole {
+        entries.clear();
+    }
     let last = entries.last().copied();
     let (position, offset, max) =
         last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
     let mut builder = IndexBuilder::resume(max, position);
-    if position == bytes && offset == end || mutant::is(Mutant::TrustsIndex) {
+    if whole || mutant::is(Mutant::TrustsIndex) {
         return Ok(Index { entries, builder, rebuilt: false });
     }
-    let path = log_path(dir, base);
+    let path = dir.join(name.log_file());
     let mut term = 0;
     let walk =
         |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
-            scan(files, &path, bytes, from, |header, position, _| {
+            scan(files, (dir, name), bytes, from, |header, position, _| {
                 *term = u32::try_from(header.leader_epoch).unwrap_or(0);
-                entries.extend(builder.batch(header.base_offset, position, *term, 0, header.max_timestamp));
+                let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
+                entries.extend(builder.batch(header.base_offset, position, *term, 0, timestamp));
                 Ok(())
             })
         };
@@ -168,7 +217,7 @@ fn load_index(
         reached = walk((0, base), &mut builder, &mut entries, &mut term);
     }
     let reached = reached?;
-    if reached != end {
+    if reached != end && name.compacted.is_none() {
         let reason = format!("{}: ends at offset {reached}, not at {end}", path.display());
         return Err(RestoreError::Damaged(reason));
     }
@@ -176,19 +225,23 @@ fn load_index(
     Ok(Index { entries, builder, rebuilt: true })
 }
 
-fn write_index(files: &FileSystem, dir: &Path, base: i64, entries: &[IndexEntry]) -> io::Result<()> {
+fn write_index(files: &FileSystem, dir: &Path, name: SegmentName, entries: &[IndexEntry]) -> io::Result<()> {
+    files.write(&dir.join(name.index_file()), &index_bytes(name.base, entries))
+}
+
+pub(crate) fn index_bytes(base: i64, entries: &[IndexEntry]) -> Vec<u8> {
     let mut out = encode_header(base).to_vec();
     for entry in entries {
         out.extend_from_slice(&encode_entry(entry));
     }
-    files.write(&index_path(dir, base), &out)
+    out
 }
 
 /// Producers as of `end`: the newest usable snapshot, and the headers after it.
 fn restore_producers(
     files: &FileSystem,
     dir: &Path,
-    segments: &[(i64, u64)],
+    (on_disk, segments): (&OnDisk, &[(i64, u64)]),
     flushed_end: i64,
     entries: &[LogEntry],
     (log_end, epochs): (i64, &LeaderEpochs),
@@ -236,11 +289,11 @@ fn restore_producers(
         let start = if from <= *base {
             (0, *base)
         } else {
-            let raw = files.read(&index_path(dir, *base)).unwrap_or_default();
+            let raw = files.read(&dir.join(on_disk.name(*base).index_file())).unwrap_or_default();
             let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
             segment_index::seek_offset(&entries, *base, from)
         };
-        scan(files, &log_path(dir, *base), *bytes, start, |header, _, batch| {
+        scan(files, (dir, on_disk.name(*base)), *bytes, start, |header, _, batch| {
             if header.base_offset >= from {
                 // What duplicates are told by is not taken from bytes that nobody vouches for.
                 if header.has_producer_id() && !record_batch::crc_ok(batch) {
@@ -264,6 +317,8 @@ struct Appender<'a> {
     files: &'a FileSystem,
     dir: &'a Path,
     segments: &'a mut Vec<(i64, u64)>,
+    /// The last one is compaction's, and nothing is added to it.
+    closed: bool,
     index: Option<(i64, Index)>,
     pending: Vec<u8>,
     written: &'a mut Vec<PathBuf>,
@@ -296,14 +351,16 @@ impl Appender<'_> {
         };
         index.entries.extend(index.builder.end(end, *bytes, term, next_index));
         // Not synced: a bad index is built again.
-        write_index(self.files, self.dir, base, &index.entries)
+        write_index(self.files, self.dir, SegmentName::plain(base), &index.entries)
             .map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
     }
 
     fn append(&mut self, entry: &LogEntry, last: &mut (u32, u64)) -> Result<(), RestoreError> {
         let size = entry.payload.len() as u64;
         let at = self.segments.last().map_or(u64::MAX, |(_, bytes)| bytes + self.pending.len() as u64);
-        let roll = self.segments.is_empty() || (at > 0 && at.saturating_add(size) > ROLL_BYTES);
+        let roll = self.segments.is_empty()
+            || std::mem::take(&mut self.closed)
+            || (at > 0 && at.saturating_add(size) > ROLL_BYTES);
         if roll {
             self.finish_index(entry.offset, last.0, last.1)?;
             self.segments.push((entry.offset, 0));
@@ -341,13 +398,14 @@ pub(crate) fn restore(
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
     let Replayed { mut state, entries, cut, .. } = replayed;
     let mut afterwards = Vec::new();
-    let on_disk = list_segments(files, dir).map_err(io)?;
+    let on_disk = OnDisk::list(files, dir).map_err(io)?;
     let mut segments: Vec<(i64, u64)> = on_disk
+        .segments
         .range(..cut.unwrap_or(i64::MAX))
         .filter(|(base, _)| **base <= state.active_base)
         .map(|(base, bytes)| (*base, *bytes))
         .collect();
-    let shown = log_path(dir, state.active_base);
+    let shown = dir.join(on_disk.name(state.active_base).log_file());
     let is_active = |segment: &(i64, u64)| segment.0 == state.active_base;
     match cut {
         // What was cut off may have gone already, and been written again; and the log start may have passed all of it.
@@ -356,7 +414,9 @@ pub(crate) fn restore(
             changed = true;
         }
         Some(offset) => {
-            if let Some((base, bytes)) = segments.last_mut()
+            // A compacted one holds only what is committed, which no cut takes away.
+            if let Some((base, bytes)) =
+                segments.last_mut().filter(|(base, _)| !on_disk.compacted.contains_key(base))
                 && !mutant::is(Mutant::CutsInTheWrongPlace)
             {
                 let path = log_path(dir, *base);
@@ -373,6 +433,12 @@ pub(crate) fn restore(
         }
         None if state.active_base < 0 => {}
         None => match segments.last_mut().filter(|segment| is_active(segment)) {
+            Some((base, bytes)) if on_disk.compacted.contains_key(base) => {
+                if *bytes != state.active_bytes {
+                    let reason = format!("{} has {bytes} bytes of {}", shown.display(), state.active_bytes);
+                    return damaged(reason);
+                }
+            }
             Some((_, bytes)) if *bytes >= state.active_bytes => {
                 if *bytes > state.active_bytes && !mutant::is(Mutant::KeepsUncountedEnd) {
                     let file = files.open(&shown, Mode { write: true, ..Mode::default() });
@@ -399,14 +465,12 @@ pub(crate) fn restore(
     for at in 0..segments.len() {
         let (base, bytes) = segments[at];
         let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
-        let index = load_index(files, dir, base, bytes, end)?;
-        if index.rebuilt && at + 1 < segments.len() {
-            write_index(files, dir, base, &index.entries).map_err(io)?;
+        let name = on_disk.name(base);
+        let index = load_index(files, dir, name, bytes, end)?;
+        if index.rebuilt {
+            write_index(files, dir, name, &index.entries).map_err(io)?;
         }
-        if at + 1 == segments.len() {
-            if index.rebuilt {
-                write_index(files, dir, base, &index.entries).map_err(io)?;
-            }
+        if at + 1 == segments.len() && name.compacted.is_none() {
             last_index = Some((base, index));
         }
     }
@@ -415,7 +479,7 @@ pub(crate) fn restore(
     let (producers, snapshot_from) = restore_producers(
         files,
         dir,
-        &segments,
+        (&on_disk, &segments),
         state.flushed_end,
         &entries,
         (log_end, &state.epochs),
@@ -426,6 +490,7 @@ pub(crate) fn restore(
     let mut appender = Appender {
         files,
         dir,
+        closed: segments.last().is_some_and(|(base, _)| on_disk.compacted.contains_key(base)),
         segments: &mut segments,
         index: last_index,
         pending: Vec::new(),
@@ -438,13 +503,16 @@ pub(crate) fn restore(
     if batches {
         appender.finish_index(log_end, last.0, last.1)?;
     }
-    if let (Some(_), Some((base, bytes))) = (cut, segments.last()) {
+    if let (Some(_), Some((base, bytes))) = (cut, segments.last())
+        && !on_disk.compacted.contains_key(base)
+    {
         afterwards.push(Afterwards::Shorten(log_path(dir, *base), *bytes));
     }
     // Below the log start, beyond the cut, or begun after the state was written; the WAL had what still counts of it.
-    for base in on_disk.keys().filter(|base| segments.iter().all(|(kept, _)| kept != *base)) {
-        afterwards.push(Afterwards::Remove(log_path(dir, *base)));
-        afterwards.push(Afterwards::Remove(index_path(dir, *base)));
+    for base in on_disk.segments.keys().filter(|base| segments.iter().all(|(kept, _)| kept != *base)) {
+        let name = on_disk.name(*base);
+        afterwards.push(Afterwards::Remove(dir.join(name.log_file())));
+        afterwards.push(Afterwards::Remove(dir.join(name.index_file())));
     }
     if snapshot_from != log_end {
         write_snapshot(files, dir, log_end, &producers.encode(log_end, state.epochs.epoch_at(log_end - 1)))
@@ -485,6 +553,8 @@ pub(crate) fn restore(
     (state.active_base, state.active_bytes) = active.unwrap_or((-1, 0));
     state.epochs.truncate_end(log_end);
     state.epochs.truncate_start(state.log_start);
+    let segments = segments.iter().map(|(base, bytes)| (on_disk.name(*base), *bytes)).collect();
+    afterwards.extend(on_disk.leftovers.into_iter().map(Afterwards::Remove));
     let restored =
         Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
     let names_changed = names_changed || !written.is_empty();

@@ -5,7 +5,7 @@
 
 use std::rc::Rc;
 
-use crate::group::{Group, GroupLog, Inner};
+use crate::group::{Group, GroupLog, Inner, Segment};
 use crate::segment_index::{INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, decode_entry};
 use crate::store::Shard;
 use crate::types::RetentionOutcome;
@@ -57,12 +57,16 @@ fn choose(segments: &[Candidate], rules: Rules) -> usize {
 }
 
 /// Largest timestamp of a segment: remembered, or from the end of its index, or the file's own time.
-fn newest_ms(shard: &Shard, group: &Group, base: i64, known: Option<i64>) -> i64 {
-    if let Some(known) = known.filter(|timestamp| *timestamp >= 0) {
+fn newest_ms(shard: &Shard, group: &Group, segment: &Segment) -> i64 {
+    if let Some(known) = segment.max_timestamp.filter(|timestamp| *timestamp >= 0) {
         return known;
     }
+    // Compaction left nothing in it, so there is nothing to keep it for.
+    if segment.bytes == 0 && segment.compacted.is_some() {
+        return i64::MIN;
+    }
     let from_index = || {
-        let bytes = shard.files.read(&group.index_path(base)).ok()?;
+        let bytes = shard.files.read(&group.segment_index_path(segment.name())).ok()?;
         let entries = (bytes.len().checked_sub(INDEX_HEADER_BYTES)?) / INDEX_ENTRY_BYTES;
         let at = INDEX_HEADER_BYTES + entries.checked_sub(1)? * INDEX_ENTRY_BYTES;
         decode_entry(bytes.get(at..)?)
@@ -70,7 +74,7 @@ fn newest_ms(shard: &Shard, group: &Group, base: i64, known: Option<i64>) -> i64
             .filter(|timestamp| *timestamp >= 0)
     };
     let from_file = || {
-        let modified = shard.files.metadata(&group.log_path(base)).ok()?.modified_ms;
+        let modified = shard.files.metadata(&group.segment_path(segment.name())).ok()?.modified_ms;
         Some(modified).filter(|modified| *modified > 0)
     };
     // A segment of which nothing can be said is as young as can be.
@@ -85,7 +89,7 @@ fn drop_front(shard: &Shard, group: &Rc<Group>, inner: &mut Inner, count: usize)
         bytes += segment.bytes;
         inner.dirty.retain(|base| *base != segment.base);
         shard.forget_file(group.id, segment.base);
-        for path in [group.index_path(segment.base), group.log_path(segment.base)] {
+        for path in [group.segment_index_path(segment.name()), group.segment_path(segment.name())] {
             shard.throw_away(path, inner.log_start_by, Some(Rc::clone(group)));
         }
     }
@@ -125,11 +129,8 @@ impl GroupLog {
                 break;
             }
             let segment = &inner.segments[at];
-            let newest = if retention_ms >= 0 {
-                newest_ms(&self.shard, &self.group, segment.base, segment.max_timestamp)
-            } else {
-                i64::MAX
-            };
+            let newest =
+                if retention_ms >= 0 { newest_ms(&self.shard, &self.group, segment) } else { i64::MAX };
             candidates.push(Candidate {
                 end: inner.segment_end(at),
                 bytes: segment.bytes,

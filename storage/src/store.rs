@@ -27,6 +27,7 @@ use crate::group::{Group, GroupLog};
 use crate::group_state::{GroupState, valid_dir_name};
 use crate::mutant::{self, Mutant};
 use crate::ring::Class;
+use crate::segment_name::SegmentName;
 use crate::types::{
     COMMIT_BUCKETS_US, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
     OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
@@ -64,7 +65,7 @@ struct OpenSegment {
 
 #[derive(Default)]
 struct FileCache {
-    files: HashMap<(u64, i64), OpenSegment>,
+    files: HashMap<(u64, SegmentName), OpenSegment>,
     clock: u64,
 }
 
@@ -76,6 +77,9 @@ pub(crate) struct Counters {
     pub wal_commits: Cell<u64>,
     pub segment_bytes: Cell<u64>,
     pub segment_syncs: Cell<u64>,
+    pub compaction_read: Cell<u64>,
+    pub compaction_written: Cell<u64>,
+    pub compactions: Cell<u64>,
     pub files_retired: Cell<u64>,
     commit_buckets: RefCell<[u64; COMMIT_BUCKETS_US.len() + 1]>,
     commit_sum_us: Cell<u64>,
@@ -88,7 +92,7 @@ pub(crate) fn add(cell: &Cell<u64>, n: u64) {
 pub(crate) struct ReadAhead {
     pub group: GroupId,
     /// Segment, and where in it the batch at `offset` begins.
-    pub base: i64,
+    pub segment: SegmentName,
     pub position: u64,
     pub offset: i64,
     /// From that batch on; may be empty, then only the place is remembered.
@@ -116,7 +120,7 @@ pub(crate) struct Shard {
     pub next_lsn: Cell<Lsn>,
     durable: [Cell<Lsn>; 2],
     durable_changed: [Notify; 2],
-    poisoned: RefCell<Option<String>>,
+    pub poisoned: RefCell<Option<String>>,
     pub closing: Cell<bool>,
     closed: Cell<bool>,
     /// Order in which cached batches came in over all groups, as (group, bytes); eviction follows it.
@@ -129,6 +133,8 @@ pub(crate) struct Shard {
     /// Whose oldest batch stands in the way of eviction; goes to its segment before anything else does.
     pub evicts_next: RefCell<Option<Rc<Group>>>,
     pub flush_lock: tokio::sync::Mutex<()>,
+    /// Held by the compaction of one partition; shutdown takes it, so that nobody changes segments after it.
+    pub compacting: tokio::sync::Mutex<()>,
     open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
     /// In the order in which they were loaded, with how many entries each had.
@@ -317,18 +323,38 @@ impl Shard {
         }
     }
 
+    /// Drops what is cached of a partition below `offset`, in segments as it is: compaction has taken some of it out.
+    pub fn uncache(&self, group: &Group, offset: i64) {
+        let (mut count, mut bytes) = (0usize, 0u64);
+        while let Some(freed) = group.evict_below(offset) {
+            count += 1;
+            bytes += freed as u64;
+        }
+        self.cache_bytes.set(self.cache_bytes.get().saturating_sub(bytes));
+        // All of the queue, but only once per segment that compaction writes.
+        self.cache_order.borrow_mut().retain(|(id, _)| {
+            let gone = *id == group.id && count > 0;
+            count -= usize::from(gone);
+            !gone
+        });
+    }
+
     /// A segment, opened past the page cache: what is read and written goes through `Disk`.
     pub fn file(&self, group: &Group, base: i64) -> io::Result<File> {
+        self.segment_file(group, SegmentName::plain(base))
+    }
+
+    pub fn segment_file(&self, group: &Group, name: SegmentName) -> io::Result<File> {
         let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
         let clock = cache.clock;
-        if let Some(open) = cache.files.get_mut(&(group.id, base)) {
+        if let Some(open) = cache.files.get_mut(&(group.id, name)) {
             open.used = clock;
             return Ok(open.file.clone());
         }
         let mode = Mode { write: true, direct: true, ..Mode::default() };
-        let file = self.files.open(&group.log_path(base), mode)?;
-        self.remember(&mut cache, (group.id, base), file.clone());
+        let file = self.files.open(&group.segment_path(name), mode)?;
+        self.remember(&mut cache, (group.id, name), file.clone());
         Ok(file)
     }
 
@@ -337,11 +363,11 @@ impl Shard {
         let file = self.files.open(&group.log_path(base), mode)?;
         let mut cache = self.open_files.borrow_mut();
         cache.clock += 1;
-        self.remember(&mut cache, (group.id, base), file.clone());
+        self.remember(&mut cache, (group.id, SegmentName::plain(base)), file.clone());
         Ok(file)
     }
 
-    fn remember(&self, cache: &mut FileCache, key: (u64, i64), file: File) {
+    fn remember(&self, cache: &mut FileCache, key: (u64, SegmentName), file: File) {
         if cache.files.len() >= OPEN_FILES
             && let Some(oldest) = cache.files.iter().min_by_key(|(_, open)| open.used).map(|(key, _)| *key)
         {
@@ -353,17 +379,22 @@ impl Shard {
     /// An append takes it and, if it succeeded, leaves it. One that is not there costs the append a read.
     pub fn take_last_block(&self, group: GroupId, base: i64) -> LastBlock {
         let mut cache = self.open_files.borrow_mut();
-        cache.files.get_mut(&(group, base)).and_then(|open| open.last_block.take()).unwrap_or_default()
+        cache
+            .files
+            .get_mut(&(group, SegmentName::plain(base)))
+            .and_then(|open| open.last_block.take())
+            .unwrap_or_default()
     }
 
     pub fn leave_last_block(&self, group: GroupId, base: i64, last: LastBlock) {
-        if let Some(open) = self.open_files.borrow_mut().files.get_mut(&(group, base)) {
+        let key = (group, SegmentName::plain(base));
+        if let Some(open) = self.open_files.borrow_mut().files.get_mut(&key) {
             open.last_block = Some(last);
         }
     }
 
     pub fn forget_file(&self, group: GroupId, base: i64) {
-        self.open_files.borrow_mut().files.remove(&(group, base));
+        self.open_files.borrow_mut().files.retain(|(of, name), _| *of != group || name.base != base);
     }
 
     pub fn keep_read_ahead(&self, ahead: ReadAhead) {
@@ -518,6 +549,7 @@ impl ShardStore {
             flush_wake: Notify::new(),
             evicts_next: RefCell::default(),
             flush_lock: tokio::sync::Mutex::new(()),
+            compacting: tokio::sync::Mutex::new(()),
             open_files: RefCell::default(),
             read_ahead: RefCell::default(),
             loaded_indexes: RefCell::default(),
@@ -669,6 +701,9 @@ impl ShardStore {
             wal_commits: counters.wal_commits.get(),
             segment_bytes_written: counters.segment_bytes.get(),
             segment_syncs: counters.segment_syncs.get(),
+            compaction_bytes_read: counters.compaction_read.get(),
+            compaction_bytes_written: counters.compaction_written.get(),
+            compactions: counters.compactions.get(),
             cache_bytes: shard.cache_bytes.get(),
             unflushed_bytes: shard.unflushed_bytes.get(),
             wal_files_in_use: LANES.iter().map(|lane| shard.wal(*lane).files_in_use()).sum(),

@@ -63,13 +63,38 @@ pub enum Durability {
     Durable,
     /// After the kernel took it: survives a killed process, not a loss of power.
     Os,
+    /// At once: what the process has in memory dies with it. The log stays in order: only an end of it is lost.
+    Memory,
 }
 
 impl Durability {
     pub fn lane(self) -> Lane {
         match self {
             Self::Durable => Lane::Durable,
-            Self::Os => Lane::Os,
+            Self::Os | Self::Memory => Lane::Os,
+        }
+    }
+}
+
+/// When and how a log keeps the last record of every key only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompactionConfig {
+    /// Thousandths of the log that must be new before it is compacted again.
+    pub min_dirty_permille: u32,
+    /// A record stays at least this long, and waits at most so long for its compaction.
+    pub min_lag_ms: i64,
+    pub max_lag_ms: i64,
+    /// Tombstones stay so long after the first compaction that met them.
+    pub delete_retention_ms: i64,
+}
+
+impl Default for CompactionConfig {
+    fn default() -> Self {
+        Self {
+            min_dirty_permille: 500,
+            min_lag_ms: 0,
+            max_lag_ms: i64::MAX,
+            delete_retention_ms: 24 * 3600 * 1000,
         }
     }
 }
@@ -82,6 +107,7 @@ pub struct GroupConfig {
     pub segment_ms: i64,
     pub retention_bytes: i64,
     pub retention_ms: i64,
+    pub compaction: Option<CompactionConfig>,
 }
 
 impl Default for GroupConfig {
@@ -92,6 +118,7 @@ impl Default for GroupConfig {
             segment_ms: 7 * 24 * 3600 * 1000,
             retention_bytes: -1,
             retention_ms: 7 * 24 * 3600 * 1000,
+            compaction: None,
         }
     }
 }
@@ -166,6 +193,34 @@ pub struct RetentionOutcome {
     pub log_start_offset: i64,
 }
 
+/// What a call of `GroupLog::compact` did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CompactionOutcome {
+    /// 0: nothing was due.
+    pub passes: u32,
+    /// Everything below it was compared with everything below it.
+    pub clean_offset: i64,
+    pub segments_before: usize,
+    pub segments_after: usize,
+    pub bytes_read: u64,
+    pub bytes_written: u64,
+    pub records_dropped: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CompactError {
+    #[error("no space left to write compacted segments")]
+    NoSpace,
+    #[error("damaged log: {reason}")]
+    Damaged { reason: String },
+    #[error("the log changed meanwhile, or is going away")]
+    Interrupted,
+    #[error("{path}: {source}")]
+    Io { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Poisoned(#[from] LogPoisoned),
+}
+
 /// Upper bounds, in microseconds, of the commit time buckets; the last bucket has none.
 pub const COMMIT_BUCKETS_US: [u64; 12] =
     [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 100_000, 1_000_000];
@@ -180,6 +235,10 @@ pub struct StoreStats {
     pub wal_commits: u64,
     pub segment_bytes_written: u64,
     pub segment_syncs: u64,
+    /// What compaction read of segments, and wrote instead.
+    pub compaction_bytes_read: u64,
+    pub compaction_bytes_written: u64,
+    pub compactions: u64,
     /// Batches held in memory, and the part of them that is not in a segment yet.
     pub cache_bytes: u64,
     pub unflushed_bytes: u64,

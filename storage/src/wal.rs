@@ -128,6 +128,9 @@ pub(crate) struct Wal {
     appended: Cell<u64>,
     wake: Notify,
     writer_idle: Cell<bool>,
+    /// The writer waits for more, up to `LINGER`, since nobody waits for what there is; `hurry` ends that.
+    lingers: Cell<bool>,
+    hurry: Notify,
     zero_wake: Notify,
     zero_done: Notify,
     /// A file for the ring could not be made; entering it is refused until that works.
@@ -177,6 +180,8 @@ impl Wal {
             appended: Cell::new(0),
             wake: Notify::new(),
             writer_idle: Cell::new(false),
+            lingers: Cell::new(false),
+            hurry: Notify::new(),
             zero_wake: Notify::new(),
             zero_done: Notify::new(),
             no_space: Cell::new(false),
@@ -337,13 +342,28 @@ impl Wal {
     }
 
     pub fn wake_writer(&self) {
+        if self.lingers.replace(false) {
+            self.hurry.notify_one();
+        }
         if self.writer_idle.replace(false) {
+            self.wake.notify_one();
+        }
+    }
+
+    /// For records that nobody waits for: they are written with others that are, or when a block is full, or after
+    /// `LINGER`.
+    pub fn wake_writer_later(&self) {
+        if self.state.borrow().queue.len() > 1 {
+            self.wake_writer();
+        } else if self.writer_idle.replace(false) {
+            self.lingers.set(true);
             self.wake.notify_one();
         }
     }
 
     pub fn wake_all(&self) {
         self.wake.notify_one();
+        self.hurry.notify_one();
         self.zero_wake.notify_one();
         self.zero_done.notify_waiters();
     }
@@ -553,6 +573,9 @@ fn is_no_space(error: &io::Error) -> bool {
     crate::store::is_no_space(error)
 }
 
+/// What was acknowledged from memory is written this much later at most: that much of it a killed process loses.
+const LINGER: Duration = Duration::from_millis(10);
+
 /// Lets the event loop turn while that brings more for the next commit; see the module header.
 async fn gather(wal: &Wal, last_start: Instant) {
     while last_start.elapsed() < COMMIT_INTERVAL && wal.state.borrow().queue.len() == 1 {
@@ -573,6 +596,10 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
             wal.writer_idle.set(true);
             wal.wake.notified().await;
             continue;
+        }
+        if wal.lingers.get() {
+            let _ = tokio::time::timeout(LINGER, wal.hurry.notified()).await;
+            wal.lingers.set(false);
         }
         if let Some(last_start) = last_start {
             gather(wal, last_start).await;

@@ -12,24 +12,31 @@ pub enum Step {
     End,
 }
 
-/// Batches of a piece that is supposed to begin with the batch at `offset`.
+/// Batches of a piece that is supposed to begin with the batch at `offset`, or, in a compacted segment, with the first one
+/// that is left from there on.
 #[derive(Debug)]
 pub struct Walk<'a> {
     bytes: &'a [u8],
     at: usize,
     offset: i64,
+    holes_to: Option<i64>,
 }
 
 impl<'a> Walk<'a> {
     pub fn new(bytes: &'a [u8], offset: i64) -> Self {
-        Self { bytes, at: 0, offset }
+        Self { bytes, at: 0, offset, holes_to: None }
+    }
+
+    /// As `new`; with `holes_to`, offsets may be missing between batches, all of which end there or before.
+    pub fn with_holes(bytes: &'a [u8], offset: i64, holes_to: Option<i64>) -> Self {
+        Self { bytes, at: 0, offset, holes_to }
     }
 
     pub fn at(&self) -> usize {
         self.at
     }
 
-    /// Offset that the next batch must have.
+    /// Offset that the next batch must have, or, where there are holes, the lowest that it can have.
     pub fn offset(&self) -> i64 {
         self.offset
     }
@@ -48,7 +55,11 @@ impl<'a> Walk<'a> {
                 return Step::Damaged(format!("no batch where offset {} should be: {error}", self.offset));
             }
         };
-        if header.base_offset != self.offset {
+        let fits = match self.holes_to {
+            None => header.base_offset == self.offset,
+            Some(end) => header.base_offset >= self.offset && header.next_offset() <= end,
+        };
+        if !fits {
             return Step::Damaged(format!(
                 "batch with offset {} where offset {} should be",
                 header.base_offset, self.offset
@@ -95,6 +106,23 @@ mod tests {
         walk.step();
         assert_eq!(walk.step(), Step::Short(half));
         assert!(matches!(Walk::new(&bytes, 11).step(), Step::Damaged(_)));
+    }
+
+    #[test]
+    fn holes_are_taken_and_nothing_else() {
+        let bytes = two();
+        let mut walk = Walk::with_holes(&bytes, 4, Some(20));
+        assert!(matches!(walk.step(), Step::Batch(h, 0) if h.base_offset == 10));
+        assert!(matches!(walk.step(), Step::Batch(..)));
+        assert_eq!((walk.step(), walk.offset()), (Step::End, 14));
+        assert!(matches!(Walk::with_holes(&bytes, 11, Some(20)).step(), Step::Damaged(_)));
+        let mut short = Walk::with_holes(&bytes, 10, Some(13));
+        assert!(matches!(short.step(), Step::Batch(..)));
+        assert!(matches!(short.step(), Step::Damaged(_)), "beyond its end");
+        let backwards = [&bytes[bytes.len() / 2..], &bytes[..bytes.len() / 2]].concat();
+        let mut walk = Walk::with_holes(&backwards, 0, Some(20));
+        walk.step();
+        assert!(matches!(walk.step(), Step::Damaged(_)), "offsets rise");
     }
 
     proptest! {

@@ -326,6 +326,55 @@ fn an_os_topic_does_not_wait_for_a_durable_commit() {
 /// A vote in the os lane, and the next one, after a change of durability, in a durable commit that began to fill before:
 /// replay must end with the second.
 #[test]
+fn memory_is_written_later_and_only_its_end_is_lost() {
+    run_all(|io| {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, _) = recover(dir.path());
+        let config = GroupConfig { durability: Durability::Memory, ..GroupConfig::default() };
+        on_shard(async {
+            let store = ShardStore::open(&data, StoreConfig { io, ..small() }).await.unwrap();
+            let log = store.create(1, "t-0", config.clone()).unwrap();
+            let writer = Writer::new(&store, log.clone());
+            // A term is never forgotten, so its commit does not wait.
+            let end = writer.append(3, 100).await;
+            // Nobody hurries these, and they are written all the same.
+            let (lsn, next) = writer.stage(2, 100).unwrap();
+            assert_eq!((lsn.0, next), (Lane::Os, end + 2));
+            assert!(store.durable_lsn(lsn.0) < lsn.1);
+            writer.durable(lsn).await;
+            // Acknowledged from memory, and the process ends before anything else gets its turn.
+            let (lsn, _) = writer.stage(4, 100).unwrap();
+            log.set_high_watermark(9);
+            assert!(store.durable_lsn(lsn.0) < lsn.1);
+        });
+        drop(data);
+        let (data, mut found) = recover(dir.path());
+        let group = found.remove(&1).unwrap();
+        assert!(group.health.is_ok(), "{:?}", group.health);
+        assert_eq!(group.log_end_offset, 5);
+        on_shard(async {
+            let store = ShardStore::open(&data, StoreConfig { io, ..small() }).await.unwrap();
+            let log = store.attach(group, config.clone());
+            log.set_high_watermark(5);
+            check_log(&log, 0, 5, 100).await;
+            let writer = Writer::new(&store, log.clone());
+            writer.append(1, 100).await;
+            writer.stage(2, 100).unwrap();
+            // What was forced is there, and a clean stop loses nothing.
+            log.force().await.unwrap();
+            log.set_high_watermark(8);
+            writer.stage(2, 100).unwrap();
+            log.set_high_watermark(10);
+            store.shutdown().await.unwrap();
+        });
+        drop(data);
+        let (_, found) = recover(dir.path());
+        assert!(found[&1].health.is_ok());
+        assert_eq!(found[&1].log_end_offset, 10);
+    });
+}
+
+#[test]
 fn records_keep_their_order_from_one_lane_to_the_other() {
     let dir = tempfile::tempdir().unwrap();
     let (data, _) = recover(dir.path());

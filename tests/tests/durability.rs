@@ -148,3 +148,71 @@ fn a_clean_stop_and_another_number_of_shards_keep_everything() {
         assert!(flumen.stop().unwrap().success());
     }
 }
+
+/// What was acknowledged from memory may go with the process, but only from the end: what is left is a beginning of it,
+/// and the log goes on behind that.
+#[test]
+fn memory_records_lose_at_most_their_end_to_kill_9() {
+    #[derive(Clone, Default)]
+    struct Seen(Arc<Mutex<BTreeMap<(i32, i64), u64>>>);
+    impl ClientContext for Seen {}
+    impl ProducerContext for Seen {
+        type DeliveryOpaque = Box<u64>;
+
+        fn delivery(&self, result: &DeliveryResult<'_>, number: Self::DeliveryOpaque) {
+            if let Ok(message) = result {
+                self.0.lock().unwrap().insert((message.partition(), message.offset()), *number);
+            }
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let ports = (flumen_tests::process::free_port(), flumen_tests::process::free_port());
+    let mut flumen = Flumen::start_at(dir.path(), ports.0, ports.1, &[], &["--shards", "1"]).unwrap();
+    flumen.create_topic("t", 2, &json!({ "flumen.durability": "memory" })).unwrap();
+    let described = flumen.cli(&["topic", "describe", "t"]).unwrap();
+    assert!(described.stdout.contains("DURABILITY  memory"), "{}", described.stdout);
+    let (mut kept, mut sent) = (BTreeMap::new(), 0u64);
+    for _ in 0..4 {
+        let seen = Seen::default();
+        let producer: ThreadedProducer<Seen> = ClientConfig::new()
+            .set("bootstrap.servers", &flumen.kafka)
+            .set("linger.ms", "0")
+            .set("retries", "0")
+            .set("message.timeout.ms", "5000")
+            .create_with_context(seen.clone())
+            .unwrap();
+        // Killed while they come.
+        while seen.0.lock().unwrap().len() < 3000 {
+            let payload = format!("{sent:010}");
+            let record = BaseRecord::<str, str, _>::with_opaque_to("t", Box::new(sent)).payload(&payload);
+            sent += 1;
+            if producer.send(record.key(&payload)).is_err() || sent % 50 == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        flumen.kill_9();
+        drop(producer);
+        let mut acknowledged: BTreeMap<(i32, i64), u64> = seen.0.lock().unwrap().clone();
+        acknowledged.extend(std::mem::take(&mut kept));
+        flumen.restart().unwrap();
+        let ends = flumen.end_offsets("t").unwrap();
+        let stored = read_all(&flumen.kafka, "t", &ends);
+        let mut lost = 0;
+        for (place, number) in &acknowledged {
+            match stored.get(place) {
+                Some(found) => assert_eq!(found, number, "at {place:?}"),
+                None => {
+                    assert!(place.1 >= ends[place.0 as usize], "lost from the middle: {place:?}");
+                    lost += 1;
+                }
+            }
+        }
+        assert!(lost < 3000, "{lost} lost: more than some milliseconds of them");
+        kept = stored;
+    }
+    // A clean stop loses nothing.
+    let before = flumen.end_offsets("t").unwrap();
+    assert!(flumen.stop().unwrap().success());
+    flumen.restart().unwrap();
+    assert_eq!(flumen.end_offsets("t").unwrap(), before);
+}

@@ -98,6 +98,7 @@ pub struct BrokerConfig {
     pub producer_id_expiration_ms: i64,
     /// Negative: idle connections stay.
     pub connections_max_idle_ms: i64,
+    pub log_cleaner_enable: bool,
     pub clickhouse_url: Option<String>,
     pub clickhouse_user: String,
     pub clickhouse_password: Option<Secret>,
@@ -169,6 +170,7 @@ impl BrokerConfig {
             transaction_max_timeout_ms: v.number("transaction.max.timeout.ms"),
             producer_id_expiration_ms: v.number("producer.id.expiration.ms"),
             connections_max_idle_ms: v.number("connections.max.idle.ms"),
+            log_cleaner_enable: v.number("log.cleaner.enable"),
             clickhouse_url: some(v.text("clickhouse.url")),
             clickhouse_user: v.text("clickhouse.user").unwrap_or("default").to_string(),
             clickhouse_password: password,

@@ -60,6 +60,8 @@ pub enum Durability {
     Durable,
     /// The kernel has the records.
     Os,
+    /// The process has the records.
+    Memory,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,6 +131,12 @@ impl Default for TopicConfig {
 impl TopicConfig {
     pub fn deletes(&self) -> bool {
         self.cleanup_policy.delete
+    }
+
+    /// When a record is acknowledged. A topic that forces its log to disk after every record, or at once, is durable
+    /// whatever else it says: that is what those who set it want from Kafka.
+    pub fn acknowledges(&self) -> Durability {
+        if self.flush_messages <= 1 || self.flush_ms <= 0 { Durability::Durable } else { self.durability }
     }
 
     pub fn compacts(&self) -> bool {
@@ -204,7 +212,11 @@ impl TopicConfig {
                 };
             }
             "flumen.durability" => {
-                self.durability = if value == "os" { Durability::Os } else { Durability::Durable };
+                self.durability = match value {
+                    "os" => Durability::Os,
+                    "memory" => Durability::Memory,
+                    _ => Durability::Durable,
+                };
             }
             "flush.messages" => put(&mut self.flush_messages, value),
             "flush.ms" => put(&mut self.flush_ms, value),
@@ -323,6 +335,16 @@ mod tests {
     }
 
     #[test]
+    fn forcing_every_record_to_disk_is_durable() {
+        let resolve = |pairs: &[(&str, &str)]| TopicConfig::resolve(&map(pairs), &NOTHING).acknowledges();
+        assert_eq!(resolve(&[]), Durability::Durable);
+        assert_eq!(resolve(&[("flumen.durability", "os"), ("flush.messages", "2")]), Durability::Os);
+        assert_eq!(resolve(&[("flumen.durability", "memory"), ("flush.ms", "1")]), Durability::Memory);
+        assert_eq!(resolve(&[("flumen.durability", "os"), ("flush.messages", "1")]), Durability::Durable);
+        assert_eq!(resolve(&[("flumen.durability", "memory"), ("flush.ms", "0")]), Durability::Durable);
+    }
+
+    #[test]
     fn settings_are_refused_with_a_reason() {
         let config = BrokerConfig::default();
         let check = |name: &str, value: &str| check_setting(name, value, &config);
@@ -337,7 +359,8 @@ mod tests {
         );
         assert!(check("remote.storage.enable", "true").unwrap_err().contains("not available"));
         assert!(check("remote.storage.enable", "false").is_ok());
-        assert!(check("flumen.durability", "memory").is_err());
+        assert!(check("flumen.durability", "memory").is_ok());
+        assert!(check("flumen.durability", "disk").is_err());
         let conflict = map(&[("min.compaction.lag.ms", "10"), ("max.compaction.lag.ms", "9")]);
         assert!(check_together(&conflict, &NOTHING, &config).unwrap_err().contains("larger"));
     }

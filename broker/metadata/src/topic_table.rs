@@ -31,7 +31,7 @@ const LONG_MAX: &str = "9223372036854775807";
 pub(crate) const COMPRESSION_TYPES: &[&str] = &["uncompressed", "zstd", "lz4", "snappy", "gzip", "producer"];
 pub(crate) const TIMESTAMP_TYPES: &[&str] = &["CreateTime", "LogAppendTime"];
 pub(crate) const CLEANUP_POLICIES: &[&str] = &["compact", "delete"];
-pub(crate) const DURABILITIES: &[&str] = &["durable", "os"];
+pub(crate) const DURABILITIES: &[&str] = &["durable", "memory", "os"];
 const MIB: i64 = 1 << 20;
 
 /// Sorted by name.
@@ -106,7 +106,7 @@ pub const TOPIC_CONFIGS: &[TopicConfigDef] = &[
         Check::OneOf(DURABILITIES),
         H,
         &[("flumen.durability", 1)],
-        "When records are acknowledged: 'durable' once the disk has them (survives power loss), 'os' once the kernel has them (survives a killed process, as Kafka's default).",
+        "When records are acknowledged: 'durable' once the disk has them (survives power loss), 'os' once the kernel has them (survives a killed process, as Kafka's default), 'memory' once the process has them (a killed process loses its last records).",
     ),
     row(
         "flush.messages",
@@ -115,7 +115,7 @@ pub const TOPIC_CONFIGS: &[TopicConfigDef] = &[
         at_least(1),
         R,
         &[("log.flush.interval.messages", 1)],
-        "Records after which the log is forced to disk; under flumen.durability=durable every acknowledged record already is.",
+        "Records after which the log is forced to disk under flumen.durability=os or memory; 1 makes the topic durable, under which every acknowledged record already is.",
     ),
     row(
         "flush.ms",
@@ -124,7 +124,7 @@ pub const TOPIC_CONFIGS: &[TopicConfigDef] = &[
         at_least(0),
         H,
         &[("log.flush.interval.ms", 1)],
-        "Time (ms) after which the log is forced to disk under flumen.durability=os.",
+        "Time (ms) after which the log is forced to disk under flumen.durability=os or memory; 0 makes the topic durable.",
     ),
     row(
         "follower.replication.throttled.replicas",

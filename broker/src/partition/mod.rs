@@ -19,9 +19,9 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 
-use flumen_metadata::TopicConfig;
+use flumen_metadata::{Durability, TopicConfig};
 use flumen_raft::{Group, GroupStart};
-use flumen_storage::{GroupLog, Payload};
+use flumen_storage::{CompactError, CompactionConfig, GroupLog, Payload};
 
 pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt};
@@ -55,6 +55,10 @@ pub struct Partition {
     /// The highest raft output number known to be durable, collected before raft is told once.
     persisted_number: Cell<u64>,
     persisted_dirty: Cell<bool>,
+    /// The number of the raft output that was staged last.
+    staged_number: Cell<u64>,
+    /// Everything below this offset was forced to disk, at this time.
+    forced: Cell<(i64, i64)>,
     /// Retention never passes this offset: what an enabled export has not settled yet.
     hold_offset: Cell<i64>,
 }
@@ -121,6 +125,8 @@ impl Partition {
             }),
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),
+            staged_number: Cell::new(0),
+            forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
         });
         if partition.damage().is_none() {
@@ -184,6 +190,25 @@ impl Partition {
         self.publish_gauges();
     }
 
+    /// Compacts the log if its topic is compacted and it is due; takes as long as that takes. Nothing that an export has
+    /// not settled goes.
+    pub async fn compact(&self, now_ms: i64) {
+        if self.damage().is_some() || !self.config.borrow().compacts() {
+            return;
+        }
+        let hold = self.hold_offset.get().min(self.high_watermark());
+        match self.log.compact(now_ms, hold).await {
+            Ok(done) if done.passes > 0 => {
+                tracing::info!(topic = %self.topic, partition = self.index, ?done, "compacted");
+            }
+            Ok(_) | Err(CompactError::Interrupted) => {}
+            Err(error) => {
+                tracing::warn!(topic = %self.topic, partition = self.index, %error, "compaction ended early; it is tried again");
+            }
+        }
+        self.publish_gauges();
+    }
+
     pub fn expire_producers(&self, now_ms: i64, expiration_ms: i64) {
         self.log.producers().expire(now_ms, expiration_ms);
     }
@@ -226,8 +251,15 @@ impl Partition {
                         },
                     })
                     .collect();
+                let from_memory = self.acknowledges_from_memory(hard_state);
                 match self.log.stage(hard_state, &entries) {
+                    Ok(_) if from_memory => {
+                        self.staged_number.set(outputs.number);
+                        self.persisted_number.set(outputs.number);
+                        self.state.borrow_mut().raft.on_persisted(outputs.number);
+                    }
                     Ok((lane, lsn)) => {
+                        self.staged_number.set(outputs.number);
                         if let Some(shard) = self.shard.upgrade() {
                             shard.note_staged(lane, lsn, self.group_id, outputs.number);
                         }
@@ -261,6 +293,38 @@ impl Partition {
         }
     }
 
+    /// Whether what is staged next counts at once. Not a vote or a term, which must never be forgotten, and not before
+    /// what was staged earlier and has to wait.
+    fn acknowledges_from_memory(&self, hard_state: Option<flumen_storage::HardState>) -> bool {
+        let known = self.log.hard_state();
+        self.config.borrow().acknowledges() == Durability::Memory
+            && self.staged_number.get() == self.persisted_number.get()
+            && hard_state.is_none_or(|new| (new.term, new.vote) == (known.term, known.vote))
+    }
+
+    /// Whether flush.messages or flush.ms ask for more than the topic's durability does.
+    pub fn is_forced(&self) -> bool {
+        let config = self.config.borrow();
+        config.acknowledges() != Durability::Durable
+            && (config.flush_ms < i64::MAX || config.flush_messages < i64::MAX)
+    }
+
+    /// Forces the log to disk when flush.messages or flush.ms say so.
+    pub async fn keep_forced(&self, now_ms: i64) {
+        let (end, due) = {
+            let config = self.config.borrow();
+            let end = self.log_end_offset();
+            let (forced, at_ms) = self.forced.get();
+            let due =
+                end - forced >= config.flush_messages || now_ms.saturating_sub(at_ms) >= config.flush_ms;
+            (end, end > forced && due && self.damage().is_none())
+        };
+        // A log that cannot be forced stops the process elsewhere.
+        if due && self.log.force().await.is_ok() {
+            self.forced.set((end, now_ms));
+        }
+    }
+
     fn publish_gauges(&self) {
         self.gauges.damaged.store(i32::from(self.damage().is_some()), Ordering::Relaxed);
         self.gauges.leader_epoch.store(self.leader_epoch(), Ordering::Relaxed);
@@ -273,13 +337,26 @@ impl Partition {
 /// What the store needs to know of a topic's configuration.
 pub fn group_config(config: &TopicConfig) -> flumen_storage::GroupConfig {
     flumen_storage::GroupConfig {
-        durability: match config.durability {
+        durability: match config.acknowledges() {
             flumen_metadata::Durability::Durable => flumen_storage::Durability::Durable,
             flumen_metadata::Durability::Os => flumen_storage::Durability::Os,
+            flumen_metadata::Durability::Memory => flumen_storage::Durability::Memory,
         },
         segment_bytes: u64::try_from(config.segment_bytes).unwrap_or(1 << 30),
-        segment_ms: config.segment_ms,
+        // What is written to is not compacted, so it may not be written to for longer than compaction may wait.
+        segment_ms: if config.compacts() {
+            config.segment_ms.min(config.max_compaction_lag_ms)
+        } else {
+            config.segment_ms
+        },
         retention_bytes: config.retention_bytes,
         retention_ms: config.retention_ms,
+        compaction: config.compacts().then(|| CompactionConfig {
+            // Checked to be from 0 to 1.
+            min_dirty_permille: (config.min_cleanable_dirty_ratio * 1000.0).round() as u32,
+            min_lag_ms: config.min_compaction_lag_ms,
+            max_lag_ms: config.max_compaction_lag_ms,
+            delete_retention_ms: config.delete_retention_ms,
+        }),
     }
 }

@@ -1,0 +1,271 @@
+//! A compacted topic through real clients: what is read is what was written last under every key, at its offset, also
+//! after kill -9; and committed offsets outlive the compaction of their topic.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use flumen_protocol::error_code::ErrorCode;
+use flumen_tests::flumen::Flumen;
+use flumen_tests::wire::Wire;
+use kafka_protocol::messages::offset_commit_request::{
+    OffsetCommitRequestPartition, OffsetCommitRequestTopic,
+};
+use kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic;
+use kafka_protocol::messages::{OffsetCommitRequest, OffsetFetchRequest, TopicName};
+use kafka_protocol::protocol::StrBytes;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{DeliveryResult, Message};
+use rdkafka::producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer};
+use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use serde_json::json;
+
+type Stored = (String, Option<Vec<u8>>);
+
+/// What was acknowledged, by offset.
+#[derive(Clone, Default)]
+struct Acknowledged(Arc<Mutex<BTreeMap<i64, Stored>>>);
+
+impl ClientContext for Acknowledged {}
+
+impl ProducerContext for Acknowledged {
+    type DeliveryOpaque = Box<Stored>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, stored: Self::DeliveryOpaque) {
+        let message = result.as_ref().expect("everything is acknowledged in the end");
+        self.0.lock().unwrap().insert(message.offset(), *stored);
+    }
+}
+
+impl Acknowledged {
+    fn alive(&self) -> BTreeMap<String, Vec<u8>> {
+        alive(&self.0.lock().unwrap())
+    }
+}
+
+fn alive(records: &BTreeMap<i64, Stored>) -> BTreeMap<String, Vec<u8>> {
+    let newest: BTreeMap<String, Option<Vec<u8>>> = records.values().cloned().collect();
+    newest.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+}
+
+fn producer(flumen: &Flumen, acknowledged: &Acknowledged) -> ThreadedProducer<Acknowledged> {
+    ClientConfig::new()
+        .set("bootstrap.servers", &flumen.kafka)
+        .set("enable.idempotence", "true")
+        .set("compression.type", "lz4")
+        .set("linger.ms", "2")
+        .set("batch.size", "20000")
+        .set("message.timeout.ms", "300000")
+        .set("reconnect.backoff.max.ms", "200")
+        .set("retry.backoff.max.ms", "200")
+        .create_with_context(acknowledged.clone())
+        .unwrap()
+}
+
+/// Bytes that no codec makes small.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .collect()
+}
+
+fn produce(producer: &ThreadedProducer<Acknowledged>, from: u64, count: u64) {
+    for n in from..from + count {
+        let key = format!("key {}", (n * 7919) % 211);
+        // Now and then a key is deleted.
+        let value = (n % 17 != 3).then(|| noise(n, 900));
+        let mut record = BaseRecord::with_opaque_to("c", Box::new((key.clone(), value.clone()))).key(&key);
+        if let Some(value) = &value {
+            record = record.payload(value);
+        }
+        while let Err((_, back)) = producer.send(record) {
+            record = back;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    producer.flush(Duration::from_secs(300)).unwrap();
+}
+
+/// Everything from the beginning to the end of the partition.
+fn consume(flumen: &Flumen) -> BTreeMap<i64, Stored> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", &flumen.kafka)
+        .set("group.id", "reader")
+        .set("enable.auto.commit", "false")
+        .set("enable.partition.eof", "true")
+        .set("check.crcs", "true")
+        .create()
+        .unwrap();
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset("c", 0, Offset::Beginning).unwrap();
+    consumer.assign(&list).unwrap();
+    let mut all = BTreeMap::new();
+    loop {
+        match consumer.poll(Duration::from_secs(1)) {
+            None => {}
+            Some(Err(KafkaError::PartitionEOF(_))) => return all,
+            Some(message) => {
+                let message = message.unwrap();
+                let key = String::from_utf8(message.key().unwrap().to_vec()).unwrap();
+                let before = all.insert(message.offset(), (key, message.payload().map(<[u8]>::to_vec)));
+                assert_eq!(before, None);
+            }
+        }
+    }
+}
+
+fn compactions(flumen: &Flumen) -> u64 {
+    let text = flumen.get("/metrics").unwrap();
+    let lines = text.as_str().unwrap().lines();
+    lines
+        .filter(|line| line.starts_with("flumen_storage_compactions_total{"))
+        .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64)
+        .sum()
+}
+
+/// Until compaction has run again.
+fn wait_for_compaction(flumen: &Flumen, seen: u64) -> u64 {
+    loop {
+        let now = compactions(flumen);
+        if now > seen {
+            return now;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn check(found: &BTreeMap<i64, Stored>, acknowledged: &Acknowledged) {
+    assert_eq!(alive(found), acknowledged.alive());
+    let written = acknowledged.0.lock().unwrap();
+    for (offset, stored) in found {
+        assert_eq!(Some(stored), written.get(offset), "offset {offset}");
+    }
+}
+
+#[test]
+fn the_last_record_of_every_key_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let ports = (flumen_tests::process::free_port(), flumen_tests::process::free_port());
+    let mut flumen = Flumen::start_at(dir.path(), ports.0, ports.1, &[], &["--shards", "1"]).unwrap();
+    let configs = json!({ "cleanup.policy": "compact", "segment.bytes": "1048576", "min.cleanable.dirty.ratio": "0.2" });
+    flumen.create_topic("c", 1, &configs).unwrap();
+    let acknowledged = Acknowledged::default();
+    let client = producer(&flumen, &acknowledged);
+    let (mut sent, mut seen) = (0, 0);
+    let mut last_size = 0;
+    for round in 0..4 {
+        produce(&client, sent, 6_000);
+        sent += 6_000;
+        seen = wait_for_compaction(&flumen, seen);
+        let found = consume(&flumen);
+        check(&found, &acknowledged);
+        assert!((found.len() as u64) < sent, "{} of {sent}", found.len());
+        last_size = found.len();
+        if round < 3 {
+            // Sometimes in the middle of the next one: nothing tells when that begins.
+            produce(&client, sent, 2_000);
+            sent += 2_000;
+            flumen.kill_9();
+            flumen.restart().unwrap();
+            seen = 0;
+            check(&consume(&flumen), &acknowledged);
+        }
+    }
+    // What is not compacted yet is some segments, however much was written.
+    assert!((last_size as u64) < sent / 2, "{last_size} of {sent}");
+    assert!(seen > 0);
+    assert_eq!(flumen.end_offsets("c").unwrap(), [sent as i64]);
+    assert!(flumen.stop().unwrap().success());
+    flumen.restart().unwrap();
+    check(&consume(&flumen), &acknowledged);
+    let described = flumen.get("/v1/topics/c").unwrap();
+    assert_eq!(described["partition_list"][0]["log_start_offset"], 0);
+    assert_eq!(described["partition_list"][0]["health"], "ok");
+}
+
+fn commit(wire: &mut Wire, offset: i64, metadata: &str) -> i16 {
+    let partition = OffsetCommitRequestPartition::default()
+        .with_partition_index(0)
+        .with_committed_offset(offset)
+        .with_committed_metadata(Some(StrBytes::from_string(metadata.to_string())));
+    let topic = OffsetCommitRequestTopic::default()
+        .with_name(TopicName(StrBytes::from_static_str("t")))
+        .with_partitions(vec![partition]);
+    let request = OffsetCommitRequest::default()
+        .with_group_id(StrBytes::from_static_str("g").into())
+        .with_generation_id_or_member_epoch(-1)
+        .with_topics(vec![topic]);
+    wire.ask(7, &request).unwrap().topics[0].partitions[0].error_code
+}
+
+fn committed(wire: &mut Wire) -> (i64, usize) {
+    let topic = OffsetFetchRequestTopic::default()
+        .with_name(TopicName(StrBytes::from_static_str("t")))
+        .with_partition_indexes(vec![0]);
+    let request = OffsetFetchRequest::default()
+        .with_group_id(StrBytes::from_static_str("g").into())
+        .with_topics(Some(vec![topic]));
+    loop {
+        let answer = wire.ask(5, &request).unwrap();
+        if answer.error_code == ErrorCode::NONE.0 {
+            let partition = &answer.topics[0].partitions[0];
+            return (partition.committed_offset, partition.metadata.as_ref().map_or(0, |text| text.len()));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn committed_offsets_outlive_the_compaction_of_their_topic() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = ["offsets.topic.num.partitions=1", "offsets.topic.segment.bytes=1048576"];
+    let mut flumen = Flumen::start_at(
+        dir.path(),
+        flumen_tests::process::free_port(),
+        flumen_tests::process::free_port(),
+        &settings,
+        &["--shards", "1"],
+    )
+    .unwrap();
+    flumen.create_topic("t", 1, &json!({})).unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    let metadata = "m".repeat(4_000);
+    let mut offset = 0;
+    let mut seen = 0;
+    // Until its topic was compacted twice: the second time reads what the first one wrote.
+    while seen < 2 {
+        for _ in 0..100 {
+            offset += 1;
+            loop {
+                let code = commit(&mut wire, offset, &metadata);
+                if code == ErrorCode::NONE.0 {
+                    break;
+                }
+                let coming = [ErrorCode::COORDINATOR_LOAD_IN_PROGRESS, ErrorCode::NOT_COORDINATOR];
+                let coming = coming.map(|code| code.0).contains(&code)
+                    || code == ErrorCode::COORDINATOR_NOT_AVAILABLE.0;
+                assert!(coming, "error {code}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        seen = compactions(&flumen);
+        assert!(offset < 1_000_000, "never compacted");
+    }
+    assert_eq!(committed(&mut wire), (offset, 4_000));
+    drop(wire);
+    flumen.kill_9();
+    flumen.restart().unwrap();
+    let mut wire = Wire::connect(&flumen.kafka).unwrap();
+    assert_eq!(committed(&mut wire), (offset, 4_000));
+    let held = flumen.get("/v1/topics/__consumer_offsets").unwrap()["partition_list"][0].clone();
+    let size = held["size_bytes"].as_i64().unwrap();
+    assert!(size < offset * 4_000 / 2, "{size} bytes after {offset} commits of 4,000");
+}
