@@ -15,6 +15,7 @@ use anyhow::{Context, bail};
 use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
 use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig};
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::admin_http;
@@ -103,6 +104,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         tokio::spawn(watch_disk(node.clone(), data_dir.clone(), next_look));
         export::start(node.clone(), export_commands)?;
 
+        // Whoever reads the ready line may ask for a clean stop at once.
+        let stop = StopSignals::listen()?;
         tokio::spawn(listener::accept(node.clone(), kafka));
         tokio::spawn(admin_http::serve(node.clone(), admin));
         println!(
@@ -111,7 +114,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         );
         tracing::info!(kafka = %kafka_address, admin = %admin_address, shards = shard_count, "ready");
 
-        wait_for_stop().await?;
+        stop.wait().await;
         tracing::info!("stopping");
         node.exports.stop().await;
         for shard in 0..shard_count {
@@ -219,13 +222,24 @@ fn drop_orphans(node: &Arc<Node>, recovered: &RecoveredGroups, data_dir: &DataDi
     }
 }
 
-async fn wait_for_stop() -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    /// From here on SIGTERM and SIGINT no longer end the process by themselves.
+    fn listen() -> std::io::Result<StopSignals> {
+        Ok(StopSignals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
     }
-    Ok(())
+
+    async fn wait(mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
