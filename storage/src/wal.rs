@@ -381,9 +381,9 @@ impl Wal {
 
     /// The ring is so full that its oldest file should be emptied.
     /// Runs that go to segments at the same time. One, as more of them would stand between a commit and the disk; but a
-    /// ring that grows beyond what is kept anyway shows that one is not enough.
+    /// ring that grows beyond what is kept anyway shows that one is not enough, and producers will soon wait for room.
     pub fn runs_in_flight(&self) -> usize {
-        if self.files_in_use() > FILES_KEPT + 1 { PRESSED_RUNS_IN_FLIGHT } else { 1 }
+        if self.files_in_use() > FILES_KEPT { PRESSED_RUNS_IN_FLIGHT } else { 1 }
     }
 
     pub fn wants_retirement(&self) -> bool {
