@@ -201,7 +201,13 @@ fn retention(s: &mut Session<'_>) -> Result<Vec<Verdict>> {
     let settings = |side| match side {
         // As eager as Flumen, which looks every second and removes files at once.
         Side::Kafka => {
-            vec!["log.retention.check.interval.ms=1000".into(), "log.segment.delete.delay.ms=1000".into()]
+            let settings = [
+                "log.retention.check.interval.ms=1000",
+                "log.segment.delete.delay.ms=1000",
+                // It would look for the first time after half a minute.
+                "log.initial.task.delay.ms=1000",
+            ];
+            settings.map(String::from).to_vec()
         }
         _ => Vec::new(),
     };
