@@ -1,14 +1,13 @@
 //! Hostile input against every reader in the crate, under an allocator that counts.
 //!
 //! Asserts what the crate promises: no panic, no error past the guard, and a peak below a small multiple of the frame.
-#![allow(unsafe_code)]
 
+#[path = "support/counting_allocator.rs"]
+mod counting_allocator;
 mod support;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
 use bytes::{Bytes, BytesMut};
+use counting_allocator::peak_of;
 use flumen_protocol::compression::Compression;
 use flumen_protocol::frame::FrameAssembler;
 use flumen_protocol::record::{BatchBuilder, decode_records};
@@ -20,54 +19,6 @@ use support::{default_request, encode, guarded_versions, mutate, rich_request};
 /// The promised bound.
 const PER_BYTE_MAX: usize = 16;
 const FREE_BYTES: usize = 64 << 10;
-
-struct Counting;
-
-thread_local! {
-    static LIVE: Cell<isize> = const { Cell::new(0) };
-    static PEAK: Cell<isize> = const { Cell::new(0) };
-}
-
-fn count(change: isize) {
-    let live = LIVE.get() + change;
-    LIVE.set(live);
-    PEAK.set(PEAK.get().max(live));
-}
-
-// SAFETY: every call is passed on unchanged to the system allocator; counting touches only thread-local cells that
-// need neither allocation nor destruction.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        // SAFETY: the caller keeps the contract of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(-(layout.size() as isize));
-        // SAFETY: the pointer came from `alloc` above, which is the system's.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        // A moving reallocation holds both for a moment.
-        count(new_size as isize);
-        count(-(layout.size() as isize));
-        // SAFETY: as for `dealloc`.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// Runs `work` and returns how far allocation rose above where it started.
-fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
-    LIVE.set(0);
-    PEAK.set(0);
-    let value = work();
-    (value, PEAK.get().max(0) as usize)
-}
 
 fn bound(frame_bytes: usize) -> usize {
     frame_bytes * PER_BYTE_MAX + FREE_BYTES

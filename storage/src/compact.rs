@@ -32,7 +32,7 @@ use crate::restore::index_bytes;
 use crate::segment_index::{IndexBuilder, IndexEntry};
 use crate::segment_name::{Compacted, SegmentName};
 use crate::store::{Shard, add, is_no_space};
-use crate::types::{CompactError, CompactionConfig, CompactionOutcome, Lane, LogPoisoned, ReadError};
+use crate::types::{CompactError, CompactionConfig, CompactionOutcome, Lane, ReadError};
 use crate::walk::{Step, Walk};
 
 /// What a file is called until it is complete. Recovery removes those.
@@ -178,13 +178,10 @@ impl Pass {
     /// Nothing to do for a log that is going away, or a store.
     fn go_on(&self) -> Result<(), CompactError> {
         let stop = self.shard.closing.get() || self.group.deleting.get() || self.group.deleted.get();
-        if stop || self.group.is_damaged() { Err(CompactError::Interrupted) } else { self.not_poisoned() }
-    }
-
-    fn not_poisoned(&self) -> Result<(), CompactError> {
-        match &*self.shard.poisoned.borrow() {
-            None => Ok(()),
-            Some(reason) => Err(CompactError::Poisoned(LogPoisoned { reason: reason.clone() })),
+        if stop || self.group.is_damaged() {
+            Err(CompactError::Interrupted)
+        } else {
+            Ok(self.shard.check_poison()?)
         }
     }
 
@@ -429,7 +426,8 @@ impl Pass {
             // Nobody knows which name is on the disk, so nothing may be removed for it.
             self.shard
                 .poison(&format!("syncing the name of {}: {error}", self.group.segment_path(name).display()));
-            return self.not_poisoned().map(|()| false);
+            self.shard.check_poison()?;
+            return Ok(false);
         }
         let mut inner = self.group.inner.borrow_mut();
         let at = inner.segments.iter().position(|segment| segment.base == first.base);
@@ -564,7 +562,8 @@ impl GroupLog {
                 Ok(true) => {}
                 Ok(false) | Err(FlushError::NoSpace) => return Err(CompactError::Interrupted),
                 Err(FlushError::Poisoned) => {
-                    return pass.not_poisoned().and(Err(CompactError::Interrupted));
+                    self.shard.check_poison()?;
+                    return Err(CompactError::Interrupted);
                 }
             }
         }

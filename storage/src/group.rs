@@ -256,11 +256,11 @@ impl Group {
     }
 
     pub fn log_path(&self, base: i64) -> PathBuf {
-        self.dir.join(format!("{base:020}.log"))
+        self.segment_path(SegmentName::plain(base))
     }
 
     pub fn index_path(&self, base: i64) -> PathBuf {
-        self.dir.join(format!("{base:020}.idx"))
+        self.segment_index_path(SegmentName::plain(base))
     }
 
     pub fn segment_path(&self, name: SegmentName) -> PathBuf {

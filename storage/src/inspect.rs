@@ -14,7 +14,7 @@ use flumen_protocol::record_batch::{self, BatchHeader, HEADER_BYTES};
 use crate::data_dir::{FORMAT, open_error};
 use crate::group_state::GroupState;
 use crate::producer_state::ProducerState;
-use crate::recovery::{self, MARKER, Records, Ring};
+use crate::recovery::{self, Records, Ring};
 use crate::replay::replay;
 use crate::segment_index::{self, INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexEntry};
 use crate::segment_name::{self, SegmentName};
@@ -66,12 +66,12 @@ pub struct Inspection {
 }
 
 /// One partition, as its `group.meta` and the WAL say together.
-pub(crate) struct Partition {
-    pub dir_name: String,
-    pub state: GroupState,
+struct Partition {
+    dir_name: String,
+    state: GroupState,
     /// Segments are good up to this offset; what follows is replaced by entries in the WAL.
-    pub cut: Option<i64>,
-    pub unflushed: usize,
+    cut: Option<i64>,
+    unflushed: usize,
 }
 
 impl Inspection {
@@ -129,7 +129,7 @@ impl Inspection {
             report(finding);
         };
         let (wal_id, records) = self.read_wal(&mut summary, &mut count)?;
-        let (partitions, _) = self.partitions(wal_id, &records, &mut count)?;
+        let partitions = self.partitions(wal_id, &records, &mut count)?;
         for partition in &partitions {
             summary.partitions += 1;
             summary.unflushed_entries += partition.unflushed as u64;
@@ -181,13 +181,13 @@ impl Inspection {
         Ok((wal_id, all))
     }
 
-    /// Every partition with what is known of it, and directories that are no partition's.
-    pub(crate) fn partitions(
+    /// Every partition with what is known of it; reports directories that are no partition's.
+    fn partitions(
         &self,
         wal_id: u64,
         records: &Records,
         report: &mut dyn FnMut(Finding),
-    ) -> Result<(Vec<Partition>, Vec<String>), OpenError> {
+    ) -> Result<Vec<Partition>, OpenError> {
         let log = self.root.join("log");
         let mut states: BTreeMap<GroupId, GroupState> = BTreeMap::new();
         let mut without: Vec<String> = Vec::new();
@@ -207,14 +207,9 @@ impl Inspection {
                 normal(path, "a deletion that was decided; the next start carries it out");
                 continue;
             }
-            if let Ok(text) = self.files.read(&path.join(MARKER)) {
-                marked.push((path.join(MARKER), String::from_utf8_lossy(&text).trim().to_owned()));
-            }
-            let meta = self.files.read(&path.join("group.meta")).ok();
-            match meta
-                .and_then(|bytes| GroupState::decode(&bytes))
-                .filter(|state| state.dir_name == entry.name)
-            {
+            let (state, marker) = recovery::read_directory(&self.files, &path, &entry.name)?;
+            marked.extend(marker.map(|text| (path.join(recovery::MARKER), text.trim().to_owned())));
+            match state {
                 Some(state) => drop(states.insert(state.group, state)),
                 None => without.push(entry.name),
             }
@@ -226,10 +221,7 @@ impl Inspection {
         let mut partitions = Vec::new();
         let groups: BTreeSet<GroupId> = states.keys().chain(records.keys()).copied().collect();
         for group in groups.difference(&deleted) {
-            let base = states.get(group).map(|state| {
-                let contained = state.wal_id == wal_id && state.lsn != 0;
-                (state.clone(), if contained { (state.lsn, u32::MAX) } else { (0, 0) })
-            });
+            let base = states.get(group).map(|state| recovery::as_base(state.clone(), wal_id));
             let path = match &base {
                 Some((state, _)) => log.join(&state.dir_name).join("group.meta"),
                 None => log.clone(),
@@ -254,19 +246,15 @@ impl Inspection {
         }
         for name in &without {
             let path = log.join(name);
-            let listed = self.files.list(&path).map_err(|e| open_error(&path, "listing", e))?;
-            let empty = listed.iter().all(|entry| entry.name == "group.new");
-            let (severity, what) = match empty {
+            let (severity, what) = match recovery::is_unused(&self.files, &path)? {
                 true => {
                     (Severity::Normal, "created, and nothing of it was committed; the next start removes it")
                 }
-                false => {
-                    (Severity::Damage, "its group.meta is missing or damaged, and the WAL does not know it")
-                }
+                false => (Severity::Damage, recovery::STATELESS),
             };
             report(Finding { severity, path, position: None, what: what.to_owned() });
         }
-        Ok((partitions, without))
+        Ok(partitions)
     }
 
     fn verify_partition(
@@ -384,17 +372,14 @@ impl Inspection {
 
     /// Names and file lengths of the segments of a partition that count, in order, and the names of other files.
     pub(crate) fn segments(&self, dir: &Path) -> Result<(Vec<(SegmentName, u64)>, Vec<String>), OpenError> {
-        let (mut segments, mut rest) = (Vec::new(), Vec::new());
+        let (mut found, mut rest) = (Vec::new(), Vec::new());
         for entry in self.files.list(dir).map_err(|e| open_error(dir, "listing", e))? {
             match SegmentName::parse(&entry.name) {
-                Some(name) => segments.push((name, entry.len)),
+                Some(name) => found.push((name, entry.len)),
                 None => rest.push(entry.name),
             }
         }
-        let names: Vec<SegmentName> = segments.iter().map(|(name, _)| *name).collect();
-        let (kept, replaced) = segment_name::choose(&names);
-        segments.retain(|(name, _)| kept.contains(name));
-        segments.sort_by_key(|(name, _)| name.base);
+        let (segments, replaced) = segment_name::choose(found);
         rest.extend(replaced.iter().map(SegmentName::log_file));
         rest.sort_unstable();
         Ok((segments, rest))

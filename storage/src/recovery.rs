@@ -74,6 +74,41 @@ fn group_in_name(name: &str) -> Option<GroupId> {
     name.rsplit_once(".g")?.1.parse().ok()
 }
 
+/// What a partition's directory says of itself: its state, if that is whole and its own, and the text of its marker. What
+/// cannot be read now is an error: it may be the only thing that says what is wrong.
+pub(crate) fn read_directory(
+    files: &FileSystem,
+    dir: &Path,
+    name: &str,
+) -> Result<(Option<GroupState>, Option<String>), OpenError> {
+    let read = |file: &str, doing: &'static str| match files.read(&dir.join(file)) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(open_error(dir, doing, error)),
+    };
+    let state = read("group.meta", "reading group.meta")?;
+    let marker = read(MARKER, "reading DAMAGED")?;
+    Ok((
+        state.and_then(|bytes| GroupState::decode(&bytes)).filter(|state| state.dir_name == name),
+        marker.map(|text| String::from_utf8_lossy(&text).into_owned()),
+    ))
+}
+
+/// Whether a directory was created and nothing was ever put into it.
+pub(crate) fn is_unused(files: &FileSystem, dir: &Path) -> Result<bool, OpenError> {
+    Ok(names(files, dir)?.iter().all(|file| file == "group.new"))
+}
+
+/// Why a directory that is in use and has no state cannot serve.
+pub(crate) const STATELESS: &str = "its group.meta is missing or damaged, and the WAL does not know it";
+
+/// A state with the position up to which it contains the WAL `wal_id`.
+pub(crate) fn as_base(state: GroupState, wal_id: u64) -> (GroupState, Position) {
+    let contains = state.wal_id == wal_id && state.lsn != 0;
+    let upto = if contains { (state.lsn, u32::MAX) } else { (0, 0) };
+    (state, upto)
+}
+
 /// Content of a marker: `group <number>: <reason>`.
 fn parse_marker(text: &str) -> (Option<GroupId>, String) {
     let parsed = text.strip_prefix("group ").and_then(|rest| {
@@ -233,18 +268,8 @@ impl Work {
                 deletions.push(path);
                 continue;
             }
-            let state = match self.files.read(&path.join("group.meta")) {
-                Ok(bytes) => GroupState::decode(&bytes).filter(|state| state.dir_name == name),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                Err(error) => return Err(open_error(&path, "reading group.meta", error)),
-            };
-            let marker = match self.files.read(&path.join(MARKER)) {
-                Ok(text) => Some(text),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                // What cannot be read now may be the only thing that says what is wrong.
-                Err(error) => return Err(open_error(&path, "reading DAMAGED", error)),
-            };
-            let marker = marker.map(|text| parse_marker(&String::from_utf8_lossy(&text)));
+            let (state, marker) = read_directory(&self.files, &path, &name)?;
+            let marker = marker.as_deref().map(parse_marker);
             let marked_group = marker.as_ref().and_then(|(group, _)| *group);
             let marked = marker.map(|(_, reason)| reason);
             match state {
@@ -312,12 +337,8 @@ impl Work {
         if self.deleted.contains(&group_id) {
             return Ok(true);
         }
-        let base = self.groups.get(&group_id).and_then(|directory| directory.state.clone()).map(|state| {
-            let contained = if state.wal_id == self.wal_id { state.lsn } else { 0 };
-            (state, (contained, u32::MAX))
-        });
-        let base =
-            base.map(|(state, (lsn, ordinal))| (state, if lsn == 0 { (0, 0) } else { (lsn, ordinal) }));
+        let state = self.groups.get(&group_id).and_then(|directory| directory.state.clone());
+        let base = state.map(|state| as_base(state, self.wal_id));
         let known_name = base.as_ref().map(|(state, _)| state.dir_name.clone());
         let replayed = match replay(base, log) {
             Ok(Some(replayed)) => replayed,
@@ -525,13 +546,11 @@ pub(crate) fn recover(
     without_state.extend(unknown.into_iter().map(|name| (UNKNOWN_GROUP, name)));
     for (group, name) in without_state {
         let path = root.join("log").join(&name);
-        let empty = names(files, &path)?.iter().all(|file| file == "group.new");
-        if empty && !creations_hidden {
+        if is_unused(files, &path)? && !creations_hidden {
             // Created, and nothing of it ever committed.
             files.remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
         } else {
-            let reason = "its group.meta is missing or damaged, and the WAL does not know it".to_owned();
-            work.damaged(group, &name, reason)?;
+            work.damaged(group, &name, STATELESS.to_owned())?;
         }
     }
     // A killed process may have left names of partitions that were never synced; from here on we rely on them.

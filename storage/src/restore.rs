@@ -82,24 +82,20 @@ struct OnDisk {
 impl OnDisk {
     fn list(files: &FileSystem, dir: &Path) -> io::Result<OnDisk> {
         let mut leftovers = Vec::new();
-        let mut lengths = Vec::new();
+        let mut found = Vec::new();
         for entry in files.list(dir)? {
             if entry.name.ends_with(crate::compact::UNFINISHED) {
                 leftovers.push(dir.join(&entry.name));
             }
-            if let Some(name) = SegmentName::parse(&entry.name) {
-                lengths.push((name, entry.len));
-            }
+            found.extend(SegmentName::parse(&entry.name).map(|name| (name, entry.len)));
         }
-        let names: Vec<SegmentName> = lengths.iter().map(|(name, _)| *name).collect();
-        let (kept, replaced) = segment_name::choose(&names);
+        let (kept, replaced) = segment_name::choose(found);
         for name in replaced {
             leftovers.extend([dir.join(name.index_file()), dir.join(name.log_file())]);
         }
-        let counts = lengths.into_iter().filter(|(name, _)| kept.contains(name));
         Ok(OnDisk {
-            segments: counts.map(|(name, len)| (name.base, len)).collect(),
-            compacted: kept.iter().filter_map(|name| Some((name.base, name.compacted?))).collect(),
+            segments: kept.iter().map(|(name, len)| (name.base, *len)).collect(),
+            compacted: kept.iter().filter_map(|(name, _)| Some((name.base, name.compacted?))).collect(),
             leftovers,
         })
     }

@@ -65,35 +65,38 @@ impl SegmentName {
     }
 }
 
-/// Divides the segments that a directory has into those that count, by rising base, and those that compaction has
-/// replaced and that a crash left over.
-pub fn choose(found: &[SegmentName]) -> (Vec<SegmentName>, Vec<SegmentName>) {
-    let mut by_age: Vec<SegmentName> = found.to_vec();
-    // Newest first; plain ones are the oldest.
-    by_age.sort_by_key(|name| {
+/// Divides the segments that a directory has, each with what is known of it, into those that count, by rising base, and
+/// those that compaction has replaced and that a crash left over.
+pub fn choose<T>(mut found: Vec<(SegmentName, T)>) -> (Vec<(SegmentName, T)>, Vec<SegmentName>) {
+    // Newest first; plain ones are the oldest, and replace nothing.
+    found.sort_by_key(|(name, _)| {
         let generation = name.compacted.map_or(0, |compacted| u64::from(compacted.generation) + 1);
         (std::cmp::Reverse(generation), name.base)
     });
-    let mut kept: Vec<SegmentName> = Vec::new();
+    let mut compacted: Vec<(i64, i64)> = Vec::new();
+    let mut kept = Vec::new();
     let mut replaced = Vec::new();
-    for name in by_age {
-        let taken = kept.iter().any(|newer| {
-            let end = name.holes_to().unwrap_or(name.base + 1);
-            newer.holes_to().is_some_and(|newer_end| name.base < newer_end && newer.base < end)
-        });
-        if taken {
+    for (name, known) in found {
+        let end = name.holes_to().unwrap_or(name.base + 1);
+        if compacted.iter().any(|(newer_base, newer_end)| name.base < *newer_end && *newer_base < end) {
             replaced.push(name);
-        } else {
-            kept.push(name);
+            continue;
         }
+        compacted.extend(name.holes_to().map(|end| (name.base, end)));
+        kept.push((name, known));
     }
-    kept.sort_by_key(|name| name.base);
+    kept.sort_by_key(|(name, _)| name.base);
     (kept, replaced)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn choose(found: &[SegmentName]) -> (Vec<SegmentName>, Vec<SegmentName>) {
+        let (kept, replaced) = super::choose(found.iter().map(|name| (*name, ())).collect());
+        (kept.into_iter().map(|(name, ())| name).collect(), replaced)
+    }
 
     fn compacted(base: i64, end: i64, generation: u32) -> SegmentName {
         SegmentName { base, compacted: Some(Compacted { end, generation, crc: 0xdead_beef }) }

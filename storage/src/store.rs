@@ -120,7 +120,7 @@ pub(crate) struct Shard {
     pub next_lsn: Cell<Lsn>,
     durable: [Cell<Lsn>; 2],
     durable_changed: [Notify; 2],
-    pub poisoned: RefCell<Option<String>>,
+    poisoned: RefCell<Option<String>>,
     pub closing: Cell<bool>,
     closed: Cell<bool>,
     /// Order in which cached batches came in over all groups, as (group, bytes); eviction follows it.
@@ -129,9 +129,9 @@ pub(crate) struct Shard {
     pub unflushed_bytes: Cell<u64>,
     pub flush_queue: RefCell<VecDeque<Rc<Group>>>,
     pub flush_wake: Notify,
-    /// Held over each piece of flushing; shutdown takes it to be alone.
     /// Whose oldest batch stands in the way of eviction; goes to its segment before anything else does.
     pub evicts_next: RefCell<Option<Rc<Group>>>,
+    /// Held over each piece of flushing; shutdown takes it to be alone.
     pub flush_lock: tokio::sync::Mutex<()>,
     /// Held by the compaction of one partition; shutdown takes it, so that nobody changes segments after it.
     pub compacting: tokio::sync::Mutex<()>,
@@ -238,9 +238,7 @@ impl Shard {
             if durable > seen {
                 return Ok(durable);
             }
-            if let Some(reason) = &*self.poisoned.borrow() {
-                return Err(LogPoisoned { reason: reason.clone() });
-            }
+            self.check_poison()?;
             if self.closed.get() {
                 return Err(LogPoisoned { reason: "the store is shut down".to_owned() });
             }

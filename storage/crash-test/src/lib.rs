@@ -11,4 +11,4 @@ pub mod model;
 pub mod settings;
 pub mod workload;
 
-pub use life::{Failure, Life, Report};
+pub use life::{Failure, Life, Report, paused};

@@ -480,7 +480,7 @@ fn reports_damage(error: &OpenError) -> bool {
 }
 
 /// One thread, and a clock that goes on only when nobody has anything to do.
-fn paused<F: Future<Output = T>, T>(work: F) -> T {
+pub fn paused<F: Future<Output = T>, T>(work: F) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)

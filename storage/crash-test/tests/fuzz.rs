@@ -3,16 +3,18 @@
 //!
 //! The directories are copies of one that a store left when it was killed, on simulated disks. Half of the changes repair
 //! the checksum above them, so that what stands behind it is reached.
-#![allow(unsafe_code)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+// The one counting allocator of the repository.
+#[path = "../../../protocol/tests/support/counting_allocator.rs"]
+mod counting_allocator;
+
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use counting_allocator::peak_of;
+use flumen_crash_test::paused;
 use flumen_io::FileSystem;
 use flumen_io::simulated::{Crash, Machine, Random, Settings};
 use flumen_protocol::record::BatchBuilder;
@@ -30,52 +32,6 @@ const PER_BYTE_MAX: usize = 4;
 /// Pieces in which segments are read, of a few partitions one after the other, and buffers of a ring.
 const FREE_BYTES: usize = 8 << 20;
 
-struct Counting;
-
-thread_local! {
-    static LIVE: Cell<isize> = const { Cell::new(0) };
-    static PEAK: Cell<isize> = const { Cell::new(0) };
-}
-
-fn count(change: isize) {
-    let live = LIVE.get() + change;
-    LIVE.set(live);
-    PEAK.set(PEAK.get().max(live));
-}
-
-// SAFETY: every call is passed on unchanged to the system allocator; counting touches only thread-local cells that
-// need neither allocation nor destruction.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        // SAFETY: the caller keeps the contract of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        // SAFETY: the caller keeps the contract of `alloc_zeroed`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(-(layout.size() as isize));
-        // SAFETY: the pointer came from `alloc` above, which is the system's.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// Memory that `work` takes at most, beyond what was there before.
-fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
-    let before = LIVE.get();
-    PEAK.set(before);
-    let out = work();
-    (out, usize::try_from(PEAK.get() - before).unwrap_or(0))
-}
-
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 
 const DIR: &str = "/data";
@@ -87,15 +43,6 @@ fn config() -> StoreConfig {
         cache_bytes: 64 << 10,
         ..StoreConfig::default()
     }
-}
-
-fn paused<F: Future<Output = T>, T>(work: F) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime without a driver needs nothing from the system");
-    tokio::task::LocalSet::new().block_on(&runtime, work)
 }
 
 fn batch(base: i64, term: u64, producer: Option<i64>, size: usize) -> Bytes {
