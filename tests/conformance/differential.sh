@@ -44,10 +44,7 @@ flumen_port=${CONFORMANCE_PORT:-$(free_port)}
     --admin "127.0.0.1:${CONFORMANCE_ADMIN_PORT:-$(free_port)}" "${arguments[@]}" \
     >"$scratch/out" 2>"$results_dir/differential.broker.log" </dev/null &
 flumen_pid=$!
-until grep -qs '^flumen ready' "$scratch/out"; do
-    kill -0 "$flumen_pid" 2>/dev/null || suite_fail "the broker did not start; see $results_dir/differential.broker.log"
-    sleep 0.05
-done
+await_ready "$scratch/out" "$flumen_pid" "$results_dir/differential.broker.log"
 "$probe" "127.0.0.1:$flumen_port" >"$results_dir/flumen.answers"
 python3 "$conformance_dir/differential.py" "$results_dir/kafka.answers" "$results_dir/flumen.answers" \
     "$conformance_dir/differential.expected.tsv" | tee "$results_dir/differential.txt"

@@ -43,3 +43,11 @@ crate() {
     chmod -R u+w "$target.part"
     mv "$target.part" "$target"
 }
+
+# Waits for the ready line of a broker: its output, its process, its log.
+await_ready() {
+    until grep -qs '^flumen ready' "$1"; do
+        kill -0 "$2" 2>/dev/null || suite_fail "the broker did not start; see $3"
+        sleep 0.05
+    done
+}

@@ -51,10 +51,7 @@ start_broker() {
     "$flumen" server --data-dir "$broker_data/data" --kafka "$address" --admin "127.0.0.1:$admin" "${arguments[@]}" \
         >"$broker_data/out" 2>"$results_dir/$suite.broker.log" </dev/null &
     broker_pid=$!
-    until grep -qs '^flumen ready' "$broker_data/out"; do
-        kill -0 "$broker_pid" 2>/dev/null || suite_fail "the broker did not start; see $results_dir/$suite.broker.log"
-        sleep 0.05
-    done
+    await_ready "$broker_data/out" "$broker_pid" "$results_dir/$suite.broker.log"
 }
 
 stop_broker() {
