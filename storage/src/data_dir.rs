@@ -12,7 +12,14 @@ use crate::mutant::{self, Mutant};
 use crate::store::is_no_space;
 use crate::types::{OpenError, RecoveredGroup};
 
-pub(crate) const FORMAT: &str = "flumen 1";
+pub(crate) const FORMAT: &str = "flumen 2";
+/// Older ones that are read; the first recovery makes the directory one of `FORMAT`, which older versions refuse.
+pub(crate) const FORMATS_READ: [&str; 1] = ["flumen 1"];
+
+pub(crate) fn is_read(format: &[u8]) -> bool {
+    let format = format.trim_ascii();
+    format == FORMAT.as_bytes() || FORMATS_READ.iter().any(|old| old.as_bytes() == format)
+}
 
 /// Held by the directory and by every shard opened on it.
 #[derive(Debug)]
@@ -105,7 +112,7 @@ impl DataDir {
             .map_err(|e| open_error(path, "locking the directory", e))?
             .ok_or_else(|| OpenError::InUse { path: path.display().to_string() })?;
         match files.read(&format_path) {
-            Ok(found) if found.trim_ascii() == FORMAT.as_bytes() => {}
+            Ok(found) if is_read(&found) => {}
             Ok(found) => {
                 let found = String::from_utf8_lossy(found.trim_ascii()).chars().take(60).collect();
                 return Err(OpenError::Format { path: path.display().to_string(), found, want: FORMAT });
@@ -149,7 +156,8 @@ impl DataDir {
         Ok(groups)
     }
 
-    /// Removes the directory of a partition that no shard has taken over.
+    /// Removes the directory of a partition that no shard has taken over. Its name is free for others from the next start on:
+    /// until then the last recovery's states may say that it is this one's.
     pub fn remove_group(&self, dir_name: &str) -> io::Result<()> {
         if !crate::group_state::valid_dir_name(dir_name) {
             return Err(io::ErrorKind::InvalidInput.into());

@@ -15,8 +15,8 @@ use crate::inspect::{Batches, Found, Inspection};
 use crate::recovery;
 use crate::types::{LANES, OpenError};
 use crate::wal_format::{
-    BATCH, CONTROL, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, NOTHING, RecordHeader, judge, records,
-    scan,
+    BATCH, CONTROL, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, NOTHING, PRODUCERS, RecordHeader,
+    judge, records, scan,
 };
 
 /// A batch that opens to more than that is described and not opened: no producer gets such a batch in.
@@ -46,6 +46,9 @@ impl Inspection {
         options: &DumpOptions,
         line: &mut dyn FnMut(String) -> bool,
     ) -> Result<(), OpenError> {
+        let wal = self.root().join("wal");
+        let current = recovery::read_current(self.files(), &wal.join("current"))?;
+        let mut states = recovery::read_states(self.files(), &wal, current)?;
         let log = self.root().join("log");
         let listed = self.files().list(&log).map_err(|e| open_error(&log, "listing", e))?;
         let mut names: Vec<String> = listed.into_iter().filter(|e| e.is_dir).map(|e| e.name).collect();
@@ -64,10 +67,12 @@ impl Inspection {
             if !line(format!("Partition {name}")) {
                 return Ok(());
             }
-            let meta = self.files().read(&dir.join("group.meta")).ok();
-            let text = match meta.and_then(|bytes| GroupState::decode(&bytes)) {
-                Some(state) => format!("  group.meta: {}", describe_state(&state)),
-                None => "  group.meta: missing or damaged".to_owned(),
+            let entries = recovery::list(self.files(), &dir)?;
+            let base = recovery::base(self.files(), &dir, &name, &entries, &mut states, current)?.0;
+            let text = match (&base.state, base.is_saved) {
+                (Some(state), true) => format!("  state of the last recovery: {}", describe_state(state)),
+                (Some(state), false) => format!("  group.meta: {}", describe_state(state)),
+                (None, _) => "  state: missing or damaged, or in the WAL alone".to_owned(),
             };
             if !line(text) {
                 return Ok(());
@@ -124,18 +129,19 @@ impl Inspection {
 
     fn dump_wal(&self, options: &DumpOptions, line: &mut dyn FnMut(String) -> bool) -> Result<(), OpenError> {
         let wal = self.root().join("wal");
-        let Some(wal_id) = recovery::read_wal_id(self.files(), &wal.join("current"))? else {
+        let Some(current) = recovery::read_current(self.files(), &wal.join("current"))? else {
             line("no WAL yet".to_owned());
             return Ok(());
         };
+        let wal_id = current.wal_id;
         if !line(format!("WAL {wal_id:016x}")) {
             return Ok(());
         }
         let mut scratch = RecordsBuf::new();
-        for (shard, lanes) in recovery::rings(self.files(), &wal)? {
+        for (shard, lanes) in recovery::rings(self.files(), &wal, wal_id)? {
             for (lane, ring) in LANES.into_iter().zip(lanes) {
                 let Some(ring) = ring else { continue };
-                let clean = recovery::is_clean(self.files(), &ring, wal_id);
+                let clean = recovery::clean(self.files(), &ring, wal_id).is_some();
                 let after = if clean { ": stopped cleanly, nothing in it counts" } else { "" };
                 if !line(format!("Ring {} shard: {shard} lane: {lane:?}{after}", ring.display())) {
                     return Ok(());
@@ -249,6 +255,7 @@ fn describe_record(record: &RecordHeader, payload: &[u8]) -> String {
         GROUP_STATE => "groupState",
         GROUP_DELETE => "groupDelete",
         NOTHING => "nothing",
+        PRODUCERS => "producers",
         _ => "unknown",
     };
     let mut text = format!(

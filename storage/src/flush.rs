@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_io::{BLOCK_BYTES, FileSystem, Mode};
+use flumen_io::{BLOCK_BYTES, DirEntry, FileSystem, Mode};
 use flumen_protocol::record_batch;
 use futures_util::stream::{self, StreamExt};
 
@@ -22,10 +22,11 @@ use crate::ring::Class;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
 };
+use crate::states_file::SNAPSHOT_BYTES_MAX;
 use crate::store::{Shard, add, is_no_space};
-use crate::types::{LANES, Lane, LogPoisoned, Lsn, ShutdownError};
+use crate::types::{GroupId, LANES, Lane, LogPoisoned, Lsn, ShutdownError};
 use crate::wal::sync_os_lane;
-use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, RecordHeader};
+use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, PRODUCERS, RecordHeader};
 use crate::walk::{Step, Walk};
 
 /// Partitions that hold eviction up and are seen to before a WAL file is emptied. Emptying one takes some ten runs, and
@@ -40,6 +41,9 @@ const FLUSH_MAX_BYTES: u64 = 1 << 20;
 const SNAPSHOT_INTERVAL_BYTES: u64 = 64 << 20;
 /// The newest, and one more in case it is damaged.
 const SNAPSHOTS_KEPT: usize = 2;
+/// Producer snapshots that are written beside the group states of a retirement take no more than this part of a file: they
+/// save a start from reading segments, and must not fill the ring that is being emptied.
+const PRODUCERS_SHARE: u64 = 8;
 
 /// Syncs of one retirement in flight together; the disk's queue is deeper, but readers want some of it.
 const SYNCS_IN_FLIGHT: usize = 16;
@@ -355,27 +359,36 @@ fn append_index(
     file.write_all_at(&out, at as u64)
 }
 
-fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
-    let mut inner = group.inner.borrow_mut();
+fn encode_producers(group: &Group) -> (i64, Vec<u8>) {
+    let inner = group.inner.borrow();
     let offset = inner.log_end;
-    inner.snapshot_offset = offset;
-    inner.bytes_since_snapshot = 0;
     (offset, group.producers.borrow().encode(offset, inner.epochs.epoch_at(offset - 1)))
 }
 
-pub(crate) fn snapshots(files: &FileSystem, dir: &Path) -> io::Result<Vec<(i64, PathBuf)>> {
-    let names = files.list(dir)?.into_iter().map(|entry| entry.name);
-    let mut found: Vec<(i64, PathBuf)> = names
-        .filter_map(|name| Some((name.strip_suffix(".snapshot")?.parse().ok()?, dir.join(&name))))
+/// To be written to a file at once.
+fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
+    let (offset, bytes) = encode_producers(group);
+    let mut inner = group.inner.borrow_mut();
+    inner.snapshot_offset = offset;
+    inner.bytes_since_snapshot = 0;
+    (offset, bytes)
+}
+
+pub(crate) fn snapshots(listed: &[DirEntry], dir: &Path) -> Vec<(i64, PathBuf)> {
+    let mut found: Vec<(i64, PathBuf)> = listed
+        .iter()
+        .filter_map(|entry| {
+            Some((entry.name.strip_suffix(".snapshot")?.parse().ok()?, dir.join(&entry.name)))
+        })
         .collect();
     found.sort();
-    Ok(found)
+    found
 }
 
 /// Not synced: a torn one fails its checksum and is ignored.
 pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
     files.write(&dir.join(format!("{offset:020}.snapshot")), bytes)?;
-    let found = snapshots(files, dir)?;
+    let found = snapshots(&files.list(dir)?, dir);
     for (_, path) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
         files.remove_file(path)?;
     }
@@ -607,6 +620,8 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     sync_segments(shard, &groups).await?;
     // What a group state says stays true until it is in a block, because flushing is this task's alone.
     let mut since_yield = 0;
+    let mut producers_left =
+        usize::try_from(shard.config.wal_file_bytes / PRODUCERS_SHARE).unwrap_or(usize::MAX);
     let mut counted = Vec::with_capacity(groups.len());
     for group in &groups {
         if group.deleted.get() {
@@ -618,6 +633,17 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
         match wal.append(&shard.next_lsn, &record, &state.encode(), Class::System) {
             Ok((_, at)) => group.touch(wal, at),
             Err(_) => return Ok(false),
+        }
+        let bytes = group.producers.borrow().encoded_len();
+        if bytes <= SNAPSHOT_BYTES_MAX.min(producers_left) && group.inner.borrow().producers_whole {
+            let (offset, snapshot) = encode_producers(group);
+            let record = RecordHeader { kind: PRODUCERS, group: group.id, index: 0, term: 0, offset };
+            // An entry's share of the ring at most: whatever does not get in is found in the segments.
+            match wal.append(&shard.next_lsn, &record, &snapshot, Class::Stage) {
+                Ok((_, at)) => group.touch(wal, at),
+                Err(_) => producers_left = 0,
+            }
+            producers_left = producers_left.saturating_sub(bytes);
         }
         counted.push((Rc::clone(group), state.active_base));
         since_yield += 1;
@@ -631,8 +657,8 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     }
     if lane == Lane::Durable {
         let mut tombstones = shard.tombstones.borrow_mut();
-        tombstones.retain(|group| shard.wal(Lane::Os).has_records_of(*group));
-        if !tombstones.iter().all(|group| shard.record_deletion(*group).is_some()) {
+        tombstones.retain(|of| of.is_saved || shard.wal(Lane::Os).has_records_of(of.group));
+        if !tombstones.iter().all(|of| shard.record_deletion(of.group).is_some()) {
             return Ok(false);
         }
     }
@@ -879,7 +905,9 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     let root = shard.root.clone();
     let clean = everything.then(|| {
         let dir = shard.root.join("wal").join(format!("{}", shard.config.shard));
-        (dir.join("CLEAN"), shard.wal_id.to_string())
+        let tombstones = shard.tombstones.borrow();
+        let deleted: Vec<GroupId> = tombstones.iter().filter(|of| of.is_saved).map(|of| of.group).collect();
+        (dir.join("CLEAN"), clean_line(shard.wal_id, &deleted))
     });
     let files = shard.files.clone();
     let written = shard.disk.off_thread(move || {
@@ -920,6 +948,30 @@ pub(crate) fn replace_many(files: &FileSystem, root: &Path, new: Vec<(PathBuf, V
     files.sync_all(root)
 }
 
+/// Content of `CLEAN`: the WAL's id, and the partitions that were deleted and that its states file still has; their records
+/// are not looked for in a ring that is not read.
+pub(crate) fn clean_line(wal_id: u64, deleted: &[GroupId]) -> String {
+    let mut line = wal_id.to_string();
+    for group in deleted {
+        line.push_str(&format!(" {group}"));
+    }
+    let crc = crc32c::crc32c(line.as_bytes());
+    if deleted.is_empty() { line } else { format!("{line} {crc:08x}") }
+}
+
+/// The deleted partitions that a `CLEAN` for this WAL names; `None`: it is for another, or damaged.
+pub(crate) fn parse_clean(text: &str, wal_id: u64) -> Option<Vec<GroupId>> {
+    let text = text.trim();
+    if text == wal_id.to_string() {
+        return Some(Vec::new());
+    }
+    let (line, crc) = text.rsplit_once(' ')?;
+    let mut words = line.split(' ');
+    let whole = u32::from_str_radix(crc, 16).is_ok_and(|crc| crc == crc32c::crc32c(line.as_bytes()));
+    (whole && words.next()?.parse() == Ok(wal_id))
+        .then(|| words.map_while(|word| word.parse().ok()).collect())
+}
+
 /// Whether `bytes` is one whole batch; recovery trusts a block's checksum, not its writer.
 pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
     record_batch::parse(bytes).ok().filter(|header| header.total_bytes() == bytes.len())
@@ -928,6 +980,17 @@ pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clean_names_what_was_deleted() {
+        for deleted in [vec![], vec![7], vec![1, u64::MAX]] {
+            let line = clean_line(12, &deleted);
+            assert_eq!(parse_clean(&line, 12), Some(deleted));
+            assert_eq!(parse_clean(&line, 1), None);
+        }
+        assert_eq!(parse_clean(&clean_line(12, &[71, 5]).replace("71", "72"), 12), None);
+        assert_eq!(parse_clean("12 71", 12), None);
+    }
 
     #[test]
     fn segments_grow_by_what_they_have() {

@@ -138,6 +138,8 @@ pub(crate) struct Group {
     pub id: GroupId,
     pub dir_name: String,
     pub dir: PathBuf,
+    /// It is older than this run.
+    pub was_recovered: bool,
     /// Why it refuses to serve. Set once: what was wrong with the bytes stays wrong until the next start looks again.
     pub damage: OnceCell<String>,
     /// Damaged since the start: nothing of it is written, so that it stays as it was found.
@@ -157,6 +159,7 @@ impl Group {
             id,
             dir_name: dir_name.to_owned(),
             dir: shard.segments_root().join(dir_name),
+            was_recovered: false,
             damage: OnceCell::new(),
             frozen: Cell::new(false),
             deleting: Cell::new(false),
@@ -213,7 +216,8 @@ impl Group {
     }
 
     pub fn attach(shard: &Rc<Shard>, recovered: RecoveredGroup, config: GroupConfig) -> Self {
-        let group = Self::new(shard, recovered.group_id, &recovered.dir_name, config);
+        let mut group = Self::new(shard, recovered.group_id, &recovered.dir_name, config);
+        group.was_recovered = true;
         if let GroupHealth::Damaged { reason } = recovered.health {
             group.frozen.set(true);
             group.note_damage(reason);

@@ -8,14 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use flumen_io::{File, FileSystem, Mode};
+use flumen_io::{DirEntry, File, FileSystem, Mode};
 use flumen_protocol::record_batch::{self, BatchHeader, HEADER_BYTES};
 
-use crate::data_dir::{FORMAT, open_error};
+use crate::data_dir::{FORMAT, is_read, open_error};
 use crate::group_state::GroupState;
 use crate::producer_state::ProducerState;
-use crate::recovery::{self, Records, Ring};
-use crate::replay::replay;
+use crate::recovery::{self, Current, Records, Ring};
+use crate::replay::{Action, replay};
 use crate::segment_index::{self, INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexEntry};
 use crate::segment_name::{self, SegmentName};
 use crate::types::{GroupId, LANES, Lane, OpenError};
@@ -86,7 +86,7 @@ impl Inspection {
             return Err(OpenError::NotADirectory { path: shown() });
         }
         match files.read(&root.join("FORMAT")) {
-            Ok(found) if found.trim_ascii() == FORMAT.as_bytes() => {}
+            Ok(found) if is_read(&found) => {}
             Ok(found) => {
                 let found = String::from_utf8_lossy(found.trim_ascii()).chars().take(60).collect();
                 return Err(OpenError::Format { path: shown(), found, want: FORMAT });
@@ -128,8 +128,8 @@ impl Inspection {
             }
             report(finding);
         };
-        let (wal_id, records) = self.read_wal(&mut summary, &mut count)?;
-        let partitions = self.partitions(wal_id, &records, &mut count)?;
+        let (current, records) = self.read_wal(&mut summary, &mut count)?;
+        let partitions = self.partitions(current, &records, &mut count)?;
         for partition in &partitions {
             summary.partitions += 1;
             summary.unflushed_entries += partition.unflushed as u64;
@@ -144,22 +144,24 @@ impl Inspection {
         &self,
         summary: &mut Summary,
         report: &mut dyn FnMut(Finding),
-    ) -> Result<(u64, Records), OpenError> {
+    ) -> Result<(Option<Current>, Records), OpenError> {
         let wal = self.root.join("wal");
         let mut all = Records::new();
-        let current = wal.join("current");
-        let wal_id = match recovery::read_wal_id(&self.files, &current) {
-            Ok(Some(id)) => id,
-            Ok(None) => return Ok((0, all)),
+        let path = wal.join("current");
+        let current = match recovery::read_current(&self.files, &path) {
+            Ok(Some(current)) => current,
+            Ok(None) => return Ok((None, all)),
             Err(OpenError::Config(what)) => {
-                report(Finding { severity: Severity::Damage, path: current, position: None, what });
-                return Ok((0, all));
+                report(Finding { severity: Severity::Damage, path, position: None, what });
+                return Ok((None, all));
             }
             Err(error) => return Err(error),
         };
-        for (shard, lanes) in recovery::rings(&self.files, &wal)? {
+        let wal_id = current.wal_id;
+        for (shard, lanes) in recovery::rings(&self.files, &wal, wal_id)? {
             let durable = lanes[Lane::Durable as usize].as_ref();
-            if durable.is_some_and(|ring| recovery::is_clean(&self.files, ring, wal_id)) {
+            if let Some(deleted) = durable.and_then(|ring| recovery::clean(&self.files, ring, wal_id)) {
+                all.extend(deleted.into_iter().map(|group| (group, vec![((u64::MAX, 0), Action::Delete)])));
                 continue;
             }
             for (lane, path) in LANES.into_iter().zip(&lanes) {
@@ -178,19 +180,25 @@ impl Inspection {
         for records in all.values_mut() {
             records.sort_by_key(|(position, _)| *position);
         }
-        Ok((wal_id, all))
+        Ok((Some(current), all))
     }
 
     /// Every partition with what is known of it; reports directories that are no partition's.
     fn partitions(
         &self,
-        wal_id: u64,
+        current: Option<Current>,
         records: &Records,
         report: &mut dyn FnMut(Finding),
     ) -> Result<Vec<Partition>, OpenError> {
-        let log = self.root.join("log");
+        let (log, wal) = (self.root.join("log"), self.root.join("wal"));
+        let wal_id = current.map_or(0, |current| current.wal_id);
+        let mut saved = recovery::read_states(&self.files, &wal, current)?;
+        if let Some(what) = saved.damage() {
+            let path = wal.join(crate::states_file::file_name(wal_id));
+            report(Finding { severity: Severity::Damage, path, position: None, what });
+        }
         let mut states: BTreeMap<GroupId, GroupState> = BTreeMap::new();
-        let mut without: Vec<String> = Vec::new();
+        let mut without: Vec<(String, Vec<DirEntry>)> = Vec::new();
         let mut normal = |path: PathBuf, what: &str| {
             let what = what.to_owned();
             report(Finding { severity: Severity::Normal, path, position: None, what });
@@ -207,11 +215,13 @@ impl Inspection {
                 normal(path, "a deletion that was decided; the next start carries it out");
                 continue;
             }
-            let (state, marker) = recovery::read_directory(&self.files, &path, &entry.name)?;
-            marked.extend(marker.map(|text| (path.join(recovery::MARKER), text.trim().to_owned())));
-            match state {
+            let listed = recovery::list(&self.files, &path)?;
+            let (base, marker) =
+                recovery::base(&self.files, &path, &entry.name, &listed, &mut saved, current)?;
+            marked.extend(marker.map(|(_, reason)| (path.join(recovery::MARKER), reason)));
+            match base.state {
                 Some(state) => drop(states.insert(state.group, state)),
-                None => without.push(entry.name),
+                None => without.push((entry.name, listed)),
             }
         }
         for (path, what) in marked {
@@ -229,7 +239,7 @@ impl Inspection {
             let found = records.get(group).map_or(&[][..], Vec::as_slice);
             match replay(base, found) {
                 Ok(Some(replayed)) if !replayed.deleted => {
-                    without.retain(|name| *name != replayed.state.dir_name);
+                    without.retain(|(name, _)| *name != replayed.state.dir_name);
                     partitions.push(Partition {
                         dir_name: replayed.state.dir_name.clone(),
                         unflushed: replayed.entries.len(),
@@ -244,9 +254,9 @@ impl Inspection {
                 }
             }
         }
-        for name in &without {
+        for (name, listed) in &without {
             let path = log.join(name);
-            let (severity, what) = match recovery::is_unused(&self.files, &path)? {
+            let (severity, what) = match recovery::is_unused(listed) && !saved.hidden {
                 true => {
                     (Severity::Normal, "created, and nothing of it was committed; the next start removes it")
                 }

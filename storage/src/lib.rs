@@ -34,6 +34,7 @@ mod retention;
 mod ring;
 mod segment_index;
 mod segment_name;
+mod states_file;
 mod store;
 mod tail;
 mod types;

@@ -219,11 +219,14 @@ impl ProducerState {
         before - self.producers.len()
     }
 
+    /// How long a snapshot may be.
+    pub fn encoded_len(&self) -> usize {
+        SNAPSHOT_HEADER_BYTES + self.producers.len() * (PRODUCER_BYTES + BATCHES_KEPT * BATCH_BYTES) + 4
+    }
+
     /// The state before `offset`, where a batch of `epoch` ends (-1: nothing does).
     pub fn encode(&self, offset: i64, epoch: i32) -> Vec<u8> {
-        let mut out = Vec::with_capacity(
-            SNAPSHOT_HEADER_BYTES + self.producers.len() * (PRODUCER_BYTES + BATCHES_KEPT * BATCH_BYTES) + 4,
-        );
+        let mut out = Vec::with_capacity(self.encoded_len());
         out.extend_from_slice(&SNAPSHOT_MAGIC);
         out.extend_from_slice(&SNAPSHOT_VERSION.to_le_bytes());
         out.extend_from_slice(&[0; 2]);

@@ -1,29 +1,31 @@
 //! What happens to a data directory between opening it and starting the shards: every WAL left by the former run is
 //! read, judged and moved into segments, deletions are finished, and a new WAL id makes the old blocks worthless.
 //!
-//! Offline and synchronous. The order is what makes it safe to be cut short: segments are synced, then `group.meta`
-//! files replaced, then `wal/current`; until the last step everything can be done again with the same result.
+//! Offline and synchronous. The order is what makes it safe to be cut short: segments are synced, then the states of all
+//! partitions written for the WAL that begins (`states_file`), then `wal/current` replaced, which makes them count; until
+//! that last step everything can be done again with the same result.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use flumen_io::{FileSystem, Mode};
+use flumen_io::{DirEntry, FileSystem, Mode};
 
 use crate::codec::Cursor;
-use crate::data_dir::{boot_id, open_error, replace_file};
-use crate::flush::replace_many;
+use crate::data_dir::{FORMAT, boot_id, open_error, replace_file};
+use crate::flush::parse_clean;
 use crate::group_state::GroupState;
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{Action, Position, Replayed, replay};
 pub(crate) use crate::restore::Restored;
-use crate::restore::{Afterwards, RestoreError, restore};
+use crate::restore::{Afterwards, Found, RestoreError, restore};
+use crate::states_file::{self, Chosen, Saved, States};
 use crate::types::{GroupHealth, GroupId, HardState, LANES, Lane, OpenError, RecoveredGroup, UNKNOWN_GROUP};
 use crate::wal_format::{
-    BATCH, CONTROL, Found, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, RecordHeader, Suspects, judge,
-    records, scan,
+    BATCH, CONTROL, Found as FoundBlock, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, PRODUCERS,
+    RecordHeader, Suspects, judge, records, scan,
 };
 
 /// Up to this many files are synced one by one.
@@ -36,7 +38,9 @@ pub(crate) type Records = BTreeMap<GroupId, Vec<(Position, Action)>>;
 #[derive(Default)]
 struct Directory {
     name: String,
-    state: Option<GroupState>,
+    base: Chosen,
+    /// Its files when recovery began, if it was there then.
+    listed: Option<Vec<DirEntry>>,
     /// Reason given by an earlier start.
     marked: Option<String>,
 }
@@ -44,20 +48,22 @@ struct Directory {
 struct Work {
     files: FileSystem,
     root: PathBuf,
+    current: Option<Current>,
     wal_id: u64,
     groups: BTreeMap<GroupId, Directory>,
     deleted: BTreeSet<GroupId>,
     recovered: Vec<RecoveredGroup>,
-    metas: Vec<(PathBuf, Vec<u8>)>,
+    states: States,
+    /// What the next start has to know of the partitions whose `group.meta` does not say it.
+    saved: BTreeMap<GroupId, Saved>,
     written: Vec<PathBuf>,
     dirs: BTreeSet<PathBuf>,
     afterwards: Vec<Afterwards>,
     warm_bytes: usize,
 }
 
-fn names(files: &FileSystem, path: &Path) -> Result<Vec<String>, OpenError> {
-    let entries = files.list(path).map_err(|e| open_error(path, "listing", e))?;
-    Ok(entries.into_iter().map(|entry| entry.name).collect())
+pub(crate) fn list(files: &FileSystem, path: &Path) -> Result<Vec<DirEntry>, OpenError> {
+    files.list(path).map_err(|e| open_error(path, "listing", e))
 }
 
 fn read_text(files: &FileSystem, path: &Path) -> io::Result<String> {
@@ -74,29 +80,36 @@ fn group_in_name(name: &str) -> Option<GroupId> {
     name.rsplit_once(".g")?.1.parse().ok()
 }
 
-/// What a partition's directory says of itself: its state, if that is whole and its own, and the text of its marker. What
-/// cannot be read now is an error: it may be the only thing that says what is wrong.
-pub(crate) fn read_directory(
+/// Whose marker a directory has, if that is said, and why.
+pub(crate) type Marker = (Option<GroupId>, String);
+
+/// What is known of a partition before the WAL is looked at: its state and the marker in its directory, of whose files
+/// `listed` is the list. What cannot be read now is an error: it may be the only thing that says what is wrong.
+pub(crate) fn base(
     files: &FileSystem,
     dir: &Path,
     name: &str,
-) -> Result<(Option<GroupState>, Option<String>), OpenError> {
-    let read = |file: &str, doing: &'static str| match files.read(&dir.join(file)) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(open_error(dir, doing, error)),
+    listed: &[DirEntry],
+    states: &mut States,
+    current: Option<Current>,
+) -> Result<(Chosen, Option<Marker>), OpenError> {
+    let read = |file: &str, doing: &'static str| match listed.iter().any(|entry| entry.name == file) {
+        true => files.read(&dir.join(file)).map(Some).map_err(|error| open_error(dir, doing, error)),
+        false => Ok(None),
     };
-    let state = read("group.meta", "reading group.meta")?;
-    let marker = read(MARKER, "reading DAMAGED")?;
-    Ok((
-        state.and_then(|bytes| GroupState::decode(&bytes)).filter(|state| state.dir_name == name),
-        marker.map(|text| String::from_utf8_lossy(&text).into_owned()),
-    ))
+    let meta = read("group.meta", "reading group.meta")?;
+    let meta = meta.and_then(|bytes| GroupState::decode(&bytes)).filter(|state| state.dir_name == name);
+    let marker = read(MARKER, "reading DAMAGED")?.map(|text| parse_marker(&String::from_utf8_lossy(&text)));
+    let meta_group = meta.as_ref().map(|meta| meta.group);
+    let marked_group = marker.as_ref().and_then(|(group, _)| *group);
+    let group = meta_group.or(marked_group).or_else(|| group_in_name(name));
+    let wal_id = current.map_or(0, |current| current.wal_id);
+    Ok((states.choose(name, group, meta, wal_id), marker))
 }
 
 /// Whether a directory was created and nothing was ever put into it.
-pub(crate) fn is_unused(files: &FileSystem, dir: &Path) -> Result<bool, OpenError> {
-    Ok(names(files, dir)?.iter().all(|file| file == "group.new"))
+pub(crate) fn is_unused(listed: &[DirEntry]) -> bool {
+    listed.iter().all(|file| file.name == "group.new")
 }
 
 /// Why a directory that is in use and has no state cannot serve.
@@ -121,14 +134,51 @@ fn parse_marker(text: &str) -> (Option<GroupId>, String) {
     }
 }
 
-pub(crate) fn read_wal_id(files: &FileSystem, path: &Path) -> Result<Option<u64>, OpenError> {
+/// The third word of `wal/current`: there is a states file for this WAL.
+const STATES: &str = "states";
+
+fn current_crc(wal_id: u64, has_states: bool) -> u32 {
+    let crc = crc32c::crc32c(&wal_id.to_le_bytes());
+    if has_states { crc32c::crc32c_append(crc, STATES.as_bytes()) } else { crc }
+}
+
+/// The present WAL, and whether recovery wrote a states file when it began it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Current {
+    pub wal_id: u64,
+    has_states: bool,
+}
+
+/// What the last recovery knew of the partitions.
+pub(crate) fn read_states(
+    files: &FileSystem,
+    wal: &Path,
+    current: Option<Current>,
+) -> Result<States, OpenError> {
+    let Some(Current { wal_id, has_states: true }) = current else { return Ok(States::none()) };
+    let path = wal.join(states_file::file_name(wal_id));
+    let states = match files.read(&path) {
+        Ok(bytes) => States::decode(&bytes.into(), wal_id),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => States::missing(),
+        Err(error) => return Err(open_error(&path, "reading", error)),
+    };
+    if let Some(damage) = states.damage() {
+        tracing::error!(path = %path.display(), damage, "the states of partitions cannot be read");
+    }
+    Ok(states)
+}
+
+pub(crate) fn read_current(files: &FileSystem, path: &Path) -> Result<Option<Current>, OpenError> {
     match read_text(files, path) {
         Ok(text) => {
             let mut words = text.split_ascii_whitespace();
             let id = words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
             let crc = words.next().and_then(|word| u32::from_str_radix(word, 16).ok());
+            let has_states = words.next().is_some_and(|word| word == STATES);
             match (id, crc) {
-                (Some(id), Some(crc)) if crc32c::crc32c(&id.to_le_bytes()) == crc => Ok(Some(id)),
+                (Some(wal_id), Some(crc)) if crc == current_crc(wal_id, has_states) => {
+                    Ok(Some(Current { wal_id, has_states }))
+                }
                 _ => Err(OpenError::Config(format!(
                     "{}: damaged, so it cannot be said which WAL blocks count; nothing was changed. The id stands in \
                      every block of wal/*/*.wal at byte 16",
@@ -164,6 +214,7 @@ fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
             .filter(|state| state.group == header.group)
             .map(|state| Action::State(Box::new(state))),
         GROUP_DELETE => Some(Action::Delete),
+        PRODUCERS => Some(Action::Producers(payload)),
         _ => None,
     }
 }
@@ -189,8 +240,9 @@ pub(crate) fn read_ring(
     out: &mut Records,
 ) -> Result<Ring, OpenError> {
     let mut files = Vec::new();
-    let mut found: Vec<Found> = Vec::new();
-    for name in names(disk, path)?.into_iter().filter(|name| name.ends_with(".wal")) {
+    let mut found: Vec<FoundBlock> = Vec::new();
+    let listed = list(disk, path)?.into_iter().map(|entry| entry.name);
+    for name in listed.filter(|name| name.ends_with(".wal")) {
         let file_path = path.join(name);
         // A killed process leaves in memory what the disk may not have; what is done because of it must not outlive it.
         let synced = disk.open(&file_path, Mode::default()).and_then(|file| file.sync_data());
@@ -255,12 +307,12 @@ impl Work {
         self.root.join("log").join(name)
     }
 
-    fn list_groups(&mut self) -> Result<(Vec<PathBuf>, Vec<String>), OpenError> {
+    fn list_groups(&mut self) -> Result<(Vec<PathBuf>, Vec<(String, Vec<DirEntry>)>), OpenError> {
         let (mut deletions, mut nameless, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
         let log = self.root.join("log");
-        for name in names(&self.files, &log)? {
+        for DirEntry { name, is_dir, .. } in list(&self.files, &log)? {
             let path = log.join(&name);
-            if !self.files.is_dir(&path) {
+            if !is_dir {
                 continue;
             }
             if name.ends_with(".deleted") {
@@ -268,14 +320,14 @@ impl Work {
                 deletions.push(path);
                 continue;
             }
-            let (state, marker) = read_directory(&self.files, &path, &name)?;
-            let marker = marker.as_deref().map(parse_marker);
+            let listed = list(&self.files, &path)?;
+            let (base, marker) = base(&self.files, &path, &name, &listed, &mut self.states, self.current)?;
             let marked_group = marker.as_ref().and_then(|(group, _)| *group);
             let marked = marker.map(|(_, reason)| reason);
-            match state {
-                Some(state) => {
-                    let group = state.group;
-                    let directory = Directory { name, state: Some(state), marked };
+            let group = marked_group.or_else(|| group_in_name(&name));
+            match base.state.as_ref().map(|state| state.group) {
+                Some(group) => {
+                    let directory = Directory { name, base, listed: Some(listed), marked };
                     if let Some(other) = self.groups.insert(group, directory) {
                         return Err(OpenError::Config(format!(
                             "directories {} and another in {} say that they are group {group}; remove the copy",
@@ -284,9 +336,11 @@ impl Work {
                         )));
                     }
                 }
-                None => match marked_group.or_else(|| group_in_name(&name)) {
-                    Some(group) => nameless.push((group, Directory { name, state: None, marked })),
-                    None => unknown.push(name),
+                None => match group {
+                    Some(group) => {
+                        nameless.push((group, Directory { name, base, listed: Some(listed), marked }))
+                    }
+                    None => unknown.push((name, listed)),
                 },
             }
         }
@@ -312,7 +366,7 @@ impl Work {
             };
             marked.map_err(|error| open_error(&marker, "writing", error))?;
         }
-        let state = self.groups.get(&group_id).and_then(|directory| directory.state.clone());
+        let state = self.groups.get(&group_id).and_then(|directory| directory.base.state.clone());
         let state = state.unwrap_or_else(|| GroupState::new(group_id, dir_name));
         self.recovered.push(RecoveredGroup {
             group_id,
@@ -337,7 +391,7 @@ impl Work {
         if self.deleted.contains(&group_id) {
             return Ok(true);
         }
-        let state = self.groups.get(&group_id).and_then(|directory| directory.state.clone());
+        let state = self.groups.get(&group_id).and_then(|directory| directory.base.state.clone());
         let base = state.map(|state| as_base(state, self.wal_id));
         let known_name = base.as_ref().map(|(state, _)| state.dir_name.clone());
         let replayed = match replay(base, log) {
@@ -369,11 +423,20 @@ impl Work {
         changed: bool,
     ) -> Result<bool, OpenError> {
         let dir = self.dir(dir_name);
-        if !self.files.is_dir(&dir) {
-            self.files.create_dir(&dir).map_err(|e| open_error(&dir, "creating the directory", e))?;
-            self.dirs.insert(self.root.join("log"));
-        }
-        let outcome = match restore(&self.files, &dir, replayed, changed, &mut self.warm_bytes) {
+        // One that the WAL alone knew was not looked at.
+        let directory = self.groups.get_mut(&group_id);
+        let snapshot = directory.as_ref().and_then(|directory| directory.base.snapshot.clone());
+        let listed = match directory.and_then(|directory| directory.listed.take()) {
+            Some(listed) => listed,
+            None if self.files.is_dir(&dir) => list(&self.files, &dir)?,
+            None => {
+                self.files.create_dir(&dir).map_err(|e| open_error(&dir, "creating the directory", e))?;
+                self.dirs.insert(self.root.join("log"));
+                Vec::new()
+            }
+        };
+        let found = Found { listed, snapshot };
+        let outcome = match restore(&self.files, &dir, found, replayed, changed, &mut self.warm_bytes) {
             Ok(outcome) => outcome,
             Err(RestoreError::Damaged(reason)) => {
                 self.damaged(group_id, dir_name, reason)?;
@@ -385,7 +448,10 @@ impl Work {
         if outcome.changed {
             state.wal_id = self.wal_id;
             state.lsn = u64::MAX;
-            self.metas.push((dir.join("group.meta"), state.encode()));
+        }
+        if outcome.changed || outcome.snapshot.is_some() {
+            let snapshot = outcome.snapshot.unwrap_or_default();
+            self.saved.insert(group_id, Saved { state: state.clone(), snapshot });
         }
         if outcome.names_changed {
             self.dirs.insert(dir);
@@ -407,6 +473,18 @@ impl Work {
         Ok(true)
     }
 
+    /// States for the WAL that begins. Those that nothing changed go on standing where they stood: some in the file that
+    /// is being replaced.
+    fn take_saved(&mut self) -> Vec<Saved> {
+        for (group, Directory { base, .. }) in std::mem::take(&mut self.groups) {
+            if let (true, Some(state)) = (base.is_saved && !self.deleted.contains(&group), base.state) {
+                let snapshot = base.snapshot.unwrap_or_default();
+                self.saved.entry(group).or_insert(Saved { state, snapshot });
+            }
+        }
+        std::mem::take(&mut self.saved).into_values().collect()
+    }
+
     fn sync(&mut self) -> Result<(), OpenError> {
         if mutant::is(Mutant::SkipsSyncOfRecovery) {
             return Ok(());
@@ -423,23 +501,33 @@ impl Work {
     }
 }
 
-pub(crate) fn is_clean(files: &FileSystem, ring: &Path, wal_id: u64) -> bool {
-    read_text(files, &ring.join("CLEAN")).is_ok_and(|text| text.trim() == wal_id.to_string())
+/// Whether a shard stopped with nothing left in its rings, and which partitions it had deleted.
+pub(crate) fn clean(files: &FileSystem, ring: &Path, wal_id: u64) -> Option<Vec<GroupId>> {
+    parse_clean(&read_text(files, &ring.join("CLEAN")).ok()?, wal_id)
 }
 
-/// The rings of every shard that a former run had, one for each lane.
+/// What the name of a ring ends with that is kept for repair.
+fn kept_suffix(wal_id: u64) -> String {
+    format!(".damaged-{wal_id:016x}")
+}
+
+/// The rings of every shard that a former run had, one for each lane. Those of the present WAL that were put aside belong to
+/// it: that recovery did not get to the end.
 pub(crate) fn rings(
     files: &FileSystem,
     wal: &Path,
+    wal_id: u64,
 ) -> Result<BTreeMap<u32, [Option<PathBuf>; 2]>, OpenError> {
     let mut shards: BTreeMap<u32, [Option<PathBuf>; 2]> = BTreeMap::new();
-    for name in names(files, wal)? {
-        let (number, lane) = match name.strip_suffix("-os") {
+    let suffix = kept_suffix(wal_id);
+    for DirEntry { name, is_dir, .. } in list(files, wal)? {
+        let ring = name.strip_suffix(&suffix).unwrap_or(&name);
+        let (number, lane) = match ring.strip_suffix("-os") {
             Some(number) => (number, Lane::Os),
-            None => (name.as_str(), Lane::Durable),
+            None => (ring, Lane::Durable),
         };
         if let Ok(number) = number.parse::<u32>()
-            && files.is_dir(&wal.join(&name))
+            && is_dir
         {
             shards.entry(number).or_default()[lane as usize] = Some(wal.join(&name));
         }
@@ -454,21 +542,33 @@ pub(crate) fn recover(
 ) -> Result<(Vec<RecoveredGroup>, u64), OpenError> {
     let wal = root.join("wal");
     let current = wal.join("current");
-    let former = read_wal_id(files, &current)?;
+    let before = read_current(files, &current)?;
+    let former = before.map(|before| before.wal_id);
     let mut work = Work {
         files: files.clone(),
         root: root.to_owned(),
+        current: before,
         wal_id: former.unwrap_or(0),
         groups: BTreeMap::new(),
         deleted: BTreeSet::new(),
         recovered: Vec::new(),
-        metas: Vec::new(),
+        states: read_states(files, &wal, before)?,
+        saved: BTreeMap::new(),
         written: Vec::new(),
         dirs: BTreeSet::new(),
         afterwards: Vec::new(),
         warm_bytes: cache_hint,
     };
     let (deletions, mut unknown) = work.list_groups()?;
+    let mut shards = Vec::new();
+    for (shard, lanes) in rings(files, &wal, work.wal_id)? {
+        let Some(wal_id) = former else { continue };
+        let durable = lanes[Lane::Durable as usize].as_ref();
+        match durable.and_then(|ring| clean(files, ring, wal_id)) {
+            Some(deleted) => work.deleted.extend(deleted),
+            None => shards.push((shard, lanes, wal_id)),
+        }
+    }
     let mut seen: BTreeSet<GroupId> = BTreeSet::new();
     let marked: Vec<(GroupId, String, String)> = work
         .groups
@@ -482,12 +582,8 @@ pub(crate) fn recover(
     }
     let mut kept_rings = Vec::new();
     // That a partition exists is written to the durable lane.
-    let mut creations_hidden = false;
-    for (shard, lanes) in rings(files, &wal)? {
-        let Some(wal_id) = former else { continue };
-        if lanes[Lane::Durable as usize].as_ref().is_some_and(|ring| is_clean(files, ring, wal_id)) {
-            continue;
-        }
+    let mut creations_hidden = work.states.hidden;
+    for (shard, lanes, wal_id) in shards {
         let mut log = Records::new();
         let mut rings = Vec::new();
         for (lane, path) in LANES.into_iter().zip(&lanes) {
@@ -506,7 +602,7 @@ pub(crate) fn recover(
                 _ => None,
             });
             if let Some(state) = state {
-                unknown.retain(|name| *name != state.dir_name);
+                unknown.retain(|(name, _)| *name != state.dir_name);
                 let directory = Directory { name: state.dir_name.clone(), ..Directory::default() };
                 work.groups.entry(*group).or_insert(directory);
             }
@@ -534,19 +630,21 @@ pub(crate) fn recover(
         }
     }
     let rest: Vec<GroupId> = work.groups.keys().copied().filter(|group| !seen.contains(group)).collect();
-    let mut without_state: Vec<(GroupId, String)> = Vec::new();
+    let mut without_state: Vec<(GroupId, String, Vec<DirEntry>)> = Vec::new();
     for group in rest {
-        match work.groups.get(&group) {
-            Some(Directory { state: None, name, .. }) => without_state.push((group, name.clone())),
+        match work.groups.get_mut(&group) {
+            Some(Directory { base: Chosen { state: None, .. }, name, listed, .. }) => {
+                without_state.push((group, name.clone(), listed.take().unwrap_or_default()));
+            }
             _ => {
                 work.group(group, &[])?;
             }
         }
     }
-    without_state.extend(unknown.into_iter().map(|name| (UNKNOWN_GROUP, name)));
-    for (group, name) in without_state {
+    without_state.extend(unknown.into_iter().map(|(name, listed)| (UNKNOWN_GROUP, name, listed)));
+    for (group, name, listed) in without_state {
         let path = root.join("log").join(&name);
-        if is_unused(files, &path)? && !creations_hidden {
+        if is_unused(&listed) && !creations_hidden {
             // Created, and nothing of it ever committed.
             files.remove_dir_all(&path).map_err(|e| open_error(&path, "removing", e))?;
         } else {
@@ -556,19 +654,37 @@ pub(crate) fn recover(
     // A killed process may have left names of partitions that were never synced; from here on we rely on them.
     work.dirs.insert(root.join("log"));
     work.sync()?;
-    let metas = std::mem::take(&mut work.metas);
-    replace_many(files, root, metas).map_err(|e| open_error(root, "writing group.meta", e))?;
+    let wal_id = if mutant::is(Mutant::KeepsWalId) { former } else { None };
+    let wal_id = wal_id.unwrap_or_else(|| files.random_id());
+    let saved = work.take_saved();
+    let states = wal.join(states_file::file_name(wal_id));
+    replace_file(files, &states, &states_file::encode(wal_id, &saved))
+        .map_err(|e| open_error(&states, "writing", e))?;
+    let format = root.join("FORMAT");
+    if files.read(&format).map_err(|e| open_error(&format, "reading", e))?.trim_ascii() != FORMAT.as_bytes() {
+        // A version that knows no such file must not take older states for the last ones.
+        replace_file(files, &format, format!("{FORMAT}\n").as_bytes())
+            .map_err(|e| open_error(&format, "writing", e))?;
+    }
     for ring in kept_rings {
         let name = ring.file_name().and_then(|name| name.to_str()).unwrap_or("ring").to_owned();
-        let kept = wal.join(format!("{name}.damaged-{:016x}", work.wal_id));
+        let suffix = kept_suffix(work.wal_id);
+        if name.ends_with(&suffix) {
+            continue;
+        }
+        let kept = wal.join(name + &suffix);
         files.rename(&ring, &kept).map_err(|e| open_error(&ring, "putting aside", e))?;
         tracing::error!(ring = %kept.display(), "kept for repair");
     }
     // From here on the old blocks do not count.
-    let wal_id = if mutant::is(Mutant::KeepsWalId) { former } else { None };
-    let wal_id = wal_id.unwrap_or_else(|| files.random_id());
-    let line = format!("{wal_id:016x} {:08x}\n", crc32c::crc32c(&wal_id.to_le_bytes()));
+    let line = format!("{wal_id:016x} {:08x} {STATES}\n", current_crc(wal_id, true));
     replace_file(files, &current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
+    for entry in list(files, &wal)?.iter().filter(|entry| states_file::is_one(&entry.name)) {
+        let path = wal.join(&entry.name);
+        if path != states {
+            files.remove_file(&path).map_err(|e| open_error(&path, "removing", e))?;
+        }
+    }
     for step in work.afterwards {
         let (path, result) = match &step {
             Afterwards::Shorten(path, bytes) => {

@@ -18,7 +18,15 @@ pub enum Action {
     State(Box<GroupState>),
     Hard(HardState),
     LogStart(i64),
-    Entry { index: u64, term: u64, offset: i64, is_batch: bool, payload: Bytes },
+    Entry {
+        index: u64,
+        term: u64,
+        offset: i64,
+        is_batch: bool,
+        payload: Bytes,
+    },
+    /// A producer snapshot; what it is worth is for its reader to find out.
+    Producers(Bytes),
     Delete,
 }
 
@@ -38,6 +46,8 @@ pub struct Replayed {
     pub state: GroupState,
     /// Not in segments; continue at `state.flushed_index`.
     pub entries: Vec<LogEntry>,
+    /// The newest producer snapshot.
+    pub producers: Option<Bytes>,
     /// Segments are to be cut at this offset before anything is added.
     pub cut: Option<i64>,
     pub deleted: bool,
@@ -67,16 +77,18 @@ pub fn replay(
     };
     if deleted {
         // From its deletion on nobody keeps its records together.
-        return Ok(Some(Replayed { state, entries: Vec::new(), cut: None, deleted }));
+        return Ok(Some(Replayed { state, entries: Vec::new(), producers: None, cut: None, deleted }));
     }
     let mut entries: VecDeque<LogEntry> = VecDeque::new();
     let mut cut = None;
+    let mut producers = None;
     // The last entry that came before the ones it follows, and its term. Those were in a file that is gone, and all that
     // was not in segments by then is written again further on, unless it was replaced before.
     let mut ahead: Option<(u64, u64)> = None;
     for (position, action) in records {
         match action {
             Action::State(_) | Action::Delete => {}
+            Action::Producers(snapshot) => producers = Some(snapshot.clone()),
             Action::LogStart(_) if mutant::is(Mutant::ForgetsLogStart) => {}
             Action::Hard(hard) => {
                 if *position > base_at {
@@ -161,7 +173,7 @@ pub fn replay(
             state.epochs.assign(header.leader_epoch, header.base_offset);
         }
     }
-    Ok(Some(Replayed { state, entries: entries.into(), cut, deleted }))
+    Ok(Some(Replayed { state, entries: entries.into(), producers, cut, deleted }))
 }
 
 #[cfg(test)]

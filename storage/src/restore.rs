@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use flumen_io::{FileSystem, Mode};
+use flumen_io::{DirEntry, FileSystem, Mode};
 use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::flush::{position_of, snapshots, write_snapshot};
@@ -18,8 +18,11 @@ use crate::leader_epochs::LeaderEpochs;
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{LogEntry, Replayed};
-use crate::segment_index::{self, IndexBuilder, IndexEntry, encode_entry, encode_header};
+use crate::segment_index::{
+    self, INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
+};
 use crate::segment_name::{self, Compacted, SegmentName};
+use crate::states_file::SNAPSHOT_BYTES_MAX;
 use crate::tail::TailEntry;
 use crate::walk::{Step, Walk};
 
@@ -43,6 +46,13 @@ pub(crate) enum RestoreError {
     Io(PathBuf, io::Error),
 }
 
+/// What is known of the directory beforehand.
+pub(crate) struct Found {
+    pub listed: Vec<DirEntry>,
+    /// Producers as the last recovery knew them; may be empty, of another log, or damaged.
+    pub snapshot: Option<Bytes>,
+}
+
 /// Things to do once the new state is durable.
 #[derive(Debug)]
 pub(crate) enum Afterwards {
@@ -53,6 +63,8 @@ pub(crate) enum Afterwards {
 pub(crate) struct Outcome {
     pub state: GroupState,
     pub producers: ProducerState,
+    /// To be saved with the state.
+    pub snapshot: Option<Bytes>,
     pub restored: Restored,
     pub last_index: u64,
     pub last_term: u64,
@@ -80,10 +92,10 @@ struct OnDisk {
 }
 
 impl OnDisk {
-    fn list(files: &FileSystem, dir: &Path) -> io::Result<OnDisk> {
+    fn of(listed: &[DirEntry], dir: &Path) -> OnDisk {
         let mut leftovers = Vec::new();
         let mut found = Vec::new();
-        for entry in files.list(dir)? {
+        for entry in listed {
             if entry.name.ends_with(crate::compact::UNFINISHED) {
                 leftovers.push(dir.join(&entry.name));
             }
@@ -93,11 +105,11 @@ impl OnDisk {
         for name in replaced {
             leftovers.extend([dir.join(name.index_file()), dir.join(name.log_file())]);
         }
-        Ok(OnDisk {
+        OnDisk {
             segments: kept.iter().map(|(name, len)| (name.base, *len)).collect(),
             compacted: kept.iter().filter_map(|(name, _)| Some((name.base, name.compacted?))).collect(),
             leftovers,
-        })
+        }
     }
 
     fn name(&self, base: i64) -> SegmentName {
@@ -119,7 +131,8 @@ fn scan(
     let io = |error| RestoreError::Io(path.to_owned(), error);
     let damaged = |reason: String| RestoreError::Damaged(format!("{}: {reason}", path.display()));
     let file = files.open(path, Mode::default()).map_err(io)?;
-    let mut piece = vec![0; PIECE_BYTES];
+    let left = usize::try_from(bytes.saturating_sub(position)).unwrap_or(usize::MAX);
+    let mut piece = vec![0; left.min(PIECE_BYTES)];
     while position < bytes {
         let want = usize::try_from(bytes - position).unwrap_or(usize::MAX).min(piece.len());
         let got = file.read_full_at(&mut piece[..want], position).map_err(io)?;
@@ -162,6 +175,8 @@ struct Index {
     entries: Vec<IndexEntry>,
     builder: IndexBuilder,
     rebuilt: bool,
+    /// So many of the entries are in the file, and nothing else is.
+    in_file: Option<usize>,
 }
 
 /// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good.
@@ -192,7 +207,9 @@ fn load_index(
         last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
     let mut builder = IndexBuilder::resume(max, position);
     if whole || mutant::is(Mutant::TrustsIndex) {
-        return Ok(Index { entries, builder, rebuilt: false });
+        let exact = raw.len() == INDEX_HEADER_BYTES + entries.len() * INDEX_ENTRY_BYTES;
+        let in_file = exact.then_some(entries.len());
+        return Ok(Index { entries, builder, rebuilt: false, in_file });
     }
     let path = dir.join(name.log_file());
     let mut term = 0;
@@ -218,11 +235,23 @@ fn load_index(
         return Err(RestoreError::Damaged(reason));
     }
     entries.extend(builder.end(end, bytes, term, 0));
-    Ok(Index { entries, builder, rebuilt: true })
+    Ok(Index { entries, builder, rebuilt: true, in_file: None })
 }
 
 fn write_index(files: &FileSystem, dir: &Path, name: SegmentName, entries: &[IndexEntry]) -> io::Result<()> {
     files.write(&dir.join(name.index_file()), &index_bytes(name.base, entries))
+}
+
+fn add_to_index(
+    files: &FileSystem,
+    dir: &Path,
+    name: SegmentName,
+    entries: &[IndexEntry],
+    count: usize,
+) -> io::Result<()> {
+    let file = files.open(&dir.join(name.index_file()), Mode { write: true, ..Mode::default() })?;
+    let bytes: Vec<u8> = entries.iter().flat_map(encode_entry).collect();
+    file.write_all_at(&bytes, (INDEX_HEADER_BYTES + count * INDEX_ENTRY_BYTES) as u64)
 }
 
 pub(crate) fn index_bytes(base: i64, entries: &[IndexEntry]) -> Vec<u8> {
@@ -233,42 +262,59 @@ pub(crate) fn index_bytes(base: i64, entries: &[IndexEntry]) -> Vec<u8> {
     out
 }
 
+/// Producers, and the snapshot that they were taken from.
+struct Producers {
+    state: ProducerState,
+    /// `i64::MIN`: none was usable.
+    snapshot_offset: i64,
+    /// Its bytes, unless it has a file of its own.
+    saved: Option<Bytes>,
+}
+
 /// Producers as of `end`: the newest usable snapshot, and the headers after it.
 fn restore_producers(
     files: &FileSystem,
     dir: &Path,
+    listed: &[DirEntry],
+    candidates: [Option<&Bytes>; 2],
     (on_disk, segments): (&OnDisk, &[(i64, u64)]),
     flushed_end: i64,
     entries: &[LogEntry],
     (log_end, epochs): (i64, &LeaderEpochs),
     names_changed: &mut bool,
-) -> Result<(ProducerState, i64), RestoreError> {
+) -> Result<Producers, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
-    let mut state = ProducerState::new();
-    let mut from = i64::MIN;
     let first = segments.first().map_or(flushed_end, |segment| segment.0);
-    for (offset, path) in snapshots(files, dir).map_err(io)?.into_iter().rev() {
+    // One that was taken before the log was cut, and should be gone, knows of another leader. Between one from below the
+    // first segment that is left and that, producers may have gone on.
+    let usable = |bytes: &[u8]| {
+        let (state, at, epoch) = ProducerState::decode(bytes).ok()?;
+        let fits = epoch == epochs.epoch_at(at - 1) || mutant::is(Mutant::TakesForeignSnapshot);
+        let lost = mutant::is(Mutant::LosesProducerSnapshot);
+        let state = if lost { ProducerState::new() } else { state };
+        (fits && (first..=log_end).contains(&at)).then_some((state, at))
+    };
+    let mut best = candidates
+        .into_iter()
+        .flatten()
+        .filter_map(|bytes| {
+            let (state, snapshot_offset) = usable(bytes)?;
+            Some(Producers { state, snapshot_offset, saved: Some(bytes.clone()) })
+        })
+        .max_by_key(|producers| producers.snapshot_offset);
+    for (offset, path) in snapshots(listed, dir).into_iter().rev() {
         // Of a log that the kernel lost the end of. Another could grow to there with the same terms, which were lost too.
         if offset > log_end {
             files.remove_file(&path).map_err(io)?;
             *names_changed = true;
             continue;
         }
-        // Between an older one and the first segment that is left, producers may have gone on.
-        if offset < first {
-            continue;
+        if offset < first || best.as_ref().is_some_and(|best| best.snapshot_offset >= offset) {
+            break;
         }
-        let decoded = files.read(&path).ok().and_then(|bytes| ProducerState::decode(&bytes).ok());
-        match decoded {
-            // One that was taken before the log was cut, and should be gone, knows of another leader.
-            Some((found, at, epoch))
-                if at == offset
-                    && (epoch == epochs.epoch_at(offset - 1) || mutant::is(Mutant::TakesForeignSnapshot)) =>
-            {
-                (state, from) = (found, offset);
-                if mutant::is(Mutant::LosesProducerSnapshot) {
-                    state = ProducerState::new();
-                }
+        match files.read(&path).ok().and_then(|bytes| usable(&bytes)) {
+            Some((state, at)) if at == offset => {
+                best = Some(Producers { state, snapshot_offset: at, saved: None });
                 break;
             }
             _ => {
@@ -276,7 +322,9 @@ fn restore_producers(
             }
         }
     }
-    let found = from;
+    let none = Producers { state: ProducerState::new(), snapshot_offset: i64::MIN, saved: None };
+    let mut producers = best.unwrap_or(none);
+    let (state, from) = (&mut producers.state, producers.snapshot_offset);
     for (at, (base, bytes)) in segments.iter().enumerate() {
         let end = segments.get(at + 1).map_or(flushed_end, |next| next.0);
         if end <= from {
@@ -305,7 +353,7 @@ fn restore_producers(
             state.apply(&header);
         }
     }
-    Ok((state, found))
+    Ok(producers)
 }
 
 /// Writes entries behind the last segment, in large writes.
@@ -346,9 +394,13 @@ impl Appender<'_> {
             return Ok(());
         };
         index.entries.extend(index.builder.end(end, *bytes, term, next_index));
-        // Not synced: a bad index is built again.
-        write_index(self.files, self.dir, SegmentName::plain(base), &index.entries)
-            .map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
+        // Not synced: a bad index is built again. Emptying a file to fill it again costs a file system more than adding to it.
+        let name = SegmentName::plain(base);
+        let written = match index.in_file {
+            Some(count) => add_to_index(self.files, self.dir, name, &index.entries[count..], count),
+            None => write_index(self.files, self.dir, name, &index.entries),
+        };
+        written.map_err(|error| RestoreError::Io(self.dir.to_owned(), error))
     }
 
     fn append(&mut self, entry: &LogEntry, last: &mut (u32, u64)) -> Result<(), RestoreError> {
@@ -360,7 +412,8 @@ impl Appender<'_> {
         if roll {
             self.finish_index(entry.offset, last.0, last.1)?;
             self.segments.push((entry.offset, 0));
-            let index = Index { entries: Vec::new(), builder: IndexBuilder::new(), rebuilt: true };
+            let index =
+                Index { entries: Vec::new(), builder: IndexBuilder::new(), rebuilt: true, in_file: None };
             self.index = Some((entry.offset, index));
             let path = log_path(self.dir, entry.offset);
             // What a cut short recovery left.
@@ -386,15 +439,16 @@ impl Appender<'_> {
 pub(crate) fn restore(
     files: &FileSystem,
     dir: &Path,
+    found: Found,
     replayed: Replayed,
     mut changed: bool,
     warm_bytes: &mut usize,
 ) -> Result<Outcome, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
-    let Replayed { mut state, entries, cut, .. } = replayed;
+    let Replayed { mut state, entries, producers: wal_snapshot, cut, .. } = replayed;
     let mut afterwards = Vec::new();
-    let on_disk = OnDisk::list(files, dir).map_err(io)?;
+    let on_disk = OnDisk::of(&found.listed, dir);
     let mut segments: Vec<(i64, u64)> = on_disk
         .segments
         .range(..cut.unwrap_or(i64::MAX))
@@ -472,9 +526,11 @@ pub(crate) fn restore(
     }
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
     let mut names_changed = false;
-    let (producers, snapshot_from) = restore_producers(
+    let producers = restore_producers(
         files,
         dir,
+        &found.listed,
+        [found.snapshot.as_ref(), wal_snapshot.as_ref()],
         (&on_disk, &segments),
         state.flushed_end,
         &entries,
@@ -510,10 +566,18 @@ pub(crate) fn restore(
         afterwards.push(Afterwards::Remove(dir.join(name.log_file())));
         afterwards.push(Afterwards::Remove(dir.join(name.index_file())));
     }
-    if snapshot_from != log_end {
-        write_snapshot(files, dir, log_end, &producers.encode(log_end, state.epochs.epoch_at(log_end - 1)))
-            .map_err(io)?;
-    }
+    let snapshot = match producers.snapshot_offset == log_end {
+        // A copy, because it may be a piece of a whole WAL file.
+        true => producers.saved.map(|bytes| Bytes::copy_from_slice(&bytes)),
+        false => {
+            let bytes = producers.state.encode(log_end, state.epochs.epoch_at(log_end - 1));
+            let is_small = bytes.len() <= SNAPSHOT_BYTES_MAX;
+            if !is_small {
+                write_snapshot(files, dir, log_end, &bytes).map_err(io)?;
+            }
+            is_small.then(|| bytes.into())
+        }
+    };
     let (last_index, last_term) =
         entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));
     if state.hard_state.commit > last_index || state.log_start > log_end {
@@ -556,7 +620,8 @@ pub(crate) fn restore(
     let names_changed = names_changed || !written.is_empty();
     Ok(Outcome {
         state,
-        producers,
+        producers: producers.state,
+        snapshot,
         restored,
         last_index,
         last_term,

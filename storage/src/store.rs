@@ -99,6 +99,13 @@ pub(crate) struct ReadAhead {
     pub bytes: bytes::Bytes,
 }
 
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tombstone {
+    pub group: GroupId,
+    /// The states file of this run has it. Otherwise only records in the os lane do, until that has moved on.
+    pub is_saved: bool,
+}
+
 struct Trash {
     path: PathBuf,
     after: (Lane, Lsn),
@@ -141,9 +148,9 @@ pub(crate) struct Shard {
     pub loaded_indexes: RefCell<VecDeque<(GroupId, i64, usize)>>,
     no_space: Cell<bool>,
     pub log_dir_dirty: Cell<bool>,
-    /// Deleted groups with records in the os lane. These outlive the deletion's own record when only the durable lane
-    /// moves on, so that record is written again until they are gone.
-    pub tombstones: RefCell<Vec<GroupId>>,
+    /// Deletions whose record is written again when its WAL file goes: something that would bring the partition back, if it
+    /// were found beside a directory of the same name, is there still.
+    pub tombstones: RefCell<Vec<Tombstone>>,
     /// To be removed once the commit is durable that says why.
     trash: RefCell<VecDeque<Trash>>,
     /// Held over a removal and over the renaming of a deletion, so that no removal meets the files of a namesake.
@@ -659,8 +666,9 @@ impl ShardStore {
         for base in group.segment_bases() {
             shard.forget_file(group_id, base);
         }
-        if shard.wal(Lane::Os).has_records_of(group_id) {
-            shard.tombstones.borrow_mut().push(group_id);
+        if group.was_recovered || shard.wal(Lane::Os).has_records_of(group_id) {
+            let tombstone = Tombstone { group: group_id, is_saved: group.was_recovered };
+            shard.tombstones.borrow_mut().push(tombstone);
         }
         drop(alone);
         let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;

@@ -22,6 +22,7 @@ pub const GROUP_STATE: u8 = 5;
 pub const GROUP_DELETE: u8 = 6;
 /// Only there so that a block says which file is the oldest in use.
 pub const NOTHING: u8 = 8;
+pub const PRODUCERS: u8 = 9;
 
 /// Which groups have records in a block. May name a group too many, never one too few.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

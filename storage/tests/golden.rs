@@ -143,6 +143,7 @@ fn check(name: &str, cleanly: bool) {
 }
 
 fn write(name: &str, cleanly: bool) {
+    let recovers = name.ends_with("recovered");
     let dir = tempfile::tempdir().unwrap();
     let (data, _) = recover(dir.path());
     on_shard(async {
@@ -153,10 +154,20 @@ fn write(name: &str, cleanly: bool) {
         }
     });
     drop(data);
+    if recovers {
+        // Killed again before anything was written.
+        drop(recover(dir.path()));
+    }
     std::fs::write(path_of(name), pack(dir.path())).unwrap();
 }
 
-const EXAMPLES: [(&str, bool); 2] = [("v1-killed", false), ("v1-stopped", true)];
+const EXAMPLES: [(&str, bool); 5] = [
+    ("v1-killed", false),
+    ("v1-stopped", true),
+    ("v2-killed", false),
+    ("v2-recovered", false),
+    ("v2-stopped", true),
+];
 
 #[test]
 fn directories_of_former_versions_stay_readable() {
@@ -185,11 +196,13 @@ fn examples_have_every_kind_of_file() {
                     continue;
                 }
                 let kind = entry.extension().or(entry.file_name()).unwrap();
-                *kinds.entry(kind.to_string_lossy().into_owned()).or_default() += 1;
+                let kind = kind.to_string_lossy();
+                let kind = if kind.starts_with("states-") { "states" } else { &kind };
+                *kinds.entry(kind.to_owned()).or_default() += 1;
             }
         }
     }
-    for kind in ["FORMAT", "LOCK", "current", "wal", "CLEAN", "meta", "log", "idx", "snapshot"] {
+    for kind in ["FORMAT", "LOCK", "current", "wal", "states", "CLEAN", "meta", "log", "idx", "snapshot"] {
         assert!(kinds.contains_key(kind), "no {kind}: {kinds:?}");
     }
 }

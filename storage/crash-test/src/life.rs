@@ -266,7 +266,8 @@ impl Life {
         for group in found {
             if let GroupHealth::Damaged { reason } = &group.health {
                 // The kernel lost what it had promised to keep: there is no other copy, so it is damage, and said to be.
-                let lost_by_kernel = reason.contains("-os is damaged") && sync_failed;
+                let os_ring = ["-os is damaged", "-os.damaged-"].iter().any(|text| reason.contains(text));
+                let lost_by_kernel = os_ring && sync_failed;
                 if !damage && !lost_by_kernel {
                     return Err(format!("group {} is called damaged: {reason}", group.group_id));
                 }

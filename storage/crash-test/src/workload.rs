@@ -403,6 +403,10 @@ async fn delete(world: &Shared, id: GroupId) {
         Err(DeleteError::Io { .. }) => {
             let log = store.group(id);
             if let Some(slot) = world.slots.get_mut(&id) {
+                // It may have been configured meanwhile.
+                if let Some(log) = &log {
+                    log.set_config(slot.config.clone());
+                }
                 slot.log = log;
                 slot.deleting = false;
                 slot.model.take_back();
