@@ -20,6 +20,8 @@ use crate::topic_table::{Synonym, TOPIC_CONFIGS};
 
 pub(super) const RESOURCE_TOPIC: i8 = 2;
 pub(super) const RESOURCE_BROKER: i8 = 4;
+pub(super) const RESOURCE_BROKER_LOGGER: i8 = 8;
+pub(super) const RESOURCE_CLIENT_METRICS: i8 = 16;
 pub(super) const RESOURCE_GROUP: i8 = 32;
 
 /// One configuration with everything that is known of it.
@@ -90,6 +92,12 @@ fn describe(
             check_group_name(name)?;
             Ok(group_configs(name, image))
         }
+        // There is no logger whose level could be asked for or changed by name.
+        RESOURCE_BROKER_LOGGER => check_broker_name(name, image).map(|()| Vec::new()),
+        RESOURCE_CLIENT_METRICS if name.is_empty() => {
+            Err(Refused::new(ErrorCode::INVALID_REQUEST, "Client metrics subscription name must not be empty"))
+        }
+        RESOURCE_CLIENT_METRICS => Ok(Vec::new()),
         other => Err(unsupported_resource(other)),
     }
 }
