@@ -38,14 +38,13 @@ pub struct Which {
     unhealthy: bool,
 }
 
-pub async fn partitions(
-    State(node): Shared,
-    Query(which): Query<Which>,
-) -> Result<Json<Value>, Problem> {
+pub async fn partitions(State(node): Shared, Query(which): Query<Which>) -> Result<Json<Value>, Problem> {
     if let Some(topic) = &which.topic
         && !node.image.load().topics.contains_key(topic)
     {
-        return Err(Problem::not_found(format!("topic '{topic}' does not exist")).with_fix("flumen topic list"));
+        return Err(
+            Problem::not_found(format!("topic '{topic}' does not exist")).with_fix("flumen topic list")
+        );
     }
     let found = cluster_health::partitions(&node, which.topic.as_deref(), which.unhealthy);
     Ok(Json(json!({ "partitions": found })))

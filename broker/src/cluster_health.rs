@@ -269,12 +269,17 @@ mod tests {
         let codes: Vec<_> = problems.iter().map(|p| (p.code, p.severity)).collect();
         assert_eq!(codes[0], ("DISK_FULL", Severity::Error));
         assert_eq!(codes.iter().filter(|c| c.0 == "PARTITION_DAMAGED").count(), DAMAGED_NAMED_MAX + 1);
-        assert_eq!(codes[codes.len() - 2..], [("EXPORT_FAILED", Severity::Error), ("EXPORT_WAITS", Severity::Warning)]);
+        assert_eq!(
+            codes[codes.len() - 2..],
+            [("EXPORT_FAILED", Severity::Error), ("EXPORT_WAITS", Severity::Warning)]
+        );
         assert!(problems.iter().all(|p| !p.detail.is_empty() && !p.impact.is_empty() && !p.fix.is_empty()));
         assert_eq!(problems[0].detail, "100 MiB are free where /data is");
         assert_eq!(problems[1].subject, "t-0");
         assert!(problems[1].fix.contains("flumen debug log verify /data"));
         assert_eq!(problems[codes.len() - 2].fix, "fix the password; flumen export status failed tells more");
-        assert!(judge(&Seen { exports: vec![export("r", State::Running, None)], ..Seen::default() }).is_empty());
+        assert!(
+            judge(&Seen { exports: vec![export("r", State::Running, None)], ..Seen::default() }).is_empty()
+        );
     }
 }

@@ -110,12 +110,12 @@ impl Walk<'_> {
     #[inline(always)]
     fn skip_varlong(&mut self) -> Option<()> {
         let mut taken = 0;
-        // Ten bytes hold 64 bits.
+        // Ten bytes hold 64 bits, the last of them one.
         for byte in self.bytes.iter().take(10) {
             taken += 1;
             if *byte < 0x80 {
                 self.bytes = &self.bytes[taken..];
-                return Some(());
+                return (taken < 10 || *byte <= 1).then_some(());
             }
         }
         None
@@ -135,4 +135,139 @@ fn long_varint(bytes: &[u8]) -> Option<(u32, &[u8])> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{BatchBuilder, decode_records};
+    use crate::record_batch::{HEADER_BYTES, parse};
+
+    /// SplitMix64.
+    struct Rng(u64);
+
+    impl Rng {
+        fn below(&mut self, n: usize) -> usize {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.0;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ (z >> 31)) % n.max(1) as u64) as usize
+        }
+    }
+
+    fn check(batch: &[u8]) -> Result<(), BatchError> {
+        check_records(&parse(batch).expect("a whole batch"), &batch[HEADER_BYTES..])
+    }
+
+    /// Keys, values and headers of none, no, one, two and three bytes of length, times before and after the first.
+    fn batch(rng: &mut Rng, records: usize) -> Vec<u8> {
+        const LENGTHS: [usize; 8] = [0, 1, 5, 63, 64, 200, 8191, 8192];
+        let bytes = vec![b'v'; 8192];
+        let mut builder = BatchBuilder::new();
+        for _ in 0..records {
+            let mut some = || (rng.below(4) > 0).then(|| &bytes[..LENGTHS[rng.below(LENGTHS.len())]]);
+            let (key, value, content) = (some(), some(), some());
+            let headers = [("name", content), ("", None)];
+            let headers = &headers[..rng.below(3)];
+            let at = rng.below(1 << 40) as i64 - (1 << 39);
+            builder.append(at, key, value, headers);
+        }
+        builder.build(0).to_vec()
+    }
+
+    /// What a reader makes of it: all records, at the offsets that the header promises.
+    fn readable(batch: &[u8]) -> bool {
+        let mut scratch = Vec::new();
+        let Ok(records) = decode_records(batch, &mut scratch, 1 << 20) else { return false };
+        let offsets: Result<Vec<i64>, _> = records.map(|record| record.map(|r| r.offset)).collect();
+        let count = parse(batch).expect("a whole batch").record_count;
+        offsets.is_ok_and(|offsets| offsets.into_iter().eq(0..i64::from(count)))
+    }
+
+    #[test]
+    fn what_a_client_makes_is_accepted() {
+        let mut rng = Rng(1);
+        for records in [1, 2, 3, 63, 64, 65, 130, 200] {
+            let bytes = batch(&mut rng, records);
+            assert_eq!(check(&bytes), Ok(()), "{records} records");
+            assert!(readable(&bytes));
+        }
+    }
+
+    #[test]
+    fn it_accepts_exactly_what_a_reader_can_read() {
+        let (mut accepted, mut refused) = (0, 0);
+        for seed in 0..400 {
+            let mut rng = Rng(seed);
+            let records = 1 + rng.below(5);
+            let whole = batch(&mut rng, records);
+            for _ in 0..200 {
+                let mut bytes = whole.clone();
+                // No time can overflow that counts from 0.
+                bytes[27..35].fill(0);
+                for _ in 0..=rng.below(2) {
+                    // Mostly where a record begins, which is where its numbers are.
+                    let reach = if rng.below(2) == 0 { 16 } else { bytes.len() - HEADER_BYTES };
+                    let at = HEADER_BYTES + rng.below(reach.min(bytes.len() - HEADER_BYTES));
+                    bytes[at] = rng.below(256) as u8;
+                }
+                if rng.below(4) == 0 {
+                    let count = 1 + rng.below(6) as u8;
+                    (bytes[60], bytes[26]) = (count, count - 1);
+                }
+                let outcome = check(&bytes);
+                assert_eq!(outcome.is_ok(), readable(&bytes), "seed {seed}: {outcome:?} for {bytes:?}");
+                if outcome.is_ok() { accepted += 1 } else { refused += 1 }
+            }
+        }
+        assert!(accepted > 1_000 && refused > 1_000, "{accepted} accepted, {refused} refused");
+    }
+
+    #[test]
+    fn each_fault_is_named() {
+        let mut builder = BatchBuilder::new();
+        for value in [b"aaa", b"bbb", b"ccc"] {
+            builder.append(0, None, Some(value), &[]);
+        }
+        let changed = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = builder.clone().build(0).to_vec();
+            change(&mut bytes);
+            check(&bytes)
+        };
+        let count = |n: u8| {
+            move |bytes: &mut Vec<u8>| {
+                (bytes[60], bytes[26]) = (n, n - 1);
+            }
+        };
+        let bad = |index| Err(BatchError::BadRecord { index });
+        assert_eq!(changed(&count(3)), Ok(()));
+        assert_eq!(changed(&count(4)), bad(3));
+        assert_eq!(changed(&count(2)), Err(BatchError::BytesAfterRecords(10)));
+        // Offset delta of the second: the first's again.
+        assert_eq!(changed(&|b| b[HEADER_BYTES + 13] = 0), bad(1));
+        assert_eq!(changed(&|b| b[HEADER_BYTES] = 0x80), bad(0));
+        // As many headers as 32 bits can say end with the bytes, not with the count.
+        assert_eq!(changed(&|b| b[HEADER_BYTES + 9] = 0xfe), bad(0));
+    }
+
+    #[test]
+    fn a_compressed_batch_is_held_to_what_its_bytes_can_make() {
+        for codec in [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd] {
+            let mut builder = BatchBuilder::new();
+            for _ in 0..5_000 {
+                // The smallest record there is, and nothing but it: as dense as a batch can be.
+                builder.append(0, None, None, &[]);
+            }
+            let bytes = builder.compression(codec).build(0).to_vec();
+            assert_eq!(check(&bytes), Ok(()), "{codec:?}");
+            let mut header = parse(&bytes).expect("whole");
+            let body = &bytes[HEADER_BYTES..];
+            header.record_count = i32::MAX;
+            assert!(
+                matches!(check_records(&header, &body[..100]), Err(BatchError::BadRecord { .. })),
+                "{codec:?}"
+            );
+        }
+    }
 }

@@ -160,10 +160,9 @@ fn dense_requests(n: usize, tagged: bool) -> Vec<(i16, RequestKind)> {
             api::ALTER_PARTITION_REASSIGNMENTS,
             RequestKind::AlterPartitionReassignments(
                 AlterPartitionReassignmentsRequest::default().with_topics(vec![
-                    alter_partition_reassignments_request::ReassignableTopic::default().with_partitions(many(
-                        element!(alter_partition_reassignments_request::ReassignablePartition),
-                        n,
-                    )),
+                    alter_partition_reassignments_request::ReassignableTopic::default().with_partitions(
+                        many(element!(alter_partition_reassignments_request::ReassignablePartition), n),
+                    ),
                 ]),
             ),
         ),

@@ -30,10 +30,7 @@ except KafkaException as e:
 every = AclBindingFilter(
     ResourceType.ANY, None, ResourcePatternType.ANY, None, None, AclOperation.ANY, AclPermissionType.ANY
 )
-try:
-    admin.describe_acls(every).result()
-    raise AssertionError("ACLs were found")
-except KafkaException as e:
-    assert e.args[0].code() == KafkaError.SECURITY_DISABLED, e
+# Of an answer with SECURITY_DISABLED, Kafka's or ours, this client shows that there are none.
+assert admin.describe_acls(every).result() == []
 
 print("confluent operate ok")

@@ -61,14 +61,29 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                     let address = format!("{}:{}", text(&b["host"]), text(&b["port"]));
                     let mut row = vec![text(&b["node_id"]), address];
                     row.extend(
-                        ["rack", "membership_status", "version", "partitions", "connections", "disk_free_bytes"]
-                            .map(|key| text(&b[key])),
+                        [
+                            "rack",
+                            "membership_status",
+                            "version",
+                            "partitions",
+                            "connections",
+                            "disk_free_bytes",
+                        ]
+                        .map(|key| text(&b[key])),
                     );
                     row
                 })
                 .collect();
-            let headers =
-                ["NODE", "ADDRESS", "RACK", "STATUS", "VERSION", "PARTITIONS", "CONNECTIONS", "DISK-FREE-BYTES"];
+            let headers = [
+                "NODE",
+                "ADDRESS",
+                "RACK",
+                "STATUS",
+                "VERSION",
+                "PARTITIONS",
+                "CONNECTIONS",
+                "DISK-FREE-BYTES",
+            ];
             show(admin, &brokers, || table::print(&headers, &rows));
             Ok(())
         }

@@ -4,7 +4,9 @@
 use flumen_metadata::admin::{self, QuorumState};
 use flumen_metadata::topic_name;
 use flumen_protocol::error_code::ErrorCode;
-use kafka_protocol::messages::describe_producers_response::{PartitionResponse, ProducerState, TopicResponse};
+use kafka_protocol::messages::describe_producers_response::{
+    PartitionResponse, ProducerState, TopicResponse,
+};
 use kafka_protocol::messages::{
     AlterClientQuotasRequest, AlterPartitionReassignmentsRequest, DescribeClientQuotasRequest,
     DescribeProducersRequest, DescribeProducersResponse, DescribeQuorumRequest,
@@ -95,7 +97,8 @@ pub async fn describe_producers(request: &Request<'_>) -> Result<Answer, Request
             if let Some(reason) = &bad_name {
                 let message = StrBytes::from_string(reason.to_string());
                 answered.partitions.push(
-                    out.with_error_code(ErrorCode::INVALID_TOPIC_EXCEPTION.0).with_error_message(Some(message)),
+                    out.with_error_code(ErrorCode::INVALID_TOPIC_EXCEPTION.0)
+                        .with_error_message(Some(message)),
                 );
                 continue;
             }

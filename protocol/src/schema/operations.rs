@@ -62,7 +62,10 @@ static LIST_PARTITION_REASSIGNMENTS_TOPIC: Message =
     Message { fields: &[Field("name", String, ANY), Field("partition_indexes", Int32s, ANY)], tagged: &[] };
 
 pub(super) static DESCRIBE_CLIENT_QUOTAS: Message = Message {
-    fields: &[Field("components", Structs(&DESCRIBE_CLIENT_QUOTAS_COMPONENT), ANY), Field("strict", Bool, ANY)],
+    fields: &[
+        Field("components", Structs(&DESCRIBE_CLIENT_QUOTAS_COMPONENT), ANY),
+        Field("strict", Bool, ANY),
+    ],
     tagged: &[],
 };
 

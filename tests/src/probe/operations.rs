@@ -13,8 +13,8 @@ use kafka_protocol::messages::list_partition_reassignments_request::ListPartitio
 use kafka_protocol::messages::{
     AlterClientQuotasRequest, AlterPartitionReassignmentsRequest, BrokerId, DescribeAclsRequest,
     DescribeClientQuotasRequest, DescribeProducersRequest, DescribeQuorumRequest,
-    DescribeUserScramCredentialsRequest, ElectLeadersRequest, InitProducerIdRequest, ListConfigResourcesRequest,
-    ListPartitionReassignmentsRequest, ProducerId,
+    DescribeUserScramCredentialsRequest, ElectLeadersRequest, InitProducerIdRequest,
+    ListConfigResourcesRequest, ListPartitionReassignmentsRequest, ProducerId,
 };
 
 use super::Probes;
@@ -79,8 +79,7 @@ fn elections(probes: &mut Probes) {
                 })
                 .collect()
         });
-        let request =
-            ElectLeadersRequest::default().with_timeout_ms(30_000).with_topic_partitions(topics);
+        let request = ElectLeadersRequest::default().with_timeout_ms(30_000).with_topic_partitions(topics);
         if version >= 1 { request.with_election_type(kind) } else { request }
     };
     probes.one("ElectLeaders/preferred", all, move |_, v| ask(v, 0, Some(vec![("plain", vec![0, 1])])));
@@ -165,8 +164,10 @@ fn config_resources(probes: &mut Probes) {
     }
     probes.exchange("ListConfigResources/topics", (1, 1), |bed, version| {
         let mut wire = bed.wire()?;
-        let answer = wire.ask(version, &ListConfigResourcesRequest::default().with_resource_types(vec![2]))?;
-        let plain = answer.config_resources.iter().any(|r| &*r.resource_name == "plain" && r.resource_type == 2);
+        let answer =
+            wire.ask(version, &ListConfigResourcesRequest::default().with_resource_types(vec![2]))?;
+        let plain =
+            answer.config_resources.iter().any(|r| &*r.resource_name == "plain" && r.resource_type == 2);
         Ok(format!("error_code: {}, plain is listed: {plain}", answer.error_code))
     });
     // With groups that have configurations and those that do not.
@@ -193,7 +194,8 @@ fn producers(probes: &mut Probes) {
     probes.one("DescribeProducers/bad name", only, move |_, _| ask("no name!", vec![0]));
     probes.exchange("DescribeProducers/one", only, move |bed, version| {
         let mut wire = bed.wire()?;
-        let nobody = InitProducerIdRequest::default().with_producer_id(ProducerId(-1)).with_producer_epoch(-1);
+        let nobody =
+            InitProducerIdRequest::default().with_producer_id(ProducerId(-1)).with_producer_epoch(-1);
         let id = wire.ask(4, &nobody)?.producer_id;
         let records = batch(&["a", "b", "c"], |b| {
             b.producer(id.0, 0, 7);
@@ -229,7 +231,8 @@ fn security(probes: &mut Probes) {
     probes.one("DescribeClientQuotas/exact without a name", all, move |_, _| component("user", 0, None));
     probes.one("AlterClientQuotas/nothing", all, |_, _| AlterClientQuotasRequest::default());
     probes.one("AlterClientQuotas/a rate", all, |_, _| {
-        let entity = EntityData::default().with_entity_type(text("client-id")).with_entity_name(Some(text("c")));
+        let entity =
+            EntityData::default().with_entity_type(text("client-id")).with_entity_name(Some(text("c")));
         let rate = OpData::default().with_key(text("producer_byte_rate")).with_value(1e6);
         AlterClientQuotasRequest::default()
             .with_validate_only(true)

@@ -66,14 +66,15 @@ pub fn describe_quorum(
                     .with_error_code(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION.0)
                     .with_error_message((version >= 2).then(|| text(message)))
             });
-            TopicData::default().with_topic_name(topic.topic_name.clone()).with_partitions(partitions.collect())
+            TopicData::default()
+                .with_topic_name(topic.topic_name.clone())
+                .with_partitions(partitions.collect())
         });
         return response.with_topics(topics.collect());
     }
     let node = &image.node;
-    let mut voter = ReplicaState::default()
-        .with_replica_id(BrokerId(node.id))
-        .with_log_end_offset(quorum.log_end_offset);
+    let mut voter =
+        ReplicaState::default().with_replica_id(BrokerId(node.id)).with_log_end_offset(quorum.log_end_offset);
     if version >= 1 {
         // A leader has fetched and caught up with itself just now.
         voter = voter.with_last_fetch_timestamp(quorum.now_ms).with_last_caught_up_timestamp(quorum.now_ms);
@@ -93,9 +94,7 @@ pub fn describe_quorum(
     }
     let listener =
         Listener::default().with_name(text(LISTENER)).with_host(text(&node.host)).with_port(node.port);
-    response.with_nodes(vec![
-        Node::default().with_node_id(BrokerId(node.id)).with_listeners(vec![listener]),
-    ])
+    response.with_nodes(vec![Node::default().with_node_id(BrokerId(node.id)).with_listeners(vec![listener])])
 }
 
 pub fn elect_leaders(
@@ -107,9 +106,7 @@ pub fn elect_leaders(
     let kind = if version >= 1 { request.election_type } else { ELECTION_PREFERRED };
     let known_kind = matches!(kind, ELECTION_PREFERRED | ELECTION_UNCLEAN);
     let elected = |topic: &str, index: i32| match find(image, topic, index) {
-        _ if !known_kind => {
-            Refused::new(ErrorCode::INVALID_REQUEST, format!("Unknown election type {kind}"))
-        }
+        _ if !known_kind => Refused::new(ErrorCode::INVALID_REQUEST, format!("Unknown election type {kind}")),
         Err(refused) => refused,
         Ok(info) if status(info.group_id).damaged => Refused::new(
             if kind == ELECTION_PREFERRED {
@@ -119,10 +116,9 @@ pub fn elect_leaders(
             },
             "The log of the only replica is damaged; no election can mend it.",
         ),
-        Ok(_) => Refused::new(
-            ErrorCode::ELECTION_NOT_NEEDED,
-            "Leader election not needed for topic partition.",
-        ),
+        Ok(_) => {
+            Refused::new(ErrorCode::ELECTION_NOT_NEEDED, "Leader election not needed for topic partition.")
+        }
     };
     let result = |index: i32, outcome: Refused| {
         PartitionResult::default()
@@ -150,7 +146,8 @@ pub fn elect_leaders(
             .iter()
             .map(|topic| {
                 let partitions = topic.partitions.iter();
-                let partitions = partitions.map(|index| result(*index, elected(topic.topic.as_str(), *index)));
+                let partitions =
+                    partitions.map(|index| result(*index, elected(topic.topic.as_str(), *index)));
                 ReplicaElectionResult::default()
                     .with_topic(topic.topic.clone())
                     .with_partition_result(partitions.collect())
@@ -204,11 +201,7 @@ pub fn alter_partition_reassignments(
 }
 
 /// Whether the partition is where it is wanted; there is nowhere else for it to go.
-fn reassigned(
-    image: &MetadataImage,
-    topic: &str,
-    partition: &ReassignablePartition,
-) -> Result<(), Refused> {
+fn reassigned(image: &MetadataImage, topic: &str, partition: &ReassignablePartition) -> Result<(), Refused> {
     let info = find(image, topic, partition.partition_index)?;
     let Some(wanted) = &partition.replicas else {
         return Err(Refused::new(
@@ -223,7 +216,10 @@ fn reassigned(
     let mut seen = BTreeSet::new();
     for id in wanted {
         if !seen.insert(id.0) {
-            return bad(format!("The manual partition assignment includes the broker {} more than once.", id.0));
+            return bad(format!(
+                "The manual partition assignment includes the broker {} more than once.",
+                id.0
+            ));
         }
         if id.0 != image.node.id {
             return bad(format!(

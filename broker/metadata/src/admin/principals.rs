@@ -29,15 +29,15 @@ pub fn describe_client_quotas(request: &DescribeClientQuotasRequest) -> Describe
         if seen.insert(component.entity_type.as_str()) {
             return Ok(());
         }
-        let message = format!("Entity type {} cannot appear more than once in the filter.", component.entity_type);
+        let message =
+            format!("Entity type {} cannot appear more than once in the filter.", component.entity_type);
         Err(Refused::new(ErrorCode::INVALID_REQUEST, message))
     });
     match checked {
         Ok(()) => response.with_entries(Some(Vec::new())),
-        Err(refused) => response
-            .with_error_code(refused.code.0)
-            .with_error_message(refused.text())
-            .with_entries(None),
+        Err(refused) => {
+            response.with_error_code(refused.code.0).with_error_message(refused.text()).with_entries(None)
+        }
     }
 }
 
@@ -86,8 +86,9 @@ pub fn describe_user_scram_credentials(
     }
     let results = asked.into_iter().map(|(user, times)| {
         let (code, message) = if times > 1 {
-            let message =
-                format!("Cannot describe SCRAM credentials for the same user twice in a single request: {user}");
+            let message = format!(
+                "Cannot describe SCRAM credentials for the same user twice in a single request: {user}"
+            );
             (ErrorCode::DUPLICATE_RESOURCE, message)
         } else {
             let message = format!("Attempt to describe a user credential that does not exist: {user}");

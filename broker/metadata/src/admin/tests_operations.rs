@@ -8,7 +8,8 @@ use kafka_protocol::messages::describe_user_scram_credentials_request::UserName;
 use kafka_protocol::messages::elect_leaders_request::TopicPartitions;
 use kafka_protocol::messages::{
     AlterClientQuotasRequest, AlterPartitionReassignmentsRequest, BrokerId, DescribeClientQuotasRequest,
-    DescribeQuorumRequest, DescribeUserScramCredentialsRequest, ElectLeadersRequest, ListConfigResourcesRequest,
+    DescribeQuorumRequest, DescribeUserScramCredentialsRequest, ElectLeadersRequest,
+    ListConfigResourcesRequest,
 };
 
 use super::testing::*;
@@ -51,8 +52,7 @@ fn the_quorum_is_this_node_and_no_other_partition_has_one() {
 fn elections_are_not_needed_where_the_log_is_whole() {
     let image = image(&[("a", 2, 1), ("b", 1, 2)]);
     let damaged_group = image.topics["a"].partitions[1].group_id;
-    let status =
-        |group| PartitionStatus { damaged: group == damaged_group, ..PartitionStatus::default() };
+    let status = |group| PartitionStatus { damaged: group == damaged_group, ..PartitionStatus::default() };
     for version in 0..=2 {
         let elect = |kind: i8, named: Option<(&str, Vec<i32>)>| {
             let topics = named.map(|(name, partitions)| {
