@@ -54,6 +54,12 @@ impl Walk<'_> {
         let length = usize::try_from(self.varint()?).ok()?;
         let (record, rest) = self.bytes.split_at_checked(length)?;
         self.bytes = rest;
+        if is_plain(record, index) { Some(()) } else { Self::check_parts(record, index) }
+    }
+
+    /// What a record is made of, part by part.
+    #[inline(never)]
+    fn check_parts(record: &[u8], index: i32) -> Option<()> {
         // Attributes, which no record has yet.
         let (_, parts) = record.split_first()?;
         let mut parts = Walk { bytes: parts };
@@ -70,7 +76,6 @@ impl Walk<'_> {
         parts.bytes.is_empty().then_some(())
     }
 
-    #[cold]
     fn skip_headers(&mut self, count: i32) -> Option<()> {
         // Each takes two bytes at least, so a false count ends soon.
         for _ in 0..u32::try_from(count).ok()? {
@@ -120,6 +125,50 @@ impl Walk<'_> {
         }
         None
     }
+}
+
+/// Whether this is a whole record of the common shape: a key of less than 64 bytes or none, a value, no headers, numbers in
+/// their shortest form. No means only that it takes a closer look.
+#[inline(always)]
+fn is_plain(record: &[u8], index: i32) -> bool {
+    // All lengths before the value's lie in here.
+    let Some(head) = record.first_chunk::<16>() else { return false };
+    let at = match head {
+        [_, 0..=0x7f, ..] => 2,
+        [_, _, 0..=0x7f, ..] => 3,
+        [_, _, _, 0..=0x7f, ..] => 4,
+        _ => return false,
+    };
+    // The index in zigzag, of one byte or two.
+    let zigzag = (index as u32) << 1;
+    let at = if zigzag < 1 << 7 {
+        if u32::from(head[at]) != zigzag {
+            return false;
+        }
+        at + 1
+    } else {
+        let two = u32::from(head[at] & 0x7f) | u32::from(head[at + 1]) << 7;
+        if head[at] < 0x80 || head[at + 1] >= 0x80 || two != zigzag {
+            return false;
+        }
+        at + 2
+    };
+    let at = match head[at] {
+        1 => at + 1,
+        key if key & 0x81 == 0 => at + 1 + usize::from(key >> 1),
+        _ => return false,
+    };
+    let (zigzag, taken) = match record.get(at..) {
+        Some(&[1, ..]) => (0, 1),
+        Some(&[a @ 0..=0x7f, ..]) => (usize::from(a), 1),
+        Some(&[a, b @ 0..=0x7f, ..]) => (usize::from(a & 0x7f) | usize::from(b) << 7, 2),
+        Some(&[a, b, c @ 0..=0x7f, ..]) => {
+            (usize::from(a & 0x7f) | usize::from(b & 0x7f) << 7 | usize::from(c) << 14, 3)
+        }
+        _ => return false,
+    };
+    // The last byte is the count of headers.
+    zigzag & 1 == 0 && at + taken + (zigzag >> 1) + 1 == record.len() && record.last() == Some(&0)
 }
 
 #[cold]

@@ -71,6 +71,12 @@ fn java_tools_for_operators() {
 }
 
 #[test]
+fn kafka_python_operates() {
+    let (_dir, flumen) = broker();
+    assert!(python("kafka_python_operate.py", &flumen).contains("kafka-python operate ok"));
+}
+
+#[test]
 fn confluent_kafka_operates() {
     let (_dir, flumen) = broker();
     assert!(python("confluent_operate.py", &flumen).contains("confluent operate ok"));

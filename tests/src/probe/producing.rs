@@ -161,6 +161,19 @@ fn inside(probes: &mut Probes) {
                 to(bed, version, "poisoned", summed(bytes))
             });
         }
+        probes.one(
+            &format!("Produce/{codec:?} wrong count on a compacted topic"),
+            versions,
+            move |bed, version| {
+                let mut builder = BatchBuilder::new();
+                for key in [b"aaa", b"bbb", b"ccc"] {
+                    builder.append(now_ms_whole(), Some(key), Some(b"v"), &[]);
+                }
+                let mut bytes = builder.compression(codec).build(0);
+                count(&mut bytes, if version % 2 == 0 { 2 } else { 4 });
+                to(bed, version, "compacted", summed(bytes))
+            },
+        );
         probes.one(&format!("Produce/{codec:?} body that is not"), versions, move |bed, version| {
             let mut bytes = packed();
             bytes[RECORDS_AT..].fill(0x2a);
