@@ -21,12 +21,13 @@ use flumen_sink::admission::Admission;
 use flumen_sink::config::redact_url;
 use flumen_sink::exporter::{ResetError, ResetTo};
 
+use crate::admin_cluster;
 use crate::export::{CONFIG_PREFIX, ENABLE, ENDPOINT, NotAdmitted, PAUSED, ResetRefused};
 use crate::metrics_text;
 use crate::node::Node;
 use crate::topic_admin::{self, TopicError};
 
-type Shared = State<Arc<Node>>;
+pub(crate) type Shared = State<Arc<Node>>;
 
 /// Bodies are configurations; nothing legitimate is near this.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -43,7 +44,12 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         .route("/v1/exports/{topic}/status", get(export_status))
         .route("/v1/status/ready", get(ready))
         .route("/v1/status/live", get(ready))
-        .route("/v1/brokers", get(brokers))
+        .route("/v1/cluster", get(admin_cluster::cluster))
+        .route("/v1/cluster/health", get(admin_cluster::health))
+        .route("/v1/cluster/health_overview", get(admin_cluster::health))
+        .route("/v1/cluster/partitions", get(admin_cluster::partitions))
+        .route("/v1/brokers", get(admin_cluster::brokers))
+        .route("/v1/brokers/{id}", get(admin_cluster::broker))
         .route("/version", get(version))
         .route("/metrics", get(metrics))
         .route("/public_metrics", get(metrics))
@@ -148,20 +154,6 @@ async fn ready(State(node): Shared) -> Json<Value> {
 
 async fn version() -> Json<Value> {
     Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
-}
-
-async fn brokers(State(node): Shared) -> Json<Value> {
-    let image = node.image.load();
-    let shards: Vec<Value> = node
-        .shards
-        .iter()
-        .enumerate()
-        .map(|(id, s)| json!({ "shard": id, "connections": s.connections() }))
-        .collect();
-    Json(json!([{
-        "node_id": image.node.id, "host": image.node.host, "port": image.node.port, "rack": image.node.rack,
-        "shards": shards, "membership_status": "active",
-    }]))
 }
 
 async fn metrics(State(node): Shared) -> Response {

@@ -190,6 +190,18 @@ async fn route(request: &Request<'_>) -> Result<Answer, RequestError> {
         ApiKey::ListGroups => handlers::groups::list(request).await,
         ApiKey::DescribeGroups => handlers::groups::describe(request).await,
         ApiKey::DeleteGroups => handlers::groups::delete(request).await,
+        ApiKey::DescribeQuorum => handlers::operations::describe_quorum(request).await,
+        ApiKey::ElectLeaders => handlers::operations::elect_leaders(request),
+        ApiKey::AlterPartitionReassignments => handlers::operations::alter_partition_reassignments(request),
+        ApiKey::ListPartitionReassignments => handlers::operations::list_partition_reassignments(request),
+        ApiKey::ListConfigResources => handlers::operations::list_config_resources(request),
+        ApiKey::DescribeProducers => handlers::operations::describe_producers(request).await,
+        ApiKey::DescribeClientQuotas => handlers::operations::describe_client_quotas(request),
+        ApiKey::AlterClientQuotas => handlers::operations::alter_client_quotas(request),
+        ApiKey::DescribeUserScramCredentials => {
+            handlers::operations::describe_user_scram_credentials(request)
+        }
+        ApiKey::DescribeAcls => handlers::operations::describe_acls(request),
         other => Err(request.malformed(format!("{other:?} is not served"))),
     }
 }

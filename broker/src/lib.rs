@@ -4,8 +4,10 @@
 //! `flumen_raft` -> `flumen_storage` -> `flumen_io`. See docs/ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
+mod admin_cluster;
 pub mod admin_http;
 pub mod cli;
+mod cluster_health;
 pub mod controller;
 pub mod coordinator;
 pub mod disk_space;

@@ -39,14 +39,24 @@ pub const DELETE_TOPICS: i16 = 20;
 pub const DELETE_RECORDS: i16 = 21;
 pub const INIT_PRODUCER_ID: i16 = 22;
 pub const OFFSET_FOR_LEADER_EPOCH: i16 = 23;
+pub const DESCRIBE_ACLS: i16 = 29;
 pub const DESCRIBE_CONFIGS: i16 = 32;
 pub const ALTER_CONFIGS: i16 = 33;
 pub const DESCRIBE_LOG_DIRS: i16 = 35;
 pub const CREATE_PARTITIONS: i16 = 37;
 pub const DELETE_GROUPS: i16 = 42;
+pub const ELECT_LEADERS: i16 = 43;
 pub const INCREMENTAL_ALTER_CONFIGS: i16 = 44;
+pub const ALTER_PARTITION_REASSIGNMENTS: i16 = 45;
+pub const LIST_PARTITION_REASSIGNMENTS: i16 = 46;
 pub const OFFSET_DELETE: i16 = 47;
+pub const DESCRIBE_CLIENT_QUOTAS: i16 = 48;
+pub const ALTER_CLIENT_QUOTAS: i16 = 49;
+pub const DESCRIBE_USER_SCRAM_CREDENTIALS: i16 = 50;
+pub const DESCRIBE_QUORUM: i16 = 55;
 pub const DESCRIBE_CLUSTER: i16 = 60;
+pub const DESCRIBE_PRODUCERS: i16 = 61;
+pub const LIST_CONFIG_RESOURCES: i16 = 74;
 pub const DESCRIBE_TOPIC_PARTITIONS: i16 = 75;
 
 const fn api(key: i16, name: &'static str, versions: (i16, i16), first_flexible: i16) -> ApiSpec {
@@ -74,14 +84,24 @@ pub const SERVED: &[ApiSpec] = &[
     api(DELETE_RECORDS, "DeleteRecords", (0, 2), 2),
     api(INIT_PRODUCER_ID, "InitProducerId", (0, 5), 2),
     api(OFFSET_FOR_LEADER_EPOCH, "OffsetForLeaderEpoch", (2, 4), 4),
+    api(DESCRIBE_ACLS, "DescribeAcls", (1, 3), 2),
     api(DESCRIBE_CONFIGS, "DescribeConfigs", (1, 4), 4),
     api(ALTER_CONFIGS, "AlterConfigs", (0, 2), 2),
     api(DESCRIBE_LOG_DIRS, "DescribeLogDirs", (1, 4), 2),
     api(CREATE_PARTITIONS, "CreatePartitions", (0, 3), 2),
     api(DELETE_GROUPS, "DeleteGroups", (0, 2), 2),
+    api(ELECT_LEADERS, "ElectLeaders", (0, 2), 2),
     api(INCREMENTAL_ALTER_CONFIGS, "IncrementalAlterConfigs", (0, 1), 1),
+    api(ALTER_PARTITION_REASSIGNMENTS, "AlterPartitionReassignments", (0, 1), 0),
+    api(LIST_PARTITION_REASSIGNMENTS, "ListPartitionReassignments", (0, 0), 0),
     api(OFFSET_DELETE, "OffsetDelete", (0, 0), NEVER_FLEXIBLE),
+    api(DESCRIBE_CLIENT_QUOTAS, "DescribeClientQuotas", (0, 1), 1),
+    api(ALTER_CLIENT_QUOTAS, "AlterClientQuotas", (0, 1), 1),
+    api(DESCRIBE_USER_SCRAM_CREDENTIALS, "DescribeUserScramCredentials", (0, 0), 0),
+    api(DESCRIBE_QUORUM, "DescribeQuorum", (0, 2), 0),
     api(DESCRIBE_CLUSTER, "DescribeCluster", (0, 2), 0),
+    api(DESCRIBE_PRODUCERS, "DescribeProducers", (0, 0), 0),
+    api(LIST_CONFIG_RESOURCES, "ListConfigResources", (0, 1), 0),
     api(DESCRIBE_TOPIC_PARTITIONS, "DescribeTopicPartitions", (0, 0), 0),
 ];
 

@@ -92,8 +92,12 @@ impl Walk<'_> {
                 let length = self.reader.nullable_bytes_length(self.flexible).map_err(at(name))?;
                 self.skip(length.ok_or(GuardError::Malformed { field: name })?, name)
             }
-            Kind::Int32s => {
-                let count = self.count(4, 4, false, name)?;
+            Kind::Int8s => {
+                let count = self.count(1, 1, false, name)?;
+                self.skip(count, name)
+            }
+            Kind::Int32s | Kind::NullableInt32s => {
+                let count = self.count(4, 4, matches!(kind, Kind::NullableInt32s), name)?;
                 // The count fits what remains at four bytes each, so the product does not overflow.
                 self.skip(count * 4, name)
             }

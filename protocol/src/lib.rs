@@ -16,5 +16,6 @@ pub mod header;
 pub mod produce;
 pub mod record;
 pub mod record_batch;
+mod record_check;
 mod schema;
 mod wire;

@@ -1,10 +1,12 @@
 //! The header of a v2 record batch: reading it, checking what a producer sent, and the few fields a broker rewrites.
 //!
-//! Works on one batch at a time and never looks at records. Base offset and leader epoch lie before the checksummed
-//! part, so assigning them costs no hash; only log append time recomputes the checksum.
+//! Works on one batch at a time; the only look at records is that of `record_check` on what was produced. Base offset and
+//! leader epoch lie before the checksummed part, so assigning them costs no hash; only log append time recomputes the
+//! checksum.
 
 use crate::compression::Compression;
 use crate::error_code::ErrorCode;
+use crate::record_check::check_records;
 
 pub const HEADER_BYTES: usize = 61;
 
@@ -57,6 +59,10 @@ pub enum BatchError {
     Empty,
     #[error("{record_count} records but last offset delta {last_offset_delta}")]
     BadCount { record_count: i32, last_offset_delta: i32 },
+    #[error("record {index} does not fit its own length, its place in the batch, or what the batch holds")]
+    BadRecord { index: i32 },
+    #[error("{0} bytes after the last record of the batch")]
+    BytesAfterRecords(usize),
     #[error("clients may not write control batches")]
     ControlBatch,
     #[error(
@@ -80,6 +86,8 @@ impl BatchError {
             | Self::TrailingBytes(_)
             | Self::Empty
             | Self::BadCount { .. }
+            | Self::BadRecord { .. }
+            | Self::BytesAfterRecords(_)
             | Self::ControlBatch
             | Self::BadProducer => ErrorCode::INVALID_RECORD,
         }
@@ -204,7 +212,7 @@ pub fn crc_ok(batch: &[u8]) -> bool {
     }
 }
 
-/// Everything a broker checks on a produced partition without opening the records.
+/// Everything a broker checks on a produced partition: the header, the checksum, and that header and records agree.
 pub fn validate_produced(records: &[u8]) -> Result<BatchHeader, BatchError> {
     if records.is_empty() {
         return Err(BatchError::Empty);
@@ -227,10 +235,12 @@ pub fn validate_produced(records: &[u8]) -> Result<BatchHeader, BatchError> {
     if (header.has_producer_id() && !sequenced) || (header.is_transactional() && !header.has_producer_id()) {
         return Err(BatchError::BadProducer);
     }
-    // Last, because it is the only check that reads the whole batch.
+    // The checksum reads the whole batch, so it comes after what is cheaper, and the walk over the records finds them in
+    // the cache.
     if !crc_ok(records) {
         return Err(BatchError::BadCrc);
     }
+    check_records(&header, &records[HEADER_BYTES..])?;
     Ok(header)
 }
 

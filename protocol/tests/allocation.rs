@@ -150,6 +150,36 @@ fn dense_requests(n: usize, tagged: bool) -> Vec<(i16, RequestKind)> {
             ),
         ),
         (
+            api::ELECT_LEADERS,
+            RequestKind::ElectLeaders(
+                ElectLeadersRequest::default()
+                    .with_topic_partitions(Some(many(element!(elect_leaders_request::TopicPartitions), n))),
+            ),
+        ),
+        (
+            api::ALTER_PARTITION_REASSIGNMENTS,
+            RequestKind::AlterPartitionReassignments(
+                AlterPartitionReassignmentsRequest::default().with_topics(vec![
+                    alter_partition_reassignments_request::ReassignableTopic::default().with_partitions(
+                        many(element!(alter_partition_reassignments_request::ReassignablePartition), n),
+                    ),
+                ]),
+            ),
+        ),
+        (
+            api::ALTER_CLIENT_QUOTAS,
+            RequestKind::AlterClientQuotas(
+                AlterClientQuotasRequest::default()
+                    .with_entries(many(element!(alter_client_quotas_request::EntryData), n)),
+            ),
+        ),
+        (
+            api::LIST_CONFIG_RESOURCES,
+            RequestKind::ListConfigResources(
+                ListConfigResourcesRequest::default().with_resource_types(many(0, n)),
+            ),
+        ),
+        (
             api::DESCRIBE_TOPIC_PARTITIONS,
             RequestKind::DescribeTopicPartitions(
                 DescribeTopicPartitionsRequest::default()

@@ -65,6 +65,23 @@ fn java_tools_administer_without_a_warning() {
     java("java_tools_admin.sh", "java admin tools ok");
 }
 
+#[test]
+fn java_tools_for_operators() {
+    java("java_tools_operate.sh", "java operator tools ok");
+}
+
+#[test]
+fn kafka_python_operates() {
+    let (_dir, flumen) = broker();
+    assert!(python("kafka_python_operate.py", &flumen).contains("kafka-python operate ok"));
+}
+
+#[test]
+fn confluent_kafka_operates() {
+    let (_dir, flumen) = broker();
+    assert!(python("confluent_operate.py", &flumen).contains("confluent operate ok"));
+}
+
 fn java(script: &str, end: &str) {
     if which("java").is_none() || which("mvn").is_none() {
         println!("no Java and Maven here: the Java tools were not run");

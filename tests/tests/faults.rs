@@ -133,6 +133,10 @@ fn a_full_disk_stops_producers_and_nothing_else() {
     assert!(refused.iter().all(|(error, _)| error.contains("Disk error")), "{refused:?}");
     let metrics = broker.get("/metrics").unwrap();
     assert!(metrics.as_str().unwrap().contains("flumen_storage_free_space_alert 1"));
+    let health = broker.cli(&["cluster", "health"]).unwrap();
+    assert_eq!(health.code, Some(10), "{}", health.stdout);
+    assert!(health.stdout.contains("error[DISK_FULL]"), "{}", health.stdout);
+    assert!(health.stdout.contains("flumen topic delete NAME"), "{}", health.stdout);
 
     // Somebody else takes the rest, to the last byte.
     let filler = std::fs::File::create(disk.path.join("filler")).unwrap();
@@ -167,6 +171,7 @@ fn a_full_disk_stops_producers_and_nothing_else() {
     assert_eq!(patient.reports().places.len(), 1);
     until_settled(&broker, "t").unwrap();
     assert_eq!(clickhouse.number("SELECT count() FROM t WHERE id = 77777").unwrap(), 1);
+    assert_eq!(broker.cli(&["cluster", "health"]).unwrap().code, Some(0));
     // A restart finds everything.
     let mut broker = broker;
     broker.kill_9();
@@ -344,6 +349,9 @@ fn an_export_that_cannot_be_says_why_and_what_to_do() {
     let shown = broker.cli(&["export", "status", "t"]).unwrap();
     assert_eq!(shown.code, Some(10));
     assert!(shown.stdout.contains("check that it runs"), "{}", shown.stdout);
+    let health = broker.cli(&["cluster", "health"]).unwrap();
+    assert_eq!(health.code, Some(0), "what mends itself is no alarm: {}", health.stdout);
+    assert!(health.stdout.contains("warning[EXPORT_WAITS] broker 1: export of t"), "{}", health.stdout);
 
     // Trouble that comes later stops the export where it is, never the producers, and is over when it is put right.
     let endpoint = json!({ "configs": { "flumen.clickhouse.endpoint": good } });
@@ -356,9 +364,17 @@ fn an_export_that_cannot_be_says_why_and_what_to_do() {
     let error = &status["last_error"];
     assert!(error["message"].as_str().unwrap().contains("No such column"), "{error}");
     assert!(error["hint"].as_str().unwrap().contains("restore it, then resume"), "{error}");
+    let health = broker.cli(&["cluster", "health"]).unwrap();
+    assert_eq!(health.code, Some(10), "{}", health.stdout);
+    for sentence in
+        ["error[EXPORT_FAILED] broker 1: export of t", "No such column", "restore it, then resume"]
+    {
+        assert!(health.stdout.contains(sentence), "'{sentence}' is not in {}", health.stdout);
+    }
     produce();
     clickhouse.query("DROP TABLE t").unwrap();
     broker.call("POST", "/v1/exports/t:resume", None).unwrap();
     until_settled(&broker, "t").unwrap();
     assert_eq!(clickhouse.number("SELECT count() FROM t").unwrap(), 100);
+    assert_eq!(broker.cli(&["cluster", "health"]).unwrap().code, Some(0));
 }

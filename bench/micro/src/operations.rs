@@ -46,7 +46,19 @@ pub const OPERATIONS: &[Operation] = &[
         name: "header-check",
         what: "check of a produced batch of 1 KiB, with its checksum",
         times: 1_000,
-        work: header_check,
+        work: |_, times| header_check(1, 1024, times),
+    },
+    Operation {
+        name: "header-check-128",
+        what: "check of a produced batch of 128 records of 1 KiB",
+        times: 200,
+        work: |_, times| header_check(128, 1024, times),
+    },
+    Operation {
+        name: "header-check-1280",
+        what: "check of a produced batch of 1,280 records of 100 bytes",
+        times: 200,
+        work: |_, times| header_check(1280, 100, times),
     },
     Operation {
         name: "append",
@@ -136,8 +148,14 @@ fn produce_decode(partitions: u32, prepared: usize, times: usize) -> Result<()> 
     Ok(())
 }
 
-fn header_check(_: usize, times: usize) -> Result<()> {
-    let batch = batch(0);
+fn header_check(records: usize, value_bytes: usize, times: usize) -> Result<()> {
+    let value = vec![b'x'; value_bytes];
+    let mut builder = BatchBuilder::new();
+    for at in 0..records {
+        builder.append(TIMESTAMP_MS + at as i64, None, Some(&value), &[]);
+    }
+    builder.producer(PRODUCER_ID, 0, 0);
+    let batch = builder.build(0);
     for _ in 0..times {
         black_box(record_batch::validate_produced(black_box(&batch))?);
     }

@@ -14,6 +14,7 @@ macro_rules! out {
 }
 
 mod admin_client;
+mod cluster;
 mod debug;
 mod export;
 mod server;
@@ -45,6 +46,8 @@ enum Command {
     Topic(topic::TopicArgs),
     /// Turn export to ClickHouse on and off, and look at it
     Export(export::ExportArgs),
+    /// Show what the cluster is, whether it is well, its brokers and its partitions
+    Cluster(cluster::ClusterArgs),
     /// Look into a data directory whose broker is stopped
     Debug(debug::DebugArgs),
     /// Print the version
@@ -69,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Clickhouse(args) => server::clickhouse(args),
         Command::Topic(args) => topic::run(args),
         Command::Export(args) => export::run(args),
+        Command::Cluster(args) => cluster::run(args),
         Command::Debug(args) => debug::run(args),
         Command::Version => {
             out!("flumen {}", env!("CARGO_PKG_VERSION"));

@@ -5,6 +5,7 @@ pub mod configs;
 pub mod fetch;
 pub mod groups;
 pub mod offsets;
+pub mod operations;
 pub mod produce;
 pub mod producer_id;
 pub mod topics;

@@ -24,7 +24,12 @@ use crate::partition::{FetchError, OffsetAt, Partition};
 use crate::shard::Shard;
 
 /// Finds the partition's home and asks there.
-async fn at_home<T, F, Fut>(shard: &Rc<Shard>, topic: &str, index: i32, ask: F) -> Result<T, ErrorCode>
+pub(super) async fn at_home<T, F, Fut>(
+    shard: &Rc<Shard>,
+    topic: &str,
+    index: i32,
+    ask: F,
+) -> Result<T, ErrorCode>
 where
     T: Send + 'static,
     F: FnOnce(Rc<Partition>) -> Fut + Send + 'static,

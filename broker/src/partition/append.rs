@@ -8,8 +8,8 @@ use bytes::BytesMut;
 
 use flumen_metadata::TimestampType;
 use flumen_protocol::error_code::ErrorCode;
-use flumen_protocol::produce::RecordError;
-use flumen_protocol::record::{self, Record};
+use flumen_protocol::produce::RecordError as RecordRefusal;
+use flumen_protocol::record::{self, Record, RecordError};
 use flumen_protocol::record_batch::{self, BatchError, BatchHeader};
 use flumen_storage::{ProducerError, Verdict};
 
@@ -93,7 +93,7 @@ impl AppendError {
     }
 
     /// Which records are to blame, where not the whole batch is.
-    pub fn record_errors(&self) -> Box<[RecordError]> {
+    pub fn record_errors(&self) -> Box<[RecordRefusal]> {
         let (records, message) = match self {
             AppendError::Timestamp { records } => {
                 (records, "the timestamp is outside the limits of the topic")
@@ -103,7 +103,7 @@ impl AppendError {
             }
             _ => return Box::default(),
         };
-        records.iter().map(|batch_index| RecordError { batch_index: *batch_index, message }).collect()
+        records.iter().map(|batch_index| RecordRefusal { batch_index: *batch_index, message }).collect()
     }
 }
 
@@ -237,13 +237,24 @@ enum Admitted {
 /// Places in the batch of the records that are `wrong`.
 fn indexes_of(batch: &[u8], wrong: impl Fn(&Record<'_>) -> bool) -> Result<Box<[i32]>, AppendError> {
     let mut scratch = Vec::new();
-    let records = record::decode_records(batch, &mut scratch, DECODED_BYTES_MAX)
-        .map_err(|_| AppendError::Batch(BatchError::BadCrc))?;
+    let records =
+        record::decode_records(batch, &mut scratch, DECODED_BYTES_MAX).map_err(|e| unreadable(e, 0))?;
     let mut indexes = Vec::new();
     for (index, record) in (0..).zip(records) {
-        if wrong(&record.map_err(|_| AppendError::Batch(BatchError::BadCrc))?) {
+        if wrong(&record.map_err(|e| unreadable(e, index))?) {
             indexes.push(index);
         }
     }
     Ok(indexes.into())
+}
+
+/// What is said of a batch whose records had to be read and could not be.
+fn unreadable(error: RecordError, index: i32) -> AppendError {
+    AppendError::Batch(match error {
+        RecordError::Batch(error) => error,
+        RecordError::Malformed => BatchError::BadRecord { index },
+        RecordError::TrailingBytes(bytes) => BatchError::BytesAfterRecords(bytes),
+        // It came with a right checksum, but to a producer it is damage all the same.
+        RecordError::Compression(_) => BatchError::BadCrc,
+    })
 }

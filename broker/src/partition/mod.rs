@@ -213,6 +213,11 @@ impl Partition {
         self.log.producers().expire(now_ms, expiration_ms);
     }
 
+    /// Ids with epoch, last sequence and last timestamp.
+    pub fn producers(&self) -> Vec<(i64, i16, i32, i64)> {
+        self.log.producers().producers().collect()
+    }
+
     /// Called by the shard when the log has made outputs up to `number` durable; true when this
     /// partition was not already on the list of those to advance.
     pub fn note_persisted(&self, number: u64) -> bool {

@@ -7,6 +7,7 @@
 mod admin;
 mod data;
 mod groups;
+mod operations;
 
 use crate::api;
 
@@ -50,7 +51,9 @@ pub(crate) enum Kind {
     NullableString,
     Bytes,
     /// Arrays; null is malformed unless the name says otherwise.
+    Int8s,
     Int32s,
+    NullableInt32s,
     Strings,
     NullableStrings,
     Structs(&'static Message),
@@ -84,7 +87,9 @@ impl Kind {
             Kind::I64 => 8,
             Kind::Uuid => 16,
             Kind::String | Kind::NullableString | Kind::Bytes => HANDLE_BYTES,
-            Kind::Int32s
+            Kind::Int8s
+            | Kind::Int32s
+            | Kind::NullableInt32s
             | Kind::Strings
             | Kind::NullableStrings
             | Kind::Structs(_)
@@ -144,6 +149,16 @@ pub(crate) fn request(key: i16) -> Option<&'static Message> {
         api::OFFSET_DELETE => &groups::OFFSET_DELETE,
         api::DESCRIBE_CLUSTER => &admin::DESCRIBE_CLUSTER,
         api::DESCRIBE_TOPIC_PARTITIONS => &admin::DESCRIBE_TOPIC_PARTITIONS,
+        api::DESCRIBE_ACLS => &operations::DESCRIBE_ACLS,
+        api::ELECT_LEADERS => &operations::ELECT_LEADERS,
+        api::ALTER_PARTITION_REASSIGNMENTS => &operations::ALTER_PARTITION_REASSIGNMENTS,
+        api::LIST_PARTITION_REASSIGNMENTS => &operations::LIST_PARTITION_REASSIGNMENTS,
+        api::DESCRIBE_CLIENT_QUOTAS => &operations::DESCRIBE_CLIENT_QUOTAS,
+        api::ALTER_CLIENT_QUOTAS => &operations::ALTER_CLIENT_QUOTAS,
+        api::DESCRIBE_USER_SCRAM_CREDENTIALS => &operations::DESCRIBE_USER_SCRAM_CREDENTIALS,
+        api::DESCRIBE_QUORUM => &operations::DESCRIBE_QUORUM,
+        api::DESCRIBE_PRODUCERS => &operations::DESCRIBE_PRODUCERS,
+        api::LIST_CONFIG_RESOURCES => &operations::LIST_CONFIG_RESOURCES,
         _ => return None,
     })
 }
@@ -203,5 +218,17 @@ mod tests {
         check::<km::delete_topics_request::DeleteTopicState>(element(delete, "topics"));
         let join = request(api::JOIN_GROUP).expect("served");
         check::<km::join_group_request::JoinGroupRequestProtocol>(element(join, "protocols"));
+        let elect = request(api::ELECT_LEADERS).expect("served");
+        check::<km::elect_leaders_request::TopicPartitions>(element(elect, "topic_partitions"));
+        let reassign = request(api::ALTER_PARTITION_REASSIGNMENTS).expect("served");
+        check::<km::alter_partition_reassignments_request::ReassignablePartition>(element(
+            element(reassign, "topics"),
+            "partitions",
+        ));
+        let quotas = request(api::ALTER_CLIENT_QUOTAS).expect("served");
+        check::<km::alter_client_quotas_request::EntryData>(element(quotas, "entries"));
+        check::<km::alter_client_quotas_request::OpData>(element(element(quotas, "entries"), "ops"));
+        let quotas = request(api::DESCRIBE_CLIENT_QUOTAS).expect("served");
+        check::<km::describe_client_quotas_request::ComponentData>(element(quotas, "components"));
     }
 }

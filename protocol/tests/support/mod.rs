@@ -16,6 +16,8 @@ pub fn guarded_versions() -> impl Iterator<Item = (i16, i16)> {
         .flat_map(|spec| (spec.min_version..=spec.max_version).map(|version| (spec.key, version)))
 }
 
+mod operations;
+
 pub fn s(text: &str) -> StrBytes {
     StrBytes::from_string(text.to_owned())
 }
@@ -71,6 +73,16 @@ pub fn default_request(key: i16) -> RequestKind {
         api::OFFSET_DELETE => RequestKind::OffsetDelete(Default::default()),
         api::DESCRIBE_CLUSTER => RequestKind::DescribeCluster(Default::default()),
         api::DESCRIBE_TOPIC_PARTITIONS => RequestKind::DescribeTopicPartitions(Default::default()),
+        api::DESCRIBE_ACLS => RequestKind::DescribeAcls(Default::default()),
+        api::ELECT_LEADERS => RequestKind::ElectLeaders(Default::default()),
+        api::ALTER_PARTITION_REASSIGNMENTS => RequestKind::AlterPartitionReassignments(Default::default()),
+        api::LIST_PARTITION_REASSIGNMENTS => RequestKind::ListPartitionReassignments(Default::default()),
+        api::DESCRIBE_CLIENT_QUOTAS => RequestKind::DescribeClientQuotas(Default::default()),
+        api::ALTER_CLIENT_QUOTAS => RequestKind::AlterClientQuotas(Default::default()),
+        api::DESCRIBE_USER_SCRAM_CREDENTIALS => RequestKind::DescribeUserScramCredentials(Default::default()),
+        api::DESCRIBE_QUORUM => RequestKind::DescribeQuorum(Default::default()),
+        api::DESCRIBE_PRODUCERS => RequestKind::DescribeProducers(Default::default()),
+        api::LIST_CONFIG_RESOURCES => RequestKind::ListConfigResources(Default::default()),
         other => panic!("no default request for key {other}"),
     }
 }
@@ -157,7 +169,7 @@ pub fn rich_request(key: i16, v: i16) -> RequestKind {
         api::DESCRIBE_TOPIC_PARTITIONS => {
             RequestKind::DescribeTopicPartitions(rich_describe_topic_partitions())
         }
-        other => panic!("no rich request for key {other}"),
+        other => operations::rich_request(other, v),
     }
 }
 

@@ -16,6 +16,7 @@ const INCREMENTAL: (i16, i16) = (0, 1);
 const TOPIC: i8 = 2;
 const BROKER: i8 = 4;
 const BROKER_LOGGER: i8 = 8;
+const CLIENT_METRICS: i8 = 16;
 const GROUP: i8 = 32;
 
 fn describe(resources: &[(i8, &str, Option<&[&str]>)]) -> DescribeConfigsRequest {
@@ -135,6 +136,8 @@ pub fn add(probes: &mut Probes) {
     for kind in [0, 3, 99] {
         described(probes, &format!("resource type {kind}"), move || describe(&[(kind, "x", None)]));
     }
+    described(probes, "client metrics", || describe(&[(CLIENT_METRICS, "cm", None)]));
+    described(probes, "client metrics without a name", || describe(&[(CLIENT_METRICS, "", None)]));
     described(probes, "loggers of another broker", || describe(&[(BROKER_LOGGER, "77", None)]));
 
     for (what, kind, name, key, value) in [

@@ -13,6 +13,7 @@ pub mod configs;
 pub mod fetching;
 pub mod groups;
 pub mod offsets;
+pub mod operations;
 pub mod producing;
 pub mod topics;
 
@@ -56,6 +57,7 @@ pub fn all() -> Vec<Probe> {
     topics::add(&mut probes);
     configs::add(&mut probes);
     groups::add(&mut probes);
+    operations::add(&mut probes);
     probes.0
 }
 

@@ -1,6 +1,7 @@
 //! Produce and InitProducerId.
 
 use bytes::{Bytes, BytesMut};
+use flumen_protocol::compression::Compression;
 use flumen_protocol::record::BatchBuilder;
 use kafka_protocol::messages::produce_request::{PartitionProduceData, TopicProduceData};
 use kafka_protocol::messages::{
@@ -38,10 +39,13 @@ fn to(bed: &Bed, version: i16, name: &str, records: Bytes) -> ProduceRequest {
 fn tampered(change: impl Fn(&mut BytesMut), sum: bool) -> Bytes {
     let mut bytes = BytesMut::from(&three()[..]);
     change(&mut bytes);
-    if sum {
-        let crc = crc32c(&bytes[21..]);
-        bytes[17..21].copy_from_slice(&crc.to_be_bytes());
-    }
+    if sum { summed(bytes) } else { bytes.freeze() }
+}
+
+/// With the right checksum.
+fn summed(mut bytes: BytesMut) -> Bytes {
+    let crc = crc32c(&bytes[21..]);
+    bytes[17..21].copy_from_slice(&crc.to_be_bytes());
     bytes.freeze()
 }
 
@@ -88,6 +92,94 @@ fn sequence(bed: &mut Bed, version: i16, batches: &[(i16, i32, usize)]) -> anyho
         last = shown::<ProduceRequest>(&mut wire, version)?;
     }
     Ok(last)
+}
+
+/// Three records of ten bytes each: length, attributes, timestamp delta, offset delta, key, value of three bytes, headers.
+fn three_of_ten_bytes() -> BatchBuilder {
+    let mut builder = BatchBuilder::new();
+    for value in [b"aaa", b"bbb", b"ccc"] {
+        builder.append(now_ms_whole(), None, Some(value), &[]);
+    }
+    builder
+}
+
+/// The same for all records of a batch, and within the limits of every topic.
+fn now_ms_whole() -> i64 {
+    now_ms() / 60_000 * 60_000
+}
+
+const RECORDS_AT: usize = 61;
+const TEN: usize = 10;
+
+/// Where header and records, or a record's own parts, do not fit each other.
+fn inside(probes: &mut Probes) {
+    type Change = fn(&mut BytesMut);
+    fn count(bytes: &mut BytesMut, records: u8) {
+        bytes[60] = records;
+        bytes[26] = records - 1;
+    }
+    let changes: [(&str, Change); 15] = [
+        ("count below records", |b| count(b, 2)),
+        ("count one above records", |b| count(b, 4)),
+        ("bytes after the records", |b| {
+            b.extend_from_slice(&[0, 0]);
+            let length = (b.len() - 12) as u32;
+            b[8..12].copy_from_slice(&length.to_be_bytes());
+        }),
+        ("no bytes for the records", |b| {
+            b.truncate(RECORDS_AT);
+            let length = (b.len() - 12) as u32;
+            b[8..12].copy_from_slice(&length.to_be_bytes());
+        }),
+        ("record longer than the batch", |b| b[RECORDS_AT + 2 * TEN] = 2 * 40),
+        ("record one byte longer", |b| b[RECORDS_AT] = 2 * 10),
+        ("record one byte shorter", |b| b[RECORDS_AT] = 2 * 8),
+        ("record of no bytes", |b| b[RECORDS_AT] = 0),
+        ("record of negative length", |b| b[RECORDS_AT] = 1),
+        ("key longer than the record", |b| b[RECORDS_AT + 4] = 2 * 30),
+        ("key of length -2", |b| b[RECORDS_AT + 4] = 3),
+        ("value longer than the record", |b| b[RECORDS_AT + 5] = 2 * 30),
+        ("negative count of headers", |b| b[RECORDS_AT + 9] = 1),
+        ("more headers than bytes", |b| b[RECORDS_AT + 9] = 2 * 5),
+        ("offset delta twice", |b| b[RECORDS_AT + TEN + 3] = 0),
+    ];
+    for (what, change) in changes {
+        probes.one(&format!("Produce/{what}"), ALL, move |bed, version| {
+            let mut bytes = three_of_ten_bytes().build(0);
+            assert_eq!(bytes.len(), RECORDS_AT + 3 * TEN);
+            change(&mut bytes);
+            to(bed, version, "poisoned", summed(bytes))
+        });
+    }
+    for codec in [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd] {
+        let versions = if codec == Compression::Zstd { (7, 13) } else { ALL };
+        let packed = move || three_of_ten_bytes().compression(codec).build(0);
+        for (what, records) in [("below", 2), ("above", 4)] {
+            probes.one(&format!("Produce/{codec:?} count {what} records"), versions, move |bed, version| {
+                let mut bytes = packed();
+                count(&mut bytes, records);
+                to(bed, version, "poisoned", summed(bytes))
+            });
+        }
+        probes.one(
+            &format!("Produce/{codec:?} wrong count on a compacted topic"),
+            versions,
+            move |bed, version| {
+                let mut builder = BatchBuilder::new();
+                for key in [b"aaa", b"bbb", b"ccc"] {
+                    builder.append(now_ms_whole(), Some(key), Some(b"v"), &[]);
+                }
+                let mut bytes = builder.compression(codec).build(0);
+                count(&mut bytes, if version % 2 == 0 { 2 } else { 4 });
+                to(bed, version, "compacted", summed(bytes))
+            },
+        );
+        probes.one(&format!("Produce/{codec:?} body that is not"), versions, move |bed, version| {
+            let mut bytes = packed();
+            bytes[RECORDS_AT..].fill(0x2a);
+            to(bed, version, "poisoned", summed(bytes))
+        });
+    }
 }
 
 pub fn add(probes: &mut Probes) {
@@ -199,6 +291,7 @@ pub fn add(probes: &mut Probes) {
             ),
         )
     });
+    inside(probes);
     probes.one("Produce/no count", ALL, |bed, version| {
         to(bed, version, "stamped", tampered(|b| b[60] = 0, true))
     });

@@ -20,6 +20,8 @@ use crate::topic_table::{Synonym, TOPIC_CONFIGS};
 
 pub(super) const RESOURCE_TOPIC: i8 = 2;
 pub(super) const RESOURCE_BROKER: i8 = 4;
+pub(super) const RESOURCE_BROKER_LOGGER: i8 = 8;
+pub(super) const RESOURCE_CLIENT_METRICS: i8 = 16;
 pub(super) const RESOURCE_GROUP: i8 = 32;
 
 /// One configuration with everything that is known of it.
@@ -90,8 +92,35 @@ fn describe(
             check_group_name(name)?;
             Ok(group_configs(name, image))
         }
+        // There is no logger whose level could be asked for or changed by name.
+        RESOURCE_BROKER_LOGGER => check_broker_name(name, image).map(|()| Vec::new()),
+        RESOURCE_CLIENT_METRICS if name.is_empty() => Err(Refused::new(
+            ErrorCode::INVALID_REQUEST,
+            "Client metrics subscription name must not be empty",
+        )),
+        RESOURCE_CLIENT_METRICS => Ok(client_metrics_defaults()),
         other => Err(unsupported_resource(other)),
     }
+}
+
+/// What a subscription of client metrics would be by default; none can be made, as none would be sent.
+fn client_metrics_defaults() -> Vec<DescribedConfig> {
+    [
+        ("interval.ms", "300000", ConfigKind::Int, "How often (ms) a client would send its metrics."),
+        ("match", "", ConfigKind::List, "Which clients would send them."),
+        ("metrics", "", ConfigKind::List, "Prefixes of the names of the metrics that they would send."),
+    ]
+    .map(|(name, value, kind, documentation)| DescribedConfig {
+        name: name.to_string(),
+        value: Some(value.to_string()),
+        source: ConfigSource::Default,
+        read_only: false,
+        sensitive: false,
+        kind,
+        documentation: documentation.to_string(),
+        synonyms: Vec::new(),
+    })
+    .into()
 }
 
 pub(super) fn check_group_name(name: &str) -> Result<(), Refused> {

@@ -11,7 +11,9 @@ mod config_alter;
 mod config_describe;
 mod log_dirs;
 mod metadata;
+mod operations;
 mod partitions;
+mod principals;
 mod topic_partitions;
 mod topics;
 
@@ -24,7 +26,14 @@ pub use config_alter::{alter_configs, incremental_alter_configs, plan_topic_conf
 pub use config_describe::{ConfigSynonym, DescribedConfig, broker_configs, describe_configs, topic_configs};
 pub use log_dirs::{LogDir, describe_log_dirs};
 pub use metadata::{MetadataPlan, metadata};
+pub use operations::{
+    QuorumState, alter_partition_reassignments, describe_quorum, elect_leaders, list_config_resources,
+    list_partition_reassignments,
+};
 pub use partitions::create_partitions;
+pub use principals::{
+    alter_client_quotas, describe_acls, describe_client_quotas, describe_user_scram_credentials,
+};
 pub use topic_partitions::describe_topic_partitions;
 pub use topics::{
     PARTITIONS_PER_REQUEST_MAX, create_topics, delete_topics, plan_auto_create, plan_create_topic,
@@ -103,5 +112,7 @@ mod testing;
 mod tests_configs;
 #[cfg(test)]
 mod tests_metadata;
+#[cfg(test)]
+mod tests_operations;
 #[cfg(test)]
 mod tests_topics;

@@ -243,13 +243,16 @@ fn groups_have_configurations() {
 
 #[test]
 fn what_cannot_be_described_says_why() {
+    const BROKER_LOGGER: i8 = 8;
+    const CLIENT_METRICS: i8 = 16;
     let image = image(&[("a", 1, 1)]);
     for (resource_type, name, code) in [
         (TOPIC, "nope", 3),
         (TOPIC, "x y", 17),
         (BROKER, "2", 42),
         (BROKER, "x", 42),
-        (8, "1", 42),
+        (BROKER_LOGGER, "2", 42),
+        (CLIENT_METRICS, "", 42),
         (99, "", 42),
     ] {
         let response =
@@ -257,6 +260,11 @@ fn what_cannot_be_described_says_why() {
         assert_eq!(response.results[0].error_code, code, "{resource_type} {name}");
         assert!(response.results[0].error_message.is_some() && response.results[0].configs.is_empty());
     }
+    let config = BrokerConfig::default();
+    let loggers = describe_configs(&describing(BROKER_LOGGER, "1", None), &image, &config);
+    assert!(loggers.results[0].error_code == 0 && loggers.results[0].configs.is_empty());
+    let metrics = describe_configs(&describing(CLIENT_METRICS, "any", None), &image, &config);
+    assert_eq!(entry(&metrics, "interval.ms").value.as_deref(), Some("300000"));
     let none =
         describe_configs(&describing(TOPIC, "a", Some(&["no.such"])), &image, &BrokerConfig::default());
     assert!(none.results[0].error_code == 0 && none.results[0].configs.is_empty());

@@ -1,0 +1,168 @@
+//! `flumen cluster`: what the cluster is, whether it is well, its brokers, its partitions.
+
+use clap::{Args, Subcommand};
+use serde_json::Value;
+
+use super::admin_client::{AdminArgs, segment};
+use super::table;
+use super::topic::{show, text};
+use super::{EXIT_UNHEALTHY, Failure};
+
+#[derive(Args)]
+pub struct ClusterArgs {
+    #[command(flatten)]
+    admin: AdminArgs,
+    #[command(subcommand)]
+    command: ClusterCommand,
+}
+
+#[derive(Subcommand)]
+enum ClusterCommand {
+    /// Show what the cluster is and what it holds
+    Info,
+    /// Say what is wrong and what to do; exit status 10 when something is
+    Health,
+    /// List the brokers
+    Brokers,
+    /// List partitions with leader, offsets, size and health: flumen cluster partitions orders
+    Partitions {
+        topic: Option<String>,
+        /// Only those that do not serve
+        #[arg(long)]
+        unhealthy: bool,
+        /// Those of internal topics too
+        #[arg(short, long)]
+        internal: bool,
+    },
+}
+
+pub fn run(args: ClusterArgs) -> Result<(), Failure> {
+    let admin = &args.admin;
+    match args.command {
+        ClusterCommand::Info => {
+            let cluster = admin.get("/v1/cluster")?;
+            show(admin, &cluster, || info(&cluster));
+            Ok(())
+        }
+        ClusterCommand::Health => {
+            let health = admin.get("/v1/cluster/health")?;
+            show(admin, &health, || problems(&health));
+            if health["is_healthy"] == Value::Bool(true) {
+                return Ok(());
+            }
+            let reasons: Vec<String> = list(&health["unhealthy_reasons"]).map(text).collect();
+            let message = format!("the cluster is not healthy: {}", reasons.join(", "));
+            Err(Failure { message, exit: EXIT_UNHEALTHY })
+        }
+        ClusterCommand::Brokers => {
+            let brokers = admin.get("/v1/brokers")?;
+            let rows: Vec<Vec<String>> = list(&brokers)
+                .map(|b| {
+                    let address = format!("{}:{}", text(&b["host"]), text(&b["port"]));
+                    let mut row = vec![text(&b["node_id"]), address];
+                    row.extend(
+                        [
+                            "rack",
+                            "membership_status",
+                            "version",
+                            "partitions",
+                            "connections",
+                            "disk_free_bytes",
+                        ]
+                        .map(|key| text(&b[key])),
+                    );
+                    row
+                })
+                .collect();
+            let headers = [
+                "NODE",
+                "ADDRESS",
+                "RACK",
+                "STATUS",
+                "VERSION",
+                "PARTITIONS",
+                "CONNECTIONS",
+                "DISK-FREE-BYTES",
+            ];
+            show(admin, &brokers, || table::print(&headers, &rows));
+            Ok(())
+        }
+        ClusterCommand::Partitions { topic, unhealthy, internal } => {
+            let topic = topic.map_or_else(String::new, |name| format!("&topic={}", segment(&name)));
+            let partitions = admin.get(&format!("/v1/cluster/partitions?unhealthy={unhealthy}{topic}"))?;
+            let named = !topic.is_empty();
+            show(admin, &partitions, || print_partitions(&partitions, internal || unhealthy || named));
+            Ok(())
+        }
+    }
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn info(cluster: &Value) {
+    for (label, key) in [
+        ("CLUSTER     ", "cluster_id"),
+        ("VERSION     ", "version"),
+        ("CONTROLLER  ", "controller_id"),
+        ("BROKERS     ", "brokers"),
+        ("TOPICS      ", "topics"),
+        ("PARTITIONS  ", "partitions"),
+        ("EXPORTS     ", "exports"),
+        ("BYTES       ", "size_bytes"),
+    ] {
+        out!("{label}{}", text(&cluster[key]));
+    }
+}
+
+fn problems(health: &Value) {
+    out!("HEALTHY     {}", if health["is_healthy"] == Value::Bool(true) { "yes" } else { "no" });
+    out!("CONTROLLER  {}", text(&health["controller_id"]));
+    out!("BROKERS     {}", list(&health["all_nodes"]).map(text).collect::<Vec<_>>().join(", "));
+    for (label, key) in [
+        ("DOWN        ", "nodes_down"),
+        ("LEADERLESS  ", "leaderless_partitions"),
+        ("BEHIND      ", "under_replicated_partitions"),
+    ] {
+        let all: Vec<String> = list(&health[key]).map(text).collect();
+        out!("{label}{}", if all.is_empty() { "none".to_string() } else { all.join(", ") });
+    }
+    for problem in list(&health["problems"]) {
+        out!();
+        let (severity, code) = (text(&problem["severity"]), text(&problem["code"]));
+        out!("{severity}[{code}] broker {}: {}", text(&problem["node_id"]), text(&problem["subject"]));
+        out!("  why     {}", text(&problem["detail"]));
+        out!("  impact  {}", text(&problem["impact"]));
+        out!("  fix     {}", text(&problem["fix"]));
+    }
+}
+
+fn print_partitions(partitions: &Value, internal: bool) {
+    let ids = |value: &Value| list(value).map(text).collect::<Vec<_>>().join(",");
+    let rows: Vec<Vec<String>> = list(&partitions["partitions"])
+        .filter(|p| internal || p["internal"] != Value::Bool(true))
+        .map(|p| {
+            let mut row: Vec<String> =
+                ["topic", "partition", "leader", "leader_epoch"].map(|key| text(&p[key])).into();
+            row.extend([ids(&p["replicas"]), ids(&p["in_sync_replicas"])]);
+            row.extend(
+                ["log_start_offset", "high_watermark", "size_bytes", "health"].map(|key| text(&p[key])),
+            );
+            row
+        })
+        .collect();
+    let headers = [
+        "TOPIC",
+        "PARTITION",
+        "LEADER",
+        "EPOCH",
+        "REPLICAS",
+        "ISR",
+        "LOG-START-OFFSET",
+        "HIGH-WATERMARK",
+        "BYTES",
+        "HEALTH",
+    ];
+    table::print(&headers, &rows);
+}

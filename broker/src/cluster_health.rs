@@ -1,0 +1,285 @@
+//! What is wrong with the cluster, in sentences that say what to do; and where its partitions are.
+//!
+//! The judgement is a pure function of what was looked at (`judge`); looking goes to gauges, the image and, for the reason
+//! of a damage, to the partition's shard. A problem of severity `error` makes the cluster unhealthy; a `warning` mends
+//! itself. It keeps no history and mends nothing.
+
+use std::sync::atomic::Ordering;
+
+use flumen_sink::status::State;
+use serde_json::{Value, json};
+
+use crate::node::Node;
+
+/// Partitions that are named one by one; of a lost disk the first tell as much as all.
+const DAMAGED_NAMED_MAX: usize = 20;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub code: &'static str,
+    pub severity: Severity,
+    pub node_id: i32,
+    /// What it is about: a partition, an export, a directory.
+    pub subject: String,
+    pub detail: String,
+    pub impact: String,
+    pub fix: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    Error,
+    Warning,
+}
+
+impl Problem {
+    pub fn document(&self) -> Value {
+        let severity = match self.severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        json!({
+            "code": self.code, "severity": severity, "node_id": self.node_id, "subject": self.subject,
+            "detail": self.detail, "impact": self.impact, "fix": self.fix,
+        })
+    }
+}
+
+/// What one node knows of itself.
+#[derive(Debug, Default)]
+struct Seen {
+    node_id: i32,
+    data_dir: String,
+    free_bytes: u64,
+    disk_is_low: bool,
+    damaged: Vec<Damaged>,
+    exports: Vec<Export>,
+}
+
+#[derive(Debug)]
+struct Damaged {
+    topic: String,
+    partition: i32,
+    reason: String,
+}
+
+#[derive(Debug)]
+struct Export {
+    topic: String,
+    state: State,
+    reason: String,
+    fix: Option<String>,
+}
+
+/// Leaders of other topics go on whatever happens to these.
+async fn look(node: &Node) -> Seen {
+    let image = node.image.load_full();
+    let mut damaged = Vec::new();
+    for topic in image.topics.values() {
+        for (index, info) in (0..).zip(&topic.partitions) {
+            if node.gauges_of(info.group_id).damaged.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let group_id = info.group_id;
+            let home = &node.shards[node.shard_of(group_id)];
+            let reason = home
+                .run(move |shard| async move {
+                    shard.partition(group_id).and_then(|p| p.damage().map(str::to_string))
+                })
+                .await;
+            let reason = reason.ok().flatten().unwrap_or_else(|| "see the broker's log".to_string());
+            damaged.push(Damaged { topic: topic.name.clone(), partition: index, reason });
+        }
+    }
+    let exports = node.exports.views().into_iter().map(|(topic, view)| {
+        let status = &view.status;
+        let error = status.last_error.as_ref();
+        Export {
+            topic,
+            state: status.state,
+            reason: error.map_or_else(|| status.reason.clone(), |e| e.message.clone()),
+            fix: error.map(|e| e.hint.clone()).filter(|hint| !hint.is_empty()),
+        }
+    });
+    Seen {
+        node_id: image.node.id,
+        data_dir: node.data_dir.display().to_string(),
+        free_bytes: node.disk.free_bytes(),
+        disk_is_low: node.disk.is_low(),
+        damaged,
+        exports: exports.collect(),
+    }
+}
+
+fn judge(seen: &Seen) -> Vec<Problem> {
+    let node_id = seen.node_id;
+    let mut problems = Vec::new();
+    if seen.disk_is_low {
+        problems.push(Problem {
+            code: "DISK_FULL",
+            severity: Severity::Error,
+            node_id,
+            subject: seen.data_dir.clone(),
+            detail: format!("{} MiB are free where {} is", seen.free_bytes >> 20, seen.data_dir),
+            impact: "producers get KAFKA_STORAGE_ERROR and try again; reads, deletion, retention and exports go on"
+                .to_string(),
+            fix: "free space there, delete a topic (flumen topic delete NAME) or keep less (flumen topic alter NAME -c \
+                  retention.ms=...); producers go on by themselves"
+                .to_string(),
+        });
+    }
+    for found in seen.damaged.iter().take(DAMAGED_NAMED_MAX) {
+        let place = format!("{}-{}", found.topic, found.partition);
+        problems.push(Problem {
+            code: "PARTITION_DAMAGED",
+            severity: Severity::Error,
+            node_id,
+            detail: format!("the log of {place} is damaged: {}", found.reason),
+            impact: format!("{place} refuses to serve, its bytes are left alone; other partitions go on"),
+            fix: format!(
+                "stop the broker, see what is damaged with flumen debug log verify {}, and restore the directory of {place} \
+                 from a copy; or give the records up with flumen topic delete {}",
+                seen.data_dir, found.topic
+            ),
+            subject: place,
+        });
+    }
+    if let Some(more) = seen.damaged.len().checked_sub(DAMAGED_NAMED_MAX).filter(|n| *n > 0) {
+        problems.push(Problem {
+            code: "PARTITION_DAMAGED",
+            severity: Severity::Error,
+            node_id,
+            subject: seen.data_dir.clone(),
+            detail: format!("{more} more partitions are damaged"),
+            impact: "they refuse to serve".to_string(),
+            fix: "flumen cluster partitions --unhealthy lists them all".to_string(),
+        });
+    }
+    for export in &seen.exports {
+        let topic = &export.topic;
+        let (code, severity, impact) = match export.state {
+            State::Failed => (
+                "EXPORT_FAILED",
+                Severity::Error,
+                "no rows reach ClickHouse until somebody acts; the log keeps what is not exported",
+            ),
+            State::BackingOff => (
+                "EXPORT_WAITS",
+                Severity::Warning,
+                "rows reach ClickHouse later; it is tried again by itself and the log keeps what is not exported",
+            ),
+            State::Starting | State::Running | State::Paused | State::Stopped => continue,
+        };
+        let fix = match &export.fix {
+            Some(fix) => format!("{fix}; flumen export status {topic} tells more"),
+            None => format!("flumen export status {topic} tells more; then flumen export resume {topic}"),
+        };
+        problems.push(Problem {
+            code,
+            severity,
+            node_id,
+            subject: format!("export of {topic}"),
+            detail: export.reason.clone(),
+            impact: impact.to_string(),
+            fix,
+        });
+    }
+    problems
+}
+
+/// The whole judgement as JSON, with the names that Redpanda's `health_overview` has for the same things.
+pub async fn overview(node: &Node) -> Value {
+    let seen = look(node).await;
+    let problems = judge(&seen);
+    let errors: Vec<&Problem> = problems.iter().filter(|p| p.severity == Severity::Error).collect();
+    let mut reasons: Vec<&str> = errors.iter().map(|p| p.code).collect();
+    reasons.dedup();
+    let leaderless: Vec<String> =
+        seen.damaged.iter().take(DAMAGED_NAMED_MAX).map(|d| format!("{}/{}", d.topic, d.partition)).collect();
+    json!({
+        "is_healthy": errors.is_empty(),
+        "unhealthy_reasons": reasons,
+        "problems": problems.iter().map(Problem::document).collect::<Vec<_>>(),
+        "controller_id": seen.node_id,
+        "all_nodes": [seen.node_id],
+        "nodes_down": [],
+        "leaderless_count": seen.damaged.len(),
+        "leaderless_partitions": leaderless,
+        "under_replicated_count": 0,
+        "under_replicated_partitions": [],
+    })
+}
+
+/// Every partition with where it is and how it is; `unhealthy` leaves out those that serve.
+pub fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Value> {
+    let image = node.image.load();
+    let mut found = Vec::new();
+    for one in image.topics.values().filter(|t| topic.is_none_or(|name| name == t.name)) {
+        for (index, info) in one.partitions.iter().enumerate() {
+            let gauges = node.gauges_of(info.group_id);
+            let damaged = gauges.damaged.load(Ordering::Relaxed) != 0;
+            if unhealthy && !damaged {
+                continue;
+            }
+            let serving: &[i32] = if damaged { &[] } else { &info.replicas };
+            found.push(json!({
+                "topic": one.name, "partition": index, "internal": one.internal,
+                "leader": if damaged { Value::Null } else { json!(image.node.id) },
+                "leader_epoch": gauges.leader_epoch.load(Ordering::Relaxed),
+                "replicas": info.replicas, "in_sync_replicas": serving,
+                "shard": node.shard_of(info.group_id),
+                "log_start_offset": gauges.log_start_offset.load(Ordering::Relaxed),
+                "high_watermark": gauges.high_watermark.load(Ordering::Relaxed),
+                "size_bytes": gauges.size_bytes.load(Ordering::Relaxed),
+                "health": if damaged { "damaged" } else { "ok" },
+            }));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_problem_says_what_to_do_and_only_errors_count() {
+        let export = |topic: &str, state, fix: Option<&str>| Export {
+            topic: topic.to_string(),
+            state,
+            reason: "because".to_string(),
+            fix: fix.map(str::to_string),
+        };
+        let seen = Seen {
+            node_id: 1,
+            data_dir: "/data".to_string(),
+            free_bytes: 100 << 20,
+            disk_is_low: true,
+            damaged: (0..22)
+                .map(|partition| Damaged { topic: "t".into(), partition, reason: "bad checksum".into() })
+                .collect(),
+            exports: vec![
+                export("running", State::Running, None),
+                export("paused", State::Paused, None),
+                export("failed", State::Failed, Some("fix the password")),
+                export("waits", State::BackingOff, None),
+            ],
+        };
+        let problems = judge(&seen);
+        let codes: Vec<_> = problems.iter().map(|p| (p.code, p.severity)).collect();
+        assert_eq!(codes[0], ("DISK_FULL", Severity::Error));
+        assert_eq!(codes.iter().filter(|c| c.0 == "PARTITION_DAMAGED").count(), DAMAGED_NAMED_MAX + 1);
+        assert_eq!(
+            codes[codes.len() - 2..],
+            [("EXPORT_FAILED", Severity::Error), ("EXPORT_WAITS", Severity::Warning)]
+        );
+        assert!(problems.iter().all(|p| !p.detail.is_empty() && !p.impact.is_empty() && !p.fix.is_empty()));
+        assert_eq!(problems[0].detail, "100 MiB are free where /data is");
+        assert_eq!(problems[1].subject, "t-0");
+        assert!(problems[1].fix.contains("flumen debug log verify /data"));
+        assert_eq!(problems[codes.len() - 2].fix, "fix the password; flumen export status failed tells more");
+        assert!(
+            judge(&Seen { exports: vec![export("r", State::Running, None)], ..Seen::default() }).is_empty()
+        );
+    }
+}

@@ -1,0 +1,128 @@
+//! What operators' tools ask: the metadata quorum, elections, reassignments, config resources, producers, quotas,
+//! credentials. Rules are in `flumen_metadata::admin`.
+
+use flumen_metadata::admin::{self, QuorumState};
+use flumen_metadata::topic_name;
+use flumen_protocol::error_code::ErrorCode;
+use kafka_protocol::messages::describe_producers_response::{
+    PartitionResponse, ProducerState, TopicResponse,
+};
+use kafka_protocol::messages::{
+    AlterClientQuotasRequest, AlterPartitionReassignmentsRequest, DescribeClientQuotasRequest,
+    DescribeProducersRequest, DescribeProducersResponse, DescribeQuorumRequest,
+    DescribeUserScramCredentialsRequest, ElectLeadersRequest, ListConfigResourcesRequest, ProducerId,
+};
+use kafka_protocol::protocol::StrBytes;
+
+use super::offsets::at_home;
+use crate::controller::METADATA_GROUP;
+use crate::dispatch::{Answer, Request, RequestError};
+use crate::node::now_ms;
+use crate::topic_admin::status_of;
+
+pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: DescribeQuorumRequest = request.decode()?;
+    let node = &request.shard.node;
+    let quorum = node
+        .controller()
+        .run(|shard| async move {
+            shard.partition(METADATA_GROUP).map(|log| QuorumState {
+                leader_epoch: log.leader_epoch(),
+                high_watermark: log.high_watermark(),
+                log_end_offset: log.log_end_offset(),
+                now_ms: now_ms(),
+            })
+        })
+        .await
+        .ok()
+        .flatten()
+        // Only of a broker that is stopping: the connection ends with it.
+        .ok_or_else(|| request.malformed("the metadata log has been closed".to_string()))?;
+    let image = node.image.load();
+    request.answer(&admin::describe_quorum(&asked, request.header.api_version, &image, quorum))
+}
+
+pub fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: ElectLeadersRequest = request.decode()?;
+    let node = &request.shard.node;
+    let image = node.image.load();
+    let version = request.header.api_version;
+    request.answer(&admin::elect_leaders(&asked, version, &image, &|group| status_of(node, group)))
+}
+
+pub fn alter_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: AlterPartitionReassignmentsRequest = request.decode()?;
+    let image = request.shard.node.image.load();
+    request.answer(&admin::alter_partition_reassignments(&asked, request.header.api_version, &image))
+}
+
+pub fn list_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
+    request.answer(&admin::list_partition_reassignments())
+}
+
+pub fn list_config_resources(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: ListConfigResourcesRequest = request.decode()?;
+    let image = request.shard.node.image.load();
+    request.answer(&admin::list_config_resources(&asked, request.header.api_version, &image))
+}
+
+pub fn describe_client_quotas(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: DescribeClientQuotasRequest = request.decode()?;
+    request.answer(&admin::describe_client_quotas(&asked))
+}
+
+pub fn alter_client_quotas(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: AlterClientQuotasRequest = request.decode()?;
+    request.answer(&admin::alter_client_quotas(&asked))
+}
+
+pub fn describe_user_scram_credentials(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: DescribeUserScramCredentialsRequest = request.decode()?;
+    request.answer(&admin::describe_user_scram_credentials(&asked))
+}
+
+pub fn describe_acls(request: &Request<'_>) -> Result<Answer, RequestError> {
+    request.answer(&admin::describe_acls())
+}
+
+/// Who has written to a partition lately, by what its log remembers of producers.
+pub async fn describe_producers(request: &Request<'_>) -> Result<Answer, RequestError> {
+    let asked: DescribeProducersRequest = request.decode()?;
+    let mut response = DescribeProducersResponse::default();
+    for topic in asked.topics {
+        let mut answered = TopicResponse::default().with_name(topic.name.clone());
+        let bad_name = topic_name::check(topic.name.as_str()).err();
+        for index in topic.partition_indexes {
+            let out = PartitionResponse::default().with_partition_index(index).with_error_message(None);
+            if let Some(reason) = &bad_name {
+                let message = StrBytes::from_string(reason.to_string());
+                answered.partitions.push(
+                    out.with_error_code(ErrorCode::INVALID_TOPIC_EXCEPTION.0)
+                        .with_error_message(Some(message)),
+                );
+                continue;
+            }
+            let found = at_home(request.shard, topic.name.as_str(), index, |partition| async move {
+                Ok(partition.producers())
+            })
+            .await;
+            answered.partitions.push(match found {
+                Ok(producers) => out.with_active_producers(producers.into_iter().map(state_of).collect()),
+                Err(error) => out.with_error_code(error.0),
+            });
+        }
+        response.topics.push(answered);
+    }
+    request.answer(&response)
+}
+
+fn state_of((id, epoch, last_sequence, last_timestamp): (i64, i16, i32, i64)) -> ProducerState {
+    ProducerState::default()
+        .with_producer_id(ProducerId(id))
+        .with_producer_epoch(i32::from(epoch))
+        .with_last_sequence(last_sequence)
+        .with_last_timestamp(last_timestamp)
+        // No transaction has ended or is open: there are none.
+        .with_coordinator_epoch(-1)
+        .with_current_txn_start_offset(-1)
+}
