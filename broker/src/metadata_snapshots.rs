@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use flumen_metadata::{MetadataImage, NodeInfo, decode_snapshot_file, encode_snapshot_file};
+use flumen_storage::failpoint::{self, Failpoint};
 
 /// The newest and one to fall back to.
 const KEPT: usize = 2;
@@ -82,10 +83,12 @@ impl MetadataSnapshots {
             let mut file = fs::File::create(&temporary)?;
             file.write_all(&encode_snapshot_file(next_offset, &image.snapshot()))?;
             file.sync_all()?;
+            failpoint::pass(Failpoint::MetadataWritten);
             fs::rename(&temporary, &path)?;
             flumen_io::FileSystem::machine().sync_dir(&self.directory)
         };
         write().map_err(self.io())?;
+        failpoint::pass(Failpoint::MetadataRenamed);
         let offsets = self.offsets().map_err(self.io())?;
         for old in offsets.iter().skip(KEPT) {
             fs::remove_file(self.path(*old)).map_err(self.io())?;

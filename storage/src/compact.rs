@@ -25,6 +25,7 @@ use crate::compact_filter::{Fate, Filter, Rules};
 use crate::compact_map::KEYS_MAX;
 use crate::compact_policy::{self, Candidate};
 use crate::compact_scan::Scan;
+use crate::failpoint::{self, Failpoint};
 use crate::flush::{FlushError, checkpoint};
 use crate::group::{Group, GroupLog, Segment};
 use crate::read::{Place, damaged, learn_timestamps};
@@ -399,6 +400,7 @@ impl Pass {
         cut.map_err(|error| self.failed(&output.path, error))?;
         let synced = self.shard.disk.fdatasync(&output.file).await;
         synced.map_err(|error| self.failed(&output.path, error))?;
+        failpoint::pass(Failpoint::CompactWritten);
         self.go_on()?;
         let generation = {
             let inner = self.group.inner.borrow();
@@ -416,6 +418,7 @@ impl Pass {
             .away(move || {
                 // Not synced: one that does not fit is built again.
                 let renamed = files.write(&index_path, &index).and_then(|()| files.rename(&from, &to));
+                failpoint::pass(Failpoint::CompactRenamed);
                 (renamed, files.sync_dir(&dir))
             })
             .await?;
@@ -429,6 +432,7 @@ impl Pass {
             self.shard.check_poison()?;
             return Ok(false);
         }
+        failpoint::pass(Failpoint::CompactSwapped);
         let mut inner = self.group.inner.borrow_mut();
         let at = inner.segments.iter().position(|segment| segment.base == first.base);
         let same = at.is_some_and(|at| {

@@ -13,6 +13,7 @@ use flumen_io::{FileSystem, Mode};
 
 use crate::codec::Cursor;
 use crate::data_dir::{boot_id, open_error, replace_file};
+use crate::failpoint::{self, Failpoint};
 use crate::flush::replace_many;
 use crate::group_state::GroupState;
 use crate::mutant::{self, Mutant};
@@ -556,8 +557,10 @@ pub(crate) fn recover(
     // A killed process may have left names of partitions that were never synced; from here on we rely on them.
     work.dirs.insert(root.join("log"));
     work.sync()?;
+    failpoint::pass(Failpoint::RecoverySynced);
     let metas = std::mem::take(&mut work.metas);
     replace_many(files, root, metas).map_err(|e| open_error(root, "writing group.meta", e))?;
+    failpoint::pass(Failpoint::RecoveryStates);
     for ring in kept_rings {
         let name = ring.file_name().and_then(|name| name.to_str()).unwrap_or("ring").to_owned();
         let kept = wal.join(format!("{name}.damaged-{:016x}", work.wal_id));
@@ -569,6 +572,7 @@ pub(crate) fn recover(
     let wal_id = wal_id.unwrap_or_else(|| files.random_id());
     let line = format!("{wal_id:016x} {:08x}\n", crc32c::crc32c(&wal_id.to_le_bytes()));
     replace_file(files, &current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
+    failpoint::pass(Failpoint::RecoveryCurrent);
     for step in work.afterwards {
         let (path, result) = match &step {
             Afterwards::Shorten(path, bytes) => {

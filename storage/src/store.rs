@@ -22,6 +22,7 @@ use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
 use crate::data_dir::{DataDir, Lock};
+use crate::failpoint::{self, Failpoint};
 use crate::flush;
 use crate::group::{Group, GroupLog};
 use crate::group_state::{GroupState, valid_dir_name};
@@ -654,6 +655,7 @@ impl ShardStore {
             // Nobody knows which name is on the disk.
             shard.poison(&format!("syncing the name of {}: {error}", to.display()));
         }
+        failpoint::pass(Failpoint::DeletionRenamed);
         shard.groups.borrow_mut().remove(&group_id);
         group.mark_deleted(shard);
         for base in group.segment_bases() {
@@ -666,6 +668,7 @@ impl ShardStore {
         let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
         shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
+        failpoint::pass(Failpoint::DeletionRecorded);
         shard.throw_away(to, (Lane::Durable, lsn), None);
         Ok(())
     }
