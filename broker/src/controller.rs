@@ -23,7 +23,7 @@ use flumen_protocol::record_batch;
 use flumen_storage::{RecoveredGroup, failpoint};
 use tokio::sync::oneshot;
 
-use crate::metadata_snapshots::MetadataSnapshots;
+use crate::metadata_snapshots::{MetadataSnapshots, SnapshotError};
 use crate::node::now_ms;
 use crate::partition::{Completion, Origin, Partition, PartitionSpec};
 use crate::shard::Shard;
@@ -245,6 +245,7 @@ impl Controller {
                         tracing::warn!(%error, "the metadata log could not be cut; it stays longer than it needs to be");
                     }
                 }
+                Ok(Err(error @ SnapshotError::Sync { .. })) => controller.shard.poison(&error.to_string()),
                 // The log still has everything; the next commit tries again.
                 Ok(Err(error)) => tracing::warn!(%error, "could not write a metadata snapshot"),
                 Err(error) => tracing::warn!(%error, "writing a metadata snapshot failed"),

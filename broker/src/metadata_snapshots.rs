@@ -28,6 +28,9 @@ pub struct MetadataSnapshots {
 pub enum SnapshotError {
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: io::Error },
+    /// The disk lost something, and does not say that it lost only this.
+    #[error("syncing {path}: {error}")]
+    Sync { path: PathBuf, error: io::Error },
 }
 
 impl MetadataSnapshots {
@@ -79,15 +82,16 @@ impl MetadataSnapshots {
     pub fn write(&self, next_offset: i64, image: &MetadataImage) -> Result<Option<i64>, SnapshotError> {
         let path = self.path(next_offset);
         let temporary = path.with_extension("tmp");
+        let sync_failed = |error| SnapshotError::Sync { path: self.directory.clone(), error };
         let write = || {
             let mut file = fs::File::create(&temporary)?;
             file.write_all(&encode_snapshot_file(next_offset, &image.snapshot()))?;
-            file.sync_all()?;
-            failpoint::pass(Failpoint::MetadataWritten);
-            fs::rename(&temporary, &path)?;
-            flumen_io::FileSystem::machine().sync_dir(&self.directory)
+            Ok(file)
         };
-        write().map_err(self.io())?;
+        write().map_err(self.io())?.sync_all().map_err(sync_failed)?;
+        failpoint::pass(Failpoint::MetadataWritten);
+        fs::rename(&temporary, &path).map_err(self.io())?;
+        flumen_io::FileSystem::machine().sync_dir(&self.directory).map_err(sync_failed)?;
         failpoint::pass(Failpoint::MetadataRenamed);
         let offsets = self.offsets().map_err(self.io())?;
         for old in offsets.iter().skip(KEPT) {

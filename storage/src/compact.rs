@@ -398,8 +398,7 @@ impl Pass {
         let cut = output.file.clone();
         let cut = self.away(move || cut.set_len(bytes)).await?;
         cut.map_err(|error| self.failed(&output.path, error))?;
-        let synced = self.shard.disk.fdatasync(&output.file).await;
-        synced.map_err(|error| self.failed(&output.path, error))?;
+        self.sync(&output).await?;
         failpoint::pass(Failpoint::CompactWritten);
         self.go_on()?;
         let generation = {
@@ -414,6 +413,7 @@ impl Pass {
         let (files, dir) = (self.shard.files.clone(), self.group.dir.clone());
         let (from, to) = (output.path.clone(), self.group.segment_path(name));
         let index_path = self.group.segment_index_path(name);
+        let alone = self.shard.syncing.lock().await;
         let (renamed, synced) = self
             .away(move || {
                 // Not synced: one that does not fit is built again.
@@ -422,16 +422,18 @@ impl Pass {
                 (renamed, files.sync_dir(&dir))
             })
             .await?;
-        renamed.map_err(|error| self.failed(&output.path, error))?;
+        // A directory that has another name, or none, because its partition is being deleted, is no failure.
+        let going = self.group.deleting.get() || self.group.deleted.get();
         if let Err(error) = synced
-            && !self.group.deleted.get()
+            && !(going && error.kind() == io::ErrorKind::NotFound)
         {
             // Nobody knows which name is on the disk, so nothing may be removed for it.
             self.shard
                 .poison(&format!("syncing the name of {}: {error}", self.group.segment_path(name).display()));
-            self.shard.check_poison()?;
-            return Ok(false);
         }
+        self.shard.check_poison()?;
+        drop(alone);
+        renamed.map_err(|error| self.failed(&output.path, error))?;
         failpoint::pass(Failpoint::CompactSwapped);
         let mut inner = self.group.inner.borrow_mut();
         let at = inner.segments.iter().position(|segment| segment.base == first.base);
@@ -462,6 +464,15 @@ impl Pass {
             self.throw_away(place.name);
         }
         Ok(true)
+    }
+
+    /// A failed one says that the disk lost something, and not that it lost only this: no way to go on.
+    async fn sync(&self, output: &Output) -> Result<(), CompactError> {
+        let _alone = self.shard.syncing.lock().await;
+        if let Err(error) = self.shard.disk.fdatasync(&output.file).await {
+            self.shard.poison(&format!("syncing {}: {error}", output.path.display()));
+        }
+        Ok(self.shard.check_poison()?)
     }
 
     fn throw_away(&self, name: SegmentName) {

@@ -765,6 +765,10 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
         dirs.clear();
     }
     add(&shard.counters.segment_syncs, files.len() as u64);
+    let _alone = shard.syncing.lock().await;
+    if shard.is_poisoned() && !mutant::is(Mutant::IgnoresFailedSync) {
+        return Err(FlushError::Poisoned);
+    }
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
         let files = shard.files.clone();

@@ -136,6 +136,9 @@ pub(crate) struct Shard {
     pub flush_lock: tokio::sync::Mutex<()>,
     /// Held by the compaction of one partition; shutdown takes it, so that nobody changes segments after it.
     pub compacting: tokio::sync::Mutex<()>,
+    /// Held over every sync but a commit's own. A disk that fails one may have lost what another, under way at the same
+    /// time, then calls safe; so nobody goes on after a sync before those that were under way with it are known to be good.
+    pub syncing: tokio::sync::Mutex<()>,
     open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
     /// In the order in which they were loaded, with how many entries each had.
@@ -549,6 +552,7 @@ impl ShardStore {
             evicts_next: RefCell::default(),
             flush_lock: tokio::sync::Mutex::new(()),
             compacting: tokio::sync::Mutex::new(()),
+            syncing: tokio::sync::Mutex::new(()),
             open_files: RefCell::default(),
             read_ahead: RefCell::default(),
             loaded_indexes: RefCell::default(),
@@ -650,11 +654,13 @@ impl ShardStore {
             return Err(DeleteError::Io { path: to.display().to_string(), source });
         }
         let files = shard.files.clone();
+        let syncing = shard.syncing.lock().await;
         let synced = shard.disk.off_thread(move || files.sync_dir(&root)).await;
         if let Err(error) = synced.and_then(|result| result) {
             // Nobody knows which name is on the disk.
             shard.poison(&format!("syncing the name of {}: {error}", to.display()));
         }
+        drop(syncing);
         failpoint::pass(Failpoint::DeletionRenamed);
         shard.groups.borrow_mut().remove(&group_id);
         group.mark_deleted(shard);

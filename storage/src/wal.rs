@@ -692,6 +692,7 @@ pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> Result<(), LogPoisoned> {
     if !wal.unsynced.replace(false) {
         return Ok(());
     }
+    let _nobody_else = shard.syncing.lock().await;
     for file in wal.files() {
         if let Err(error) = shard.disk.fdatasync(&file).await {
             shard.poison(&format!("syncing {}: {error}", file.path().display()));
@@ -734,6 +735,7 @@ pub(crate) async fn fill_zeros(shard: Rc<Shard>) {
         let same_file = next.as_ref().is_some_and(|next| plain.as_ref().is_some_and(|open| open.0 == next.0));
         if unsynced_bytes > 0 && (!same_file || unsynced_bytes >= ZERO_BATCH_BYTES) {
             unsynced_bytes = 0;
+            let _alone = shard.syncing.lock().await;
             if let Some((_, file)) = &plain
                 && let Err(error) = shard.disk.fdatasync(file).await
             {

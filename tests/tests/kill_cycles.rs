@@ -218,26 +218,22 @@ fn cycles(seed: u64, cycles: usize) -> anyhow::Result<()> {
         }
         loads.iter().for_each(|load| load.pause(true));
         flumen.restart().with_context(describe)?;
-        let started = began.elapsed();
         for (load, acknowledged) in loads.iter_mut().zip(&acknowledged) {
             load.check(&flumen, acknowledged, everything).with_context(describe)?;
             load.pause(false);
         }
-        let l = began.elapsed();
         topics.check(&flumen).with_context(describe)?;
-        println!("{lived:?} {started:?} {l:?} {:?}", began.elapsed());
         let total: usize = acknowledged.iter().map(BTreeMap::len).sum();
-        println!("{number}: {death:?}, {total} records");
+        println!(
+            "{number}: {death:?} after {lived:.1?}, {total} records, checked by {:.1?}",
+            began.elapsed()
+        );
     }
     for load in &mut loads {
-        let began = Instant::now();
         load.finish()?;
-        println!("finish {:?}", began.elapsed());
     }
     for load in &mut loads {
-        let began = Instant::now();
         load.check_all(&flumen)?;
-        println!("all {:?}", began.elapsed());
     }
     ensure!(flumen.stop()?.success(), "no clean stop");
     let verified = cli(&["debug", "log", "verify", &data])?;
