@@ -28,6 +28,7 @@ use crate::compact_scan::Scan;
 use crate::failpoint::{self, Failpoint};
 use crate::flush::{FlushError, checkpoint};
 use crate::group::{Group, GroupLog, Segment};
+use crate::mutant::{self, Mutant};
 use crate::read::{Place, damaged, learn_timestamps};
 use crate::restore::index_bytes;
 use crate::segment_index::{IndexBuilder, IndexEntry};
@@ -413,7 +414,7 @@ impl Pass {
         let (files, dir) = (self.shard.files.clone(), self.group.dir.clone());
         let (from, to) = (output.path.clone(), self.group.segment_path(name));
         let index_path = self.group.segment_index_path(name);
-        let alone = self.shard.syncing.lock().await;
+        let mut alone = self.shard.sync_alone().await?;
         let (renamed, synced) = self
             .away(move || {
                 // Not synced: one that does not fit is built again.
@@ -428,8 +429,7 @@ impl Pass {
             && !(going && error.kind() == io::ErrorKind::NotFound)
         {
             // Nobody knows which name is on the disk, so nothing may be removed for it.
-            self.shard
-                .poison(&format!("syncing the name of {}: {error}", self.group.segment_path(name).display()));
+            self.shard.sync_failed(&mut alone, &self.group.segment_path(name), &error);
         }
         self.shard.check_poison()?;
         drop(alone);
@@ -468,9 +468,12 @@ impl Pass {
 
     /// A failed one says that the disk lost something, and not that it lost only this: no way to go on.
     async fn sync(&self, output: &Output) -> Result<(), CompactError> {
-        let _alone = self.shard.syncing.lock().await;
+        let mut alone = self.shard.sync_alone().await?;
+        if mutant::is(Mutant::CompactsWithoutSync) {
+            return Ok(());
+        }
         if let Err(error) = self.shard.disk.fdatasync(&output.file).await {
-            self.shard.poison(&format!("syncing {}: {error}", output.path.display()));
+            self.shard.sync_failed(&mut alone, &output.path, &error);
         }
         Ok(self.shard.check_poison()?)
     }
@@ -526,7 +529,7 @@ impl Pass {
             self.closed().into_iter().filter(|(segment, _)| segment.base < upper).collect();
         outcome.segments_before = sources.len();
         outcome.segments_after = 0;
-        let newest: Vec<_> = self.group.producers.borrow().newest_batches().collect();
+        let newest: Vec<_> = self.group.producers.borrow().newest_batches(upper).collect();
         let mut filter = Filter::new(scan, Rules { upper, ..rules }, newest.into_iter());
         // Oldest first, each for good before the next: a tombstone that is gone has nothing older behind it.
         let mut rest = &sources[..];

@@ -765,10 +765,7 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
         dirs.clear();
     }
     add(&shard.counters.segment_syncs, files.len() as u64);
-    let _alone = shard.syncing.lock().await;
-    if shard.is_poisoned() && !mutant::is(Mutant::IgnoresFailedSync) {
-        return Err(FlushError::Poisoned);
-    }
+    let mut alone = shard.sync_alone().await.map_err(|_| FlushError::Poisoned)?;
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
         let files = shard.files.clone();
@@ -780,7 +777,7 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
         return Ok(());
     }
     result.map_err(|error| {
-        shard.poison(&format!("syncing segments: {error}"));
+        shard.sync_failed(&mut alone, &shard.segments_root(), &error);
         FlushError::Poisoned
     })
 }
