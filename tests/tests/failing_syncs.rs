@@ -61,7 +61,7 @@ fn number(value: &[u8]) -> u64 {
 /// Disks tried until one of them said so in time when it lost something. Two file systems and two loop devices stand behind
 /// each, and now and then they report a sync as good and only the next one as failed; a program that writes one file and
 /// syncs it sees the same. What they lost then must be seen by verify.
-const DISKS: usize = 5;
+const DISKS: usize = 20;
 
 fn acknowledged_is_there(configs: &serde_json::Value) {
     for _ in 0..DISKS {
