@@ -20,10 +20,10 @@ use flumen_metadata::{Applied, BrokerConfig, Command, MetadataImage, TopicConfig
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::record::{self, BatchBuilder};
 use flumen_protocol::record_batch;
-use flumen_storage::RecoveredGroup;
+use flumen_storage::{RecoveredGroup, failpoint};
 use tokio::sync::oneshot;
 
-use crate::metadata_snapshots::MetadataSnapshots;
+use crate::metadata_snapshots::{MetadataSnapshots, SnapshotError};
 use crate::node::now_ms;
 use crate::partition::{Completion, Origin, Partition, PartitionSpec};
 use crate::shard::Shard;
@@ -227,8 +227,8 @@ impl Controller {
     /// below the high watermark: at start, and while a change has its turn.
     fn maybe_snapshot(self: &Rc<Self>) {
         let end = self.log.high_watermark();
-        if end - self.snapshot_end.get() < SNAPSHOT_INTERVAL_COMMANDS || self.snapshot_under_way.replace(true)
-        {
+        let interval = if failpoint::small() { 20 } else { SNAPSHOT_INTERVAL_COMMANDS };
+        if end - self.snapshot_end.get() < interval || self.snapshot_under_way.replace(true) {
             return;
         }
         let (snapshots, image) = (self.snapshots.clone(), self.image.borrow().clone());
@@ -245,6 +245,7 @@ impl Controller {
                         tracing::warn!(%error, "the metadata log could not be cut; it stays longer than it needs to be");
                     }
                 }
+                Ok(Err(error @ SnapshotError::Sync { .. })) => controller.shard.poison(&error.to_string()),
                 // The log still has everything; the next commit tries again.
                 Ok(Err(error)) => tracing::warn!(%error, "could not write a metadata snapshot"),
                 Err(error) => tracing::warn!(%error, "writing a metadata snapshot failed"),

@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use flumen_metadata::{MetadataImage, NodeInfo, decode_snapshot_file, encode_snapshot_file};
+use flumen_storage::failpoint::{self, Failpoint};
 
 /// The newest and one to fall back to.
 const KEPT: usize = 2;
@@ -27,6 +28,9 @@ pub struct MetadataSnapshots {
 pub enum SnapshotError {
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: io::Error },
+    /// The disk lost something, and does not say that it lost only this.
+    #[error("syncing {path}: {error}")]
+    Sync { path: PathBuf, error: io::Error },
 }
 
 impl MetadataSnapshots {
@@ -78,14 +82,17 @@ impl MetadataSnapshots {
     pub fn write(&self, next_offset: i64, image: &MetadataImage) -> Result<Option<i64>, SnapshotError> {
         let path = self.path(next_offset);
         let temporary = path.with_extension("tmp");
+        let sync_failed = |error| SnapshotError::Sync { path: self.directory.clone(), error };
         let write = || {
             let mut file = fs::File::create(&temporary)?;
             file.write_all(&encode_snapshot_file(next_offset, &image.snapshot()))?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            flumen_io::FileSystem::machine().sync_dir(&self.directory)
+            Ok(file)
         };
-        write().map_err(self.io())?;
+        write().map_err(self.io())?.sync_all().map_err(sync_failed)?;
+        failpoint::pass(Failpoint::MetadataWritten);
+        fs::rename(&temporary, &path).map_err(self.io())?;
+        flumen_io::FileSystem::machine().sync_dir(&self.directory).map_err(sync_failed)?;
+        failpoint::pass(Failpoint::MetadataRenamed);
         let offsets = self.offsets().map_err(self.io())?;
         for old in offsets.iter().skip(KEPT) {
             fs::remove_file(self.path(*old)).map_err(self.io())?;

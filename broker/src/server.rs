@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
-use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig};
+use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig, failpoint};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -191,7 +191,10 @@ fn shard_thread(
     };
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
-        let config = StoreConfig { shard: id, ..StoreConfig::default() };
+        let mut config = StoreConfig { shard: id, ..StoreConfig::default() };
+        if failpoint::small() {
+            (config.wal_file_bytes, config.cache_bytes) = (512 << 10, 2 << 20);
+        }
         match ShardStore::open(&data_dir, config).await {
             Ok(store) => {
                 let shard = Shard::new(id, node, store);

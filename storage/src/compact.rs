@@ -25,8 +25,10 @@ use crate::compact_filter::{Fate, Filter, Rules};
 use crate::compact_map::KEYS_MAX;
 use crate::compact_policy::{self, Candidate};
 use crate::compact_scan::Scan;
+use crate::failpoint::{self, Failpoint};
 use crate::flush::{FlushError, checkpoint};
 use crate::group::{Group, GroupLog, Segment};
+use crate::mutant::{self, Mutant};
 use crate::read::{Place, damaged, learn_timestamps};
 use crate::restore::index_bytes;
 use crate::segment_index::{IndexBuilder, IndexEntry};
@@ -397,8 +399,8 @@ impl Pass {
         let cut = output.file.clone();
         let cut = self.away(move || cut.set_len(bytes)).await?;
         cut.map_err(|error| self.failed(&output.path, error))?;
-        let synced = self.shard.disk.fdatasync(&output.file).await;
-        synced.map_err(|error| self.failed(&output.path, error))?;
+        self.sync(&output).await?;
+        failpoint::pass(Failpoint::CompactWritten);
         self.go_on()?;
         let generation = {
             let inner = self.group.inner.borrow();
@@ -412,23 +414,27 @@ impl Pass {
         let (files, dir) = (self.shard.files.clone(), self.group.dir.clone());
         let (from, to) = (output.path.clone(), self.group.segment_path(name));
         let index_path = self.group.segment_index_path(name);
+        let mut alone = self.shard.sync_alone().await?;
         let (renamed, synced) = self
             .away(move || {
                 // Not synced: one that does not fit is built again.
                 let renamed = files.write(&index_path, &index).and_then(|()| files.rename(&from, &to));
+                failpoint::pass(Failpoint::CompactRenamed);
                 (renamed, files.sync_dir(&dir))
             })
             .await?;
-        renamed.map_err(|error| self.failed(&output.path, error))?;
+        // A directory that has another name, or none, because its partition is being deleted, is no failure.
+        let going = self.group.deleting.get() || self.group.deleted.get();
         if let Err(error) = synced
-            && !self.group.deleted.get()
+            && !(going && error.kind() == io::ErrorKind::NotFound)
         {
             // Nobody knows which name is on the disk, so nothing may be removed for it.
-            self.shard
-                .poison(&format!("syncing the name of {}: {error}", self.group.segment_path(name).display()));
-            self.shard.check_poison()?;
-            return Ok(false);
+            self.shard.sync_failed(&mut alone, &self.group.segment_path(name), &error);
         }
+        self.shard.check_poison()?;
+        drop(alone);
+        renamed.map_err(|error| self.failed(&output.path, error))?;
+        failpoint::pass(Failpoint::CompactSwapped);
         let mut inner = self.group.inner.borrow_mut();
         let at = inner.segments.iter().position(|segment| segment.base == first.base);
         let same = at.is_some_and(|at| {
@@ -458,6 +464,18 @@ impl Pass {
             self.throw_away(place.name);
         }
         Ok(true)
+    }
+
+    /// A failed one says that the disk lost something, and not that it lost only this: no way to go on.
+    async fn sync(&self, output: &Output) -> Result<(), CompactError> {
+        let mut alone = self.shard.sync_alone().await?;
+        if mutant::is(Mutant::CompactsWithoutSync) {
+            return Ok(());
+        }
+        if let Err(error) = self.shard.disk.fdatasync(&output.file).await {
+            self.shard.sync_failed(&mut alone, &output.path, &error);
+        }
+        Ok(self.shard.check_poison()?)
     }
 
     fn throw_away(&self, name: SegmentName) {
@@ -511,7 +529,7 @@ impl Pass {
             self.closed().into_iter().filter(|(segment, _)| segment.base < upper).collect();
         outcome.segments_before = sources.len();
         outcome.segments_after = 0;
-        let newest: Vec<_> = self.group.producers.borrow().newest_batches().collect();
+        let newest: Vec<_> = self.group.producers.borrow().newest_batches(upper).collect();
         let mut filter = Filter::new(scan, Rules { upper, ..rules }, newest.into_iter());
         // Oldest first, each for good before the next: a tombstone that is gone has nothing older behind it.
         let mut rest = &sources[..];

@@ -1,7 +1,7 @@
 //! Second half of a compaction pass: what becomes of each batch of the log, from its start to the end of the pass. Pure.
 //!
 //! Offsets never change: a batch keeps its base and last offset whatever goes out of it. A batch goes when nothing is left
-//! of it, unless it is the newest of its producer, whose epoch and sequence it carries: then it stays without records, as
+//! of it, unless it is the newest of its producer (in the log, or in the part that is compacted), whose epoch and sequence it carries: then it stays without records, as
 //! Kafka does it. Where nothing goes, the batch keeps its very bytes. What cannot be decoded stays as it is.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -13,6 +13,7 @@ use flumen_protocol::record_batch::BatchHeader;
 
 use crate::compact_map::KeyHash;
 use crate::compact_scan::{Aborted, DECOMPRESSED_MAX_BYTES, Marker, Scan, marker_of};
+use crate::mutant::{self, Mutant};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
@@ -33,8 +34,9 @@ pub struct Rules {
 pub struct Filter {
     scan: Scan,
     rules: Rules,
-    /// Of every producer that the log knows: its epoch, and the last offset of its newest batch of data.
-    newest: BTreeMap<i64, (i16, Option<i64>)>,
+    /// Of every producer that the log knows: its epoch, and the last offset of its newest batch of data; and the same of the
+    /// newest one below the end of the pass, which is the newest again should those above it be lost or replaced.
+    newest: BTreeMap<i64, Vec<(i16, Option<i64>)>>,
     /// Aborted transactions of each producer in the part that was scanned, oldest first.
     aborted: BTreeMap<i64, VecDeque<Aborted>>,
     /// Producers of which this pass has met data that no marker has ended yet.
@@ -57,10 +59,21 @@ impl Filter {
         for transaction in &scan.aborted {
             aborted.entry(transaction.producer_id).or_default().push_back(*transaction);
         }
+        let mut carriers: BTreeMap<i64, Vec<(i16, Option<i64>)>> = BTreeMap::new();
+        for (id, epoch, last) in newest {
+            carriers.entry(id).or_default().push((epoch, last));
+        }
+        for (id, known) in &mut carriers {
+            if mutant::is(Mutant::ForgetsProducers) {
+                known.clear();
+                continue;
+            }
+            known.extend(scan.producers.get(id).map(|(epoch, last)| (*epoch, Some(*last))));
+        }
         Self {
             scan,
             rules,
-            newest: newest.map(|(id, epoch, last)| (id, (epoch, last))).collect(),
+            newest: carriers,
             aborted,
             unended: BTreeSet::new(),
             buf: RecordsBuf::new(),
@@ -122,6 +135,7 @@ impl Filter {
             let newest = map.get(KeyHash::of(seed, key));
             match (record.value, newest) {
                 (_, Some(newest)) if newest > record.offset => Verdict::Drop,
+                (Some(_), Some(_)) if mutant::is(Mutant::DropsNewestOfKey) => Verdict::Drop,
                 (Some(_), _) => Verdict::Keep,
                 (None, _) if expired => Verdict::Drop,
                 (None, _) => Verdict::KeepTombstone,
@@ -157,7 +171,7 @@ impl Filter {
     /// Nothing is left of the batch but what it says of its producer.
     fn left(&self, header: &BatchHeader) -> Fate {
         let newest = self.newest.get(&header.producer_id).filter(|_| header.has_producer_id());
-        let carries = newest.is_some_and(|(epoch, last)| match last {
+        let carries = newest.into_iter().flatten().any(|(epoch, last)| match last {
             Some(last) => !header.is_control() && header.last_offset() == *last,
             None => header.is_control() && header.producer_epoch == *epoch,
         });

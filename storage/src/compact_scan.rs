@@ -21,6 +21,9 @@ const OPEN_KEYS_MAX: usize = KEYS_MAX;
 /// Aborted transactions of one pass, 24 bytes each.
 const ABORTED_MAX: usize = 100_000;
 
+/// Producers of one pass, some 32 bytes each; there are never that many but when each of them writes one batch and goes.
+const PRODUCERS_MAX: usize = KEYS_MAX;
+
 /// A transaction that was aborted: its producer, and the offsets from its first batch to its marker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Aborted {
@@ -40,6 +43,8 @@ pub struct Scan {
     pub map: OffsetMap,
     pub seed: u64,
     pub aborted: Vec<Aborted>,
+    /// Epoch and last offset of the newest batch of every producer in what was scanned.
+    pub producers: BTreeMap<i64, (i16, i64)>,
     keys_max: usize,
     open: BTreeMap<i64, Open>,
     open_keys: usize,
@@ -77,6 +82,7 @@ impl Scan {
             map: OffsetMap::default(),
             seed,
             aborted: Vec::new(),
+            producers: BTreeMap::new(),
             keys_max,
             open: BTreeMap::new(),
             open_keys: 0,
@@ -90,6 +96,7 @@ impl Scan {
     pub fn take(&mut self, header: &BatchHeader, batch: &[u8]) -> bool {
         let full = self.map.len() >= self.keys_max
             || self.open_keys >= OPEN_KEYS_MAX
+            || self.producers.len() >= PRODUCERS_MAX
             || self.aborted.len() >= ABORTED_MAX;
         if full {
             return false;
@@ -112,6 +119,9 @@ impl Scan {
                 }
             }
             return true;
+        }
+        if header.has_producer_id() {
+            self.producers.insert(producer_id, (header.producer_epoch, header.last_offset()));
         }
         let transactional = header.is_transactional();
         if transactional {

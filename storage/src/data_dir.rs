@@ -30,8 +30,14 @@ pub struct DataDir {
     path: PathBuf,
     files: FileSystem,
     lock: Arc<Lock>,
+    syncing: Arc<Syncing>,
     wal_id: OnceLock<u64>,
 }
+
+/// Held over every sync of every shard but a commit's own; inside, why one of them failed. A disk that fails one may have
+/// lost what another, under way at the same time, then calls safe; so nobody relies on a sync before those that were under
+/// way with it are known to be good.
+pub(crate) type Syncing = tokio::sync::Mutex<Option<String>>;
 
 pub(crate) fn open_error(path: &Path, action: &'static str, source: io::Error) -> OpenError {
     let shown = path.display().to_string();
@@ -133,7 +139,13 @@ impl DataDir {
         let probe = path.join("wal").join("probe");
         files.write(&probe, b"").map_err(|e| open_error(path, "writing", e))?;
         files.remove_file(&probe).map_err(|e| open_error(path, "writing", e))?;
-        Ok(DataDir { path: path.to_owned(), files, lock: Arc::new(Lock(lock)), wal_id: OnceLock::new() })
+        Ok(DataDir {
+            path: path.to_owned(),
+            files,
+            lock: Arc::new(Lock(lock)),
+            syncing: Arc::default(),
+            wal_id: OnceLock::new(),
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -177,6 +189,10 @@ impl DataDir {
 
     pub(crate) fn wal_id(&self) -> Option<u64> {
         self.wal_id.get().copied()
+    }
+
+    pub(crate) fn syncing(&self) -> Arc<Syncing> {
+        Arc::clone(&self.syncing)
     }
 
     pub(crate) fn lock(&self) -> Arc<Lock> {

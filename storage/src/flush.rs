@@ -16,6 +16,7 @@ use flumen_protocol::record_batch;
 use futures_util::stream::{self, StreamExt};
 
 use crate::data_dir::replace_file;
+use crate::failpoint::{self, Failpoint};
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
 use crate::mutant::{self, Mutant};
 use crate::ring::Class;
@@ -222,7 +223,9 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
             seal(shard, group, base, bytes).map_err(|e| fail("closing segment before", e))?;
         }
         let file = if run.new_segment {
-            shard.create_file(group, run.base).map_err(|e| fail("creating segment", e))?
+            let file = shard.create_file(group, run.base).map_err(|e| fail("creating segment", e))?;
+            failpoint::pass(Failpoint::RollCreated);
+            file
         } else {
             shard.file(group, run.base).map_err(|e| fail("opening segment", e))?
         };
@@ -240,6 +243,9 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
             .await
             .map_err(|e| fail("writing segment", e))?;
         shard.leave_last_block(group.id, run.base, last_block);
+        if run.new_segment {
+            failpoint::pass(Failpoint::RollWritten);
+        }
         if let Err(error) = append_index(&shard.files, group, run.base, run.new_segment, &run.index) {
             // An index that lacks its end is rebuilt from the segment.
             tracing::warn!(group = group.id, %error, "index not written");
@@ -387,7 +393,10 @@ pub(crate) fn snapshots(listed: &[DirEntry], dir: &Path) -> Vec<(i64, PathBuf)> 
 
 /// Not synced: a torn one fails its checksum and is ignored.
 pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
-    files.write(&dir.join(format!("{offset:020}.snapshot")), bytes)?;
+    let path = dir.join(format!("{offset:020}.snapshot"));
+    failpoint::pass_torn(Failpoint::ProducersTorn, || files.write(&path, &bytes[..bytes.len() / 2]));
+    files.write(&path, bytes)?;
+    failpoint::pass(Failpoint::ProducersWritten);
     let found = snapshots(&files.list(dir)?, dir);
     for (_, path) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
         files.remove_file(path)?;
@@ -618,6 +627,7 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
         shard.wait_durable(other, moved[other as usize]).await.map_err(|_| FlushError::Poisoned)?;
     }
     sync_segments(shard, &groups).await?;
+    failpoint::pass(Failpoint::RetireSynced);
     // What a group state says stays true until it is in a block, because flushing is this task's alone.
     let mut since_yield = 0;
     let mut producers_left =
@@ -679,6 +689,7 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     for (group, base) in counted {
         group.inner.borrow_mut().counted_base = base.max(0);
     }
+    failpoint::pass(Failpoint::RetireCounted);
     wal.retired(file_seq);
     add(&shard.counters.files_retired, 1);
     Ok(true)
@@ -780,6 +791,7 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
         dirs.clear();
     }
     add(&shard.counters.segment_syncs, files.len() as u64);
+    let mut alone = shard.sync_alone().await.map_err(|_| FlushError::Poisoned)?;
     let result = if files.len() + dirs.len() > SYNC_EACH_MAX {
         let root = shard.root.clone();
         let files = shard.files.clone();
@@ -791,7 +803,7 @@ async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), Fl
         return Ok(());
     }
     result.map_err(|error| {
-        shard.poison(&format!("syncing segments: {error}"));
+        shard.sync_failed(&mut alone, &shard.segments_root(), &error);
         FlushError::Poisoned
     })
 }

@@ -16,6 +16,9 @@ mod compact_policy;
 mod compact_scan;
 mod data_dir;
 mod dump;
+/// Public for the broker, which has places of its own.
+#[doc(hidden)]
+pub mod failpoint;
 mod flush;
 mod group;
 mod group_state;

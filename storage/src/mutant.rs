@@ -33,10 +33,13 @@ pub enum Mutant {
     RemovesBeforeRecordIsSafe,
     LeavesOsLaneBehind,
     TrustsIndex,
+    CompactsWithoutSync,
+    DropsNewestOfKey,
+    ForgetsProducers,
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 26] = [
+pub const MUTANTS: [Mutant; 29] = [
     Mutant::SkipsSegmentSync,
     Mutant::SkipsDirectorySync,
     Mutant::SkipsNameOfFormerRun,
@@ -63,6 +66,9 @@ pub const MUTANTS: [Mutant; 26] = [
     Mutant::RemovesBeforeRecordIsSafe,
     Mutant::LeavesOsLaneBehind,
     Mutant::TrustsIndex,
+    Mutant::CompactsWithoutSync,
+    Mutant::DropsNewestOfKey,
+    Mutant::ForgetsProducers,
 ];
 
 #[cfg(feature = "mutants")]

@@ -108,11 +108,14 @@ impl ProducerState {
     }
 
     /// What the log must keep for each producer's sake: its epoch, and the last offset of its newest batch of data, if
-    /// it has written any.
-    pub fn newest_batches(&self) -> impl Iterator<Item = (i64, i16, Option<i64>)> + '_ {
-        self.producers.iter().map(|(id, p)| {
-            let last = p.batches.back().map(|batch| batch.base_offset + i64::from(batch.last_offset_delta));
-            (*id, p.epoch, last)
+    /// it has written any; and of the newest one below `upper`, where that is known and another.
+    pub fn newest_batches(&self, upper: i64) -> impl Iterator<Item = (i64, i16, Option<i64>)> + '_ {
+        self.producers.iter().flat_map(move |(id, p)| {
+            let ends =
+                || p.batches.iter().rev().map(|batch| batch.base_offset + i64::from(batch.last_offset_delta));
+            let newest = ends().next();
+            let below = ends().find(|last| *last < upper).filter(|last| Some(*last) != newest);
+            std::iter::once(newest).chain(below.map(Some)).map(|last| (*id, p.epoch, last))
         })
     }
 

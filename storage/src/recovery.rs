@@ -14,6 +14,7 @@ use flumen_io::{DirEntry, FileSystem, Mode};
 
 use crate::codec::Cursor;
 use crate::data_dir::{FORMAT, boot_id, open_error, replace_file};
+use crate::failpoint::{self, Failpoint};
 use crate::flush::parse_clean;
 use crate::group_state::GroupState;
 use crate::mutant::{self, Mutant};
@@ -654,6 +655,7 @@ pub(crate) fn recover(
     // A killed process may have left names of partitions that were never synced; from here on we rely on them.
     work.dirs.insert(root.join("log"));
     work.sync()?;
+    failpoint::pass(Failpoint::RecoverySynced);
     let wal_id = if mutant::is(Mutant::KeepsWalId) { former } else { None };
     let wal_id = wal_id.unwrap_or_else(|| files.random_id());
     let saved = work.take_saved();
@@ -666,6 +668,7 @@ pub(crate) fn recover(
         replace_file(files, &format, format!("{FORMAT}\n").as_bytes())
             .map_err(|e| open_error(&format, "writing", e))?;
     }
+    failpoint::pass(Failpoint::RecoveryStates);
     for ring in kept_rings {
         let name = ring.file_name().and_then(|name| name.to_str()).unwrap_or("ring").to_owned();
         let suffix = kept_suffix(work.wal_id);
@@ -679,6 +682,7 @@ pub(crate) fn recover(
     // From here on the old blocks do not count.
     let line = format!("{wal_id:016x} {:08x} {STATES}\n", current_crc(wal_id, true));
     replace_file(files, &current, line.as_bytes()).map_err(|e| open_error(&current, "writing", e))?;
+    failpoint::pass(Failpoint::RecoveryCurrent);
     for entry in list(files, &wal)?.iter().filter(|entry| states_file::is_one(&entry.name)) {
         let path = wal.join(&entry.name);
         if path != states {

@@ -21,7 +21,8 @@ use std::time::Duration;
 use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
-use crate::data_dir::{DataDir, Lock};
+use crate::data_dir::{DataDir, Lock, Syncing};
+use crate::failpoint::{self, Failpoint};
 use crate::flush;
 use crate::group::{Group, GroupLog};
 use crate::group_state::{GroupState, valid_dir_name};
@@ -142,6 +143,7 @@ pub(crate) struct Shard {
     pub flush_lock: tokio::sync::Mutex<()>,
     /// Held by the compaction of one partition; shutdown takes it, so that nobody changes segments after it.
     pub compacting: tokio::sync::Mutex<()>,
+    syncing: Arc<Syncing>,
     open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
     /// In the order in which they were loaded, with how many entries each had.
@@ -194,6 +196,24 @@ impl Shard {
         for changed in &self.durable_changed {
             changed.notify_waiters();
         }
+    }
+
+    /// For one sync, or several together; what is held is for `sync_failed`. Where one has failed before, of whatever shard,
+    /// this one's log fails too.
+    pub async fn sync_alone(&self) -> Result<tokio::sync::MutexGuard<'_, Option<String>>, LogPoisoned> {
+        let failed = self.syncing.lock().await;
+        if let Some(reason) = &*failed
+            && !mutant::is(Mutant::IgnoresFailedSync)
+        {
+            self.poison(reason);
+        }
+        self.check_poison().map(|()| failed)
+    }
+
+    pub fn sync_failed(&self, failed: &mut Option<String>, what: &Path, error: &io::Error) {
+        let reason = format!("syncing {}: {error}", what.display());
+        self.poison(&reason);
+        *failed = Some(reason);
     }
 
     pub fn note_no_space(&self, doing: &str, error: &io::Error) {
@@ -555,6 +575,7 @@ impl ShardStore {
             evicts_next: RefCell::default(),
             flush_lock: tokio::sync::Mutex::new(()),
             compacting: tokio::sync::Mutex::new(()),
+            syncing: dir.syncing(),
             open_files: RefCell::default(),
             read_ahead: RefCell::default(),
             loaded_indexes: RefCell::default(),
@@ -656,11 +677,14 @@ impl ShardStore {
             return Err(DeleteError::Io { path: to.display().to_string(), source });
         }
         let files = shard.files.clone();
+        let mut syncing = shard.sync_alone().await?;
         let synced = shard.disk.off_thread(move || files.sync_dir(&root)).await;
         if let Err(error) = synced.and_then(|result| result) {
             // Nobody knows which name is on the disk.
-            shard.poison(&format!("syncing the name of {}: {error}", to.display()));
+            shard.sync_failed(&mut syncing, &to, &error);
         }
+        drop(syncing);
+        failpoint::pass(Failpoint::DeletionRenamed);
         shard.groups.borrow_mut().remove(&group_id);
         group.mark_deleted(shard);
         for base in group.segment_bases() {
@@ -674,6 +698,7 @@ impl ShardStore {
         let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
         shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
+        failpoint::pass(Failpoint::DeletionRecorded);
         shard.throw_away(to, (Lane::Durable, lsn), None);
         Ok(())
     }

@@ -692,9 +692,10 @@ pub(crate) async fn sync_os_lane(shard: &Rc<Shard>) -> Result<(), LogPoisoned> {
     if !wal.unsynced.replace(false) {
         return Ok(());
     }
+    let mut alone = shard.sync_alone().await?;
     for file in wal.files() {
         if let Err(error) = shard.disk.fdatasync(&file).await {
-            shard.poison(&format!("syncing {}: {error}", file.path().display()));
+            shard.sync_failed(&mut alone, file.path(), &error);
         }
         shard.check_poison()?;
     }
@@ -734,10 +735,11 @@ pub(crate) async fn fill_zeros(shard: Rc<Shard>) {
         let same_file = next.as_ref().is_some_and(|next| plain.as_ref().is_some_and(|open| open.0 == next.0));
         if unsynced_bytes > 0 && (!same_file || unsynced_bytes >= ZERO_BATCH_BYTES) {
             unsynced_bytes = 0;
+            let Ok(mut alone) = shard.sync_alone().await else { return };
             if let Some((_, file)) = &plain
                 && let Err(error) = shard.disk.fdatasync(file).await
             {
-                shard.poison(&format!("syncing {}: {error}", file.path().display()));
+                shard.sync_failed(&mut alone, file.path(), &error);
                 return;
             }
             continue;

@@ -1,12 +1,13 @@
 //! A running broker and its admin API.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use crate::process::{Process, flumen_binary, free_port};
+use crate::process::{EndedEarly, Process, flumen_binary, free_port};
 
 pub struct Flumen {
     process: Option<Process>,
@@ -14,6 +15,8 @@ pub struct Flumen {
     pub kafka: String,
     pub admin: String,
     arguments: Vec<String>,
+    /// Of the next start.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 impl Flumen {
@@ -29,18 +32,37 @@ impl Flumen {
         settings: &[&str],
         more: &[&str],
     ) -> anyhow::Result<Flumen> {
+        let mut flumen = Self::idle_at(data_dir, kafka, admin, settings, more);
+        flumen.restart()?;
+        Ok(flumen)
+    }
+
+    /// Not started yet.
+    fn idle_at(data_dir: &Path, kafka: u16, admin: u16, settings: &[&str], more: &[&str]) -> Flumen {
         let mut arguments: Vec<String> = more.iter().map(ToString::to_string).collect();
         for setting in settings {
             arguments.push("--set".to_string());
             arguments.push((*setting).to_string());
         }
-        let mut flumen = Flumen {
+        Flumen {
             process: None,
             data_dir: data_dir.to_path_buf(),
             kafka: format!("127.0.0.1:{kafka}"),
             admin: format!("127.0.0.1:{admin}"),
             arguments,
-        };
+            environment: Vec::new(),
+        }
+    }
+
+    /// As `start`, with an environment; `more` are further arguments.
+    pub fn start_with(
+        data_dir: &Path,
+        settings: &[&str],
+        more: &[&str],
+        environment: Vec<(&'static str, String)>,
+    ) -> anyhow::Result<Flumen> {
+        let mut flumen = Self::idle_at(data_dir, free_port(), free_port(), settings, more);
+        flumen.environment = environment;
         flumen.restart()?;
         Ok(flumen)
     }
@@ -48,17 +70,54 @@ impl Flumen {
     /// Starts the process again on the same directory and ports.
     pub fn restart(&mut self) -> anyhow::Result<()> {
         self.process = None;
+        let command = self.command()?;
+        let log = self.data_dir.join("broker.log");
+        let (process, _ready) = Process::start("flumen server", command, "flumen ready", &log)?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    fn command(&self) -> anyhow::Result<Command> {
         std::fs::create_dir_all(&self.data_dir)?;
         let mut command = Command::new(flumen_binary()?);
         command
             .arg("server")
             .args(["--data-dir".as_ref(), self.data_dir.join("data").as_os_str()])
             .args(["--kafka", &self.kafka, "--admin", &self.admin])
-            .args(&self.arguments);
-        let log = self.data_dir.join("broker.log");
-        let (process, _ready) = Process::start("flumen server", command, "flumen ready", &log)?;
-        self.process = Some(process);
+            .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        Ok(command)
+    }
+
+    /// Starts the process again; it may end before it is ready, and then how it did.
+    pub fn restart_or_end(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        match self.restart() {
+            Ok(()) => Ok(None),
+            Err(error) => match error.downcast_ref::<EndedEarly>() {
+                Some(early) => Ok(Some(early.status)),
+                None => Err(error),
+            },
+        }
+    }
+
+    /// Starts the process and kills it so much later, ready or not.
+    pub fn restart_and_kill(&mut self, after: Duration) -> anyhow::Result<()> {
+        self.process = None;
+        let mut child = self.command()?.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        std::thread::sleep(after);
+        child.kill()?;
+        child.wait()?;
         Ok(())
+    }
+
+    /// How the process ended, if it has; otherwise it runs.
+    pub fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        self.process.as_mut().context("the broker is not running")?.ended()
+    }
+
+    /// Waits until the process ends by itself.
+    pub fn wait(&mut self) -> anyhow::Result<ExitStatus> {
+        self.process.as_mut().context("the broker is not running")?.wait()
     }
 
     pub fn kill_9(&mut self) {

@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use rdkafka::ClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{DeliveryResult, Headers, Message};
 use rdkafka::producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
@@ -94,6 +95,11 @@ impl Sender {
         self.producer.flush(Duration::from_secs(600)).context("records were not acknowledged")
     }
 
+    /// What `reports` locks, for whoever looks while somebody else sends.
+    pub fn shared_reports(&self) -> Arc<Mutex<Reports>> {
+        self.reports.0.clone()
+    }
+
     pub fn sent(&self) -> u64 {
         self.sent
     }
@@ -143,6 +149,47 @@ pub fn read_all(kafka: &str, topic: &str, ends: &[i64]) -> anyhow::Result<Vec<Re
             headers: headers.unwrap_or_default(),
         });
         missing -= 1;
+    }
+    Ok(all)
+}
+
+/// What a reader gets of a topic between these offsets, one pair per partition; offsets may be missing, as they are after
+/// compaction. Records that are there must be there now.
+pub fn read_between(kafka: &str, topic: &str, from: &[i64], ends: &[i64]) -> anyhow::Result<Vec<Record>> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka)
+        .set("group.id", "reader")
+        .set("enable.auto.commit", "false")
+        .set("enable.partition.eof", "true")
+        .set("check.crcs", "true")
+        .create()?;
+    let mut list = TopicPartitionList::new();
+    let mut left = std::collections::BTreeSet::new();
+    for (partition, (from, end)) in (0..).zip(from.iter().zip(ends)) {
+        if from < end {
+            list.add_partition_offset(topic, partition, Offset::Offset(*from))?;
+            left.insert(partition);
+        }
+    }
+    consumer.assign(&list)?;
+    let mut all = Vec::new();
+    while !left.is_empty() {
+        match consumer.poll(Duration::from_secs(1)) {
+            None => {}
+            Some(Err(KafkaError::PartitionEOF(partition))) => drop(left.remove(&partition)),
+            Some(message) => {
+                let message = message?;
+                let (partition, offset) = (message.partition(), message.offset());
+                let end = ends[usize::try_from(partition)?];
+                if offset < end {
+                    let value = message.payload().unwrap_or_default().to_vec();
+                    all.push(Record { place: (partition, offset), value, headers: BTreeMap::new() });
+                }
+                if offset + 1 >= end {
+                    left.remove(&partition);
+                }
+            }
+        }
     }
     Ok(all)
 }

@@ -6,6 +6,7 @@ pub mod clickhouse;
 pub mod export;
 pub mod flumen;
 pub mod kafka;
+pub mod load;
 pub mod mount;
 pub mod probe;
 pub mod process;

@@ -2,9 +2,24 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use anyhow::{Context, bail};
+
+/// A process that ended instead of saying that it is ready.
+#[derive(Debug)]
+pub struct EndedEarly {
+    pub status: ExitStatus,
+    what: String,
+}
+
+impl std::fmt::Display for EndedEarly {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} with {} before it was ready", self.what, self.status)
+    }
+}
+
+impl std::error::Error for EndedEarly {}
 
 pub struct Process {
     child: Child,
@@ -45,7 +60,8 @@ impl Process {
             .map(str::to_string)
             .collect();
         let tail: Vec<String> = tail.into_iter().rev().collect();
-        bail!("{name} ended with {status} before it was ready:\n{}", tail.join("\n"))
+        let ended = EndedEarly { status, what: format!("{name} ended") };
+        Err(anyhow::Error::new(ended).context(tail.join("\n")))
     }
 
     pub fn pid(&self) -> u32 {
@@ -69,6 +85,11 @@ impl Process {
 
     pub fn wait(&mut self) -> anyhow::Result<std::process::ExitStatus> {
         Ok(self.child.wait()?)
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
     }
 }
 

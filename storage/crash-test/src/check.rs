@@ -1,7 +1,10 @@
 //! Comparing what recovery found, and what readers get, with the model.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use flumen_io::simulated::Machine;
+use flumen_protocol::record::{self, RecordError};
 use flumen_protocol::record_batch;
 use flumen_storage::{GroupLog, ReadError, RecoveredGroup};
 
@@ -10,6 +13,9 @@ use crate::model::{Log, Partition};
 /// Where in a batch the fields end that Kafka's checksum does not cover: base offset, length, leader epoch, magic, and
 /// the checksum itself.
 const UNCHECKED_BYTES: usize = 21;
+
+/// No batch of the workload unfolds to more.
+const RECORDS_BYTES_MAX: usize = 1 << 20;
 
 #[derive(Debug)]
 pub enum Mismatch {
@@ -53,6 +59,117 @@ pub fn same_batches(state: &Log, from: i64, upper: i64, found: &[Bytes]) -> Resu
         }
     }
     Ok(at)
+}
+
+/// As `same_batches` where `bound` is `None`. Below it, compaction may have taken out what has a newer record of its key
+/// below it too, and tombstones; `still`: nobody compacts meanwhile, so a tombstone went with everything older of its key.
+pub fn same_records(
+    state: &Log,
+    bound: Option<i64>,
+    (from, upper): (i64, i64),
+    found: &[Bytes],
+    still: bool,
+) -> Result<i64, Mismatch> {
+    let Some(bound) = bound else { return same_batches(state, from, upper, found) };
+    let wrong = |what: String| Err(Mismatch::Wrong(what));
+    let mut records = BTreeMap::new();
+    let mut at = from;
+    for piece in found {
+        for batch in record_batch::batches(piece) {
+            let (header, bytes) =
+                batch.map_err(|error| Mismatch::Wrong(format!("no batch at {at}: {error}")))?;
+            let Some(want) =
+                state.batch_at(header.base_offset).filter(|want| want.base == header.base_offset)
+            else {
+                return wrong(format!("a batch at {}, where none was", header.base_offset));
+            };
+            if header.next_offset() <= at || header.next_offset() > upper {
+                return wrong(format!(
+                    "a batch at {} to {} between {at} and {upper}",
+                    want.base,
+                    header.next_offset()
+                ));
+            }
+            let original = want.batch.as_deref().unwrap_or_default();
+            if bytes != original {
+                if want.next > bound {
+                    // Nothing took anything out of it.
+                    same_batches(state, want.base, want.next, &[Bytes::copy_from_slice(bytes)])?;
+                }
+                if !record_batch::crc_ok(bytes) {
+                    return Err(Mismatch::Noticeable(format!(
+                        "the batch at {} fails its checksum",
+                        want.base
+                    )));
+                }
+            }
+            let original_records = decoded(original)?;
+            for (offset, record) in decoded(bytes)? {
+                if original_records.get(&offset) != Some(&record) {
+                    return wrong(format!("another record at {offset}"));
+                }
+                records.insert(offset, record);
+            }
+            let identity = |bytes: &[u8]| {
+                record_batch::parse_header(bytes).ok().map(|h| {
+                    (h.next_offset(), h.producer_id, h.producer_epoch, h.last_sequence(), h.leader_epoch)
+                })
+            };
+            if identity(bytes) != identity(original) {
+                return wrong(format!("{} was {}", describe(bytes), describe(original)));
+            }
+            at = header.next_offset();
+        }
+    }
+    let reached = if records.is_empty() && at == from { upper } else { at };
+    let wanted = from.max(state.log_start)..reached;
+    let mut newest: Option<BTreeMap<Vec<u8>, i64>> = None;
+    for entry in state.batches().filter(|entry| entry.next > wanted.start && entry.base < wanted.end) {
+        for (offset, (key, value)) in decoded(entry.batch.as_deref().unwrap_or_default())? {
+            if !wanted.contains(&offset) || records.contains_key(&offset) {
+                continue;
+            }
+            if newest.is_none() {
+                newest = Some(newest_below(state, bound)?);
+            }
+            let superseded =
+                newest.as_ref().is_some_and(|newest| newest.get(&key).is_some_and(|at| *at > offset));
+            let tombstone = value.is_none();
+            if offset >= bound || !(superseded || tombstone) {
+                return wrong(format!(
+                    "the record at {offset} is gone; compaction may have been up to {bound}"
+                ));
+            }
+            if still && !superseded && records.range(..offset).any(|(_, (other, _))| *other == key) {
+                return wrong(format!("the tombstone at {offset} went before what it deletes"));
+            }
+        }
+    }
+    Ok(reached)
+}
+
+type KeyAndValue = (Vec<u8>, Option<Vec<u8>>);
+
+fn decoded(batch: &[u8]) -> Result<BTreeMap<i64, KeyAndValue>, Mismatch> {
+    let bad = |error: RecordError| Mismatch::Wrong(format!("{} cannot be decoded: {error}", describe(batch)));
+    let mut scratch = Vec::new();
+    let mut found = BTreeMap::new();
+    for record in record::decode_records(batch, &mut scratch, RECORDS_BYTES_MAX).map_err(bad)? {
+        let record = record.map_err(bad)?;
+        let value = record.value.map(<[u8]>::to_vec);
+        found.insert(record.offset, (record.key.unwrap_or_default().to_vec(), value));
+    }
+    Ok(found)
+}
+
+/// The newest record of every key below an offset.
+fn newest_below(state: &Log, bound: i64) -> Result<BTreeMap<Vec<u8>, i64>, Mismatch> {
+    let mut newest = BTreeMap::new();
+    for batch in state.entries.iter().filter(|entry| entry.base < bound).filter_map(|e| e.batch.as_deref()) {
+        let below = decoded(batch)?.into_iter().filter(|(offset, _)| *offset < bound);
+        newest.extend(below.map(|(offset, (key, _))| (key, offset)));
+    }
+    Ok(newest)
 }
 
 fn describe(batch: &[u8]) -> String {
@@ -236,6 +353,7 @@ fn producers(state: &Log, found: &RecoveredGroup) -> Result<(), String> {
 pub async fn content(
     machine: &Machine,
     log: &GroupLog,
+    bound: Option<i64>,
     candidates: Vec<Option<Log>>,
     max_bytes: usize,
 ) -> Result<Log, Mismatch> {
@@ -252,6 +370,8 @@ pub async fn content(
         };
         let last = found.iter().flat_map(|piece| record_batch::batches(piece)).last();
         match last {
+            // All the rest is compacted away.
+            None if bound.is_some() => at = end,
             Some(Ok((header, _))) if header.next_offset() > at => at = header.next_offset(),
             _ => return Err(Mismatch::Wrong(format!("reading at {at} of {start} to {end} gets nowhere"))),
         }
@@ -260,7 +380,8 @@ pub async fn content(
     machine.note(&format!("{} read from {start} to {end}", log.group_id()));
     let mut mismatch = Mismatch::Wrong("no candidate".to_owned());
     for state in candidates.into_iter().flatten() {
-        match same_batches(&state, start, end, &pieces) {
+        let bound = bound.map(|bound| bound.min(state.log_end()));
+        match same_records(&state, bound, (start, end), &pieces, true) {
             Ok(reached) if reached == end => {
                 epochs(&state, log).map_err(Mismatch::Wrong)?;
                 return Ok(state);

@@ -48,6 +48,7 @@ pub struct Report {
     pub poisonings: u64,
     pub refusals: u64,
     pub staged: u64,
+    pub compactions: u64,
     pub counters: Counters,
     pub trace: u64,
 }
@@ -60,6 +61,7 @@ impl Report {
         self.poisonings += other.poisonings;
         self.refusals += other.refusals;
         self.staged += other.staged;
+        self.compactions += other.compactions;
         self.counters.add(&other.counters);
     }
 
@@ -230,6 +232,7 @@ impl Life {
             violation: None,
             poisoned: false,
             stage_count: self.report.staged,
+            compactions: 0,
         }));
         let seen = Rc::clone(&world);
         let result = paused(async {
@@ -243,6 +246,7 @@ impl Life {
         self.slots = std::mem::take(&mut world.slots);
         self.next_group = world.next_group;
         self.report.staged = world.stage_count;
+        self.report.compactions += world.compactions;
         for slot in self.slots.values_mut() {
             slot.log = None;
         }
@@ -266,8 +270,10 @@ impl Life {
         for group in found {
             if let GroupHealth::Damaged { reason } = &group.health {
                 // The kernel lost what it had promised to keep: there is no other copy, so it is damage, and said to be.
+                let not_durable =
+                    self.slots.get(&group.group_id).is_some_and(|slot| !slot.model.is_durable());
                 let os_ring = ["-os is damaged", "-os.damaged-"].iter().any(|text| reason.contains(text));
-                let lost_by_kernel = os_ring && sync_failed;
+                let lost_by_kernel = sync_failed && (not_durable || os_ring);
                 if !damage && !lost_by_kernel {
                     return Err(format!("group {} is called damaged: {reason}", group.group_id));
                 }
@@ -346,7 +352,8 @@ impl Life {
             };
             let log = store.attach(group, config);
             let max_bytes = 1 + usize::try_from(self.random.below(60_000)).unwrap_or(0);
-            let state = check::content(&self.machine, &log, states, max_bytes).await;
+            let bound = world.borrow().slots[&id].bound(id);
+            let state = check::content(&self.machine, &log, bound, states, max_bytes).await;
             let mut world = world.borrow_mut();
             let Some(slot) = world.slots.get_mut(&id) else { continue };
             match state {
@@ -362,6 +369,8 @@ impl Life {
                         Some(floor) => floor.common(&state),
                         None => 0,
                     };
+                    slot.compacting = 0;
+                    slot.compacted_to = slot.compacted_to.min(state.log_end());
                     slot.model.rebase(Some(state));
                     slot.store = at;
                     slot.elected = false;

@@ -85,13 +85,14 @@ fn main() {
     });
     let (report, seeds, failures) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
     println!(
-        "{seeds} seeds, {} crash points ({} in recovery), {} clean stops, {} poisonings, {} refusals, {} batches, {:.1} s",
+        "{seeds} seeds, {} crash points ({} in recovery), {} clean stops, {} poisonings, {} refusals, {} batches, {} compactions, {:.1} s",
         report.crash_points(),
         report.crashes_in_recovery,
         report.clean_stops,
         report.poisonings,
         report.refusals,
         report.staged,
+        report.compactions,
         start.elapsed().as_secs_f64()
     );
     let Some(failure) = failures.iter().min_by_key(|failure| failure.seed) else {

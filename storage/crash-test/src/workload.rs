@@ -1,7 +1,7 @@
 //! What the clients of a store do to it between two crashes, told to the model as it happens.
 //!
 //! A client picks a partition and does one of the things a broker does: append, vote, replace what is not committed,
-//! commit, read, advance the log start, apply retention, change the configuration, create, delete. What the store takes
+//! commit, read, advance the log start, apply retention, compact, change the configuration, create, delete. What the store takes
 //! goes into the model in the same turn, and what it acknowledges too.
 
 use std::cell::RefCell;
@@ -13,8 +13,8 @@ use bytes::Bytes;
 use flumen_io::simulated::{Fault, Machine, Random};
 use flumen_protocol::record::BatchBuilder;
 use flumen_storage::{
-    AdvanceError, CreateError, DeleteError, Durability, Entry, GroupConfig, GroupId, GroupLog, HardState,
-    Lane, Lsn, Payload, ReadError, ShardStore, StageError,
+    AdvanceError, CompactError, CompactionConfig, CreateError, DeleteError, Durability, Entry, GroupConfig,
+    GroupId, GroupLog, HardState, Lane, Lsn, Payload, ReadError, ShardStore, StageError,
 };
 
 use crate::check::{self, Mismatch};
@@ -41,6 +41,9 @@ pub struct Slot {
     pub elected: bool,
     /// Sequence that each producer would use next.
     pub sequences: BTreeMap<i64, i32>,
+    /// Compactions that are under way, and up to where one may have taken records out.
+    pub compacting: u32,
+    pub compacted_to: i64,
     /// It was told to go.
     pub deleting: bool,
     /// The store reported it damaged; only where the disk did damage.
@@ -60,6 +63,21 @@ pub struct World {
     /// A store took no more writes.
     pub poisoned: bool,
     pub stage_count: u64,
+    /// Passes of compaction that changed something or found that there was nothing to change.
+    pub compactions: u64,
+}
+
+impl Slot {
+    /// Where compaction may have been; `None` for a partition whose topic never was a compacted one.
+    pub fn bound(&self, id: GroupId) -> Option<i64> {
+        is_keyed(id).then_some(self.compacted_to)
+    }
+
+    fn note_compactable(&mut self, high_watermark: i64) {
+        if self.compacting > 0 {
+            self.compacted_to = self.compacted_to.max(high_watermark);
+        }
+    }
 }
 
 pub type Shared = Rc<RefCell<World>>;
@@ -99,11 +117,32 @@ impl World {
     }
 }
 
-pub fn new_config(random: &mut Random) -> GroupConfig {
+/// Every third partition has keys in its records, so that it can be compacted.
+pub fn is_keyed(id: GroupId) -> bool {
+    id % 3 == 0
+}
+
+/// Few enough that most records have a newer one behind them.
+const KEYS: u64 = 12;
+
+pub fn new_config(random: &mut Random, keyed: bool) -> GroupConfig {
+    let durability = match random.below(6) {
+        0 => Durability::Os,
+        1 => Durability::Memory,
+        _ => Durability::Durable,
+    };
+    let compaction = (keyed && random.below(5) > 0).then(|| CompactionConfig {
+        min_dirty_permille: u32::try_from(random.below(300)).unwrap_or(0),
+        delete_retention_ms: i64::try_from(random.below(300)).unwrap_or(0),
+        ..CompactionConfig::default()
+    });
+    // Only what is closed is compacted.
+    let doublings = if keyed { 2 } else { 6 };
     GroupConfig {
-        durability: if random.below(3) == 0 { Durability::Os } else { Durability::Durable },
-        segment_bytes: 8 << (10 + random.below(6)),
+        durability,
+        segment_bytes: 8 << (10 + random.below(doublings)),
         retention_ms: -1,
+        compaction,
         ..GroupConfig::default()
     }
 }
@@ -123,7 +162,14 @@ fn batch(world: &mut World, id: GroupId, base: i64, term: u64, producer: Option<
         let mut value = format!("{id}/{}/{term}/{}/", base + k, world.stage_count).into_bytes();
         let fill = (world.stage_count % 251) as u8;
         value.resize(value.len().max(size / records as usize), fill);
-        builder.append(at + k, None, Some(&value), &[]);
+        if is_keyed(id) {
+            let key = format!("k{}", world.random.below(KEYS));
+            // Now and then a tombstone.
+            let value = (world.random.below(6) > 0).then_some(&value[..]);
+            builder.append(at + k, Some(key.as_bytes()), value, &[]);
+        } else {
+            builder.append(at + k, None, Some(&value), &[]);
+        }
     }
     if let Some((producer, sequence)) = producer {
         builder.producer(producer, 0, sequence);
@@ -257,13 +303,51 @@ fn replace(world: &mut World, id: GroupId) {
 fn commit(world: &mut World, id: GroupId) {
     let Some(slot) = world.slots.get_mut(&id) else { return };
     let (Some(log), Some(acked)) = (slot.log.clone(), slot.model.acknowledged()) else { return };
-    // Entries that are acknowledged and were not replaced since.
-    let common = slot.model.log().map_or(0, |now| now.common(&acked));
+    // Entries that are acknowledged and were not replaced since; in memory that is all of them, at once.
+    let common = match slot.config.durability {
+        Durability::Memory => slot.model.log().map_or(0, model::Log::last_index),
+        _ => slot.model.log().map_or(0, |now| now.common(&acked)),
+    };
     if common > slot.commit {
         slot.commit = slot.commit + 1 + world.random.below(common - slot.commit);
     }
     let Some(end) = slot.model.log().map(|now| now.end_of(slot.commit)) else { return };
     log.set_high_watermark(end);
+    slot.note_compactable(log.high_watermark());
+}
+
+async fn compact(world: &Shared, id: GroupId) {
+    let (log, now_ms, hold, keys_max) = {
+        let mut world = world.borrow_mut();
+        let now_ms = world.machine.now_ms();
+        let keys_max = 1 + usize::try_from(world.random.below(2 * KEYS)).unwrap_or(0);
+        let held = world.random.below(4) == 0;
+        let Some(slot) = world.slots.get_mut(&id) else { return };
+        let Some(log) = slot.log.clone().filter(|_| slot.config.compaction.is_some()) else { return };
+        slot.compacting += 1;
+        slot.note_compactable(log.high_watermark());
+        let hold = if held { log.high_watermark() / 2 } else { i64::MAX };
+        (log, now_ms, hold, keys_max)
+    };
+    let result = log.compact_bounded(now_ms, hold, keys_max).await;
+    let mut world = world.borrow_mut();
+    if world.machine.is_down() {
+        return;
+    }
+    if let Some(slot) = world.slots.get_mut(&id) {
+        slot.compacting -= 1;
+    }
+    world.machine.note(&format!("{id} compacted: {result:?}"));
+    let counters = world.machine.counters();
+    let may_fail = counters.of(Fault::ReadFails) + counters.of(Fault::WriteFails) > 0;
+    match result {
+        Ok(outcome) => world.compactions += u64::from(outcome.passes),
+        Err(CompactError::Interrupted | CompactError::NoSpace) => {}
+        Err(CompactError::Poisoned(_)) => world.poisoned = true,
+        Err(CompactError::Io { .. }) if may_fail => {}
+        Err(CompactError::Damaged { .. }) if world.may_be_refused() => {}
+        Err(error) => world.blame(format!("compacting group {id}: {error}")),
+    }
 }
 
 fn advance(world: &mut World, id: GroupId) {
@@ -318,7 +402,7 @@ fn retain(world: &mut World, id: GroupId) {
 }
 
 fn reconfigure(world: &mut World, id: GroupId) {
-    let config = new_config(&mut world.random);
+    let config = new_config(&mut world.random, is_keyed(id));
     let Some(slot) = world.slots.get_mut(&id) else { return };
     slot.config = config.clone();
     if let Some(log) = &slot.log {
@@ -328,7 +412,7 @@ fn reconfigure(world: &mut World, id: GroupId) {
 
 pub fn create_any(world: &mut World) {
     let id = world.next_group;
-    let config = new_config(&mut world.random);
+    let config = new_config(&mut world.random, is_keyed(id));
     // Names of deleted topics come back, numbers do not.
     let dir_name = format!("t-{}", world.random.below(world.partitions + 2));
     if world.slots.values().any(|slot| slot.dir_name == dir_name && slot.model.log().is_some()) {
@@ -356,6 +440,8 @@ pub fn create_as(world: &mut World, id: GroupId, dir_name: String, config: Group
                 settled: 0,
                 elected: false,
                 sequences: BTreeMap::new(),
+                compacting: 0,
+                compacted_to: 0,
                 deleting: false,
                 refused: false,
             };
@@ -435,7 +521,7 @@ async fn read(world: &Shared, id: GroupId) {
     let Some(slot) = world.slots.get(&id) else { return };
     let Some(state) = slot.model.log() else { return };
     let verdict = match found {
-        Ok(found) => check::same_batches(state, from, upper, &found).map(drop),
+        Ok(found) => check::same_records(state, slot.bound(id), (from, upper), &found, false).map(drop),
         Err(ReadError::OutOfRange { .. }) if state.log_start > from => Ok(()),
         Err(error) if world.may_not_read(&error) => Ok(()),
         Err(error) => Err(Mismatch::Wrong(format!("reading from {from}: {error}"))),
@@ -487,6 +573,7 @@ pub async fn client(world: Shared, actions: u64) {
             82..=84 => reconfigure(&mut world.borrow_mut(), id),
             85..=86 => create_any(&mut world.borrow_mut()),
             87 => delete(&world, id).await,
+            88..=90 if is_keyed(id) => compact(&world, id).await,
             _ => read(&world, id).await,
         }
     }

@@ -35,6 +35,8 @@ const REGRESSIONS: &[u64] = &[
     40,   // its producers, found beside the clean stop of another of that name
     1290, // damaged rings put aside by a recovery that did not get to the end
     5633, // a torn block whose checksum did not see states that had changed places
+    352,  // a producer whose newest batch was lost, after compaction had taken the one before it
+    746,  // a failed sync of one shard that took what another's, under way with it, called safe
 ];
 
 fn live(seed: u64) -> Report {
@@ -48,13 +50,15 @@ fn live(seed: u64) -> Report {
 
 #[test]
 fn ten_thousand_crashes_keep_every_promise() {
-    let (next, points) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (next, points, compactions) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 while points.load(Ordering::Relaxed) < CRASH_POINTS {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    let lived = live(seed).crash_points();
+                    let report = live(seed);
+                    let lived = report.crash_points();
+                    compactions.fetch_add(report.compactions, Ordering::Relaxed);
                     let before = points.fetch_add(lived, Ordering::Relaxed);
                     if before / 2_000 != (before + lived) / 2_000 {
                         println!("{} crash points", before + lived);
@@ -63,7 +67,9 @@ fn ten_thousand_crashes_keep_every_promise() {
             });
         }
     });
-    let seeds = next.into_inner();
+    let (seeds, compactions) = (next.into_inner(), compactions.into_inner());
+    println!("{compactions} passes of compaction");
+    assert!(compactions > CRASH_POINTS / 20, "compaction hardly ever ran");
     println!("{seeds} seeds, {} crash points", points.into_inner());
     assert!(seeds > CRASH_POINTS / CRASHES / 4, "a life has few more crashes than it was given");
 }

@@ -157,7 +157,11 @@ impl State {
         if self.random.chance(self.settings.rates.sync_fails) {
             self.counters.count(Fault::SyncFails);
             let newness = self.newness();
-            self.with_fate(Some(node), newness, Content::lose_sync)?;
+            // The file's pages, or the cache of the disk with what any file had in it.
+            let lost = if self.random.below(2) == 0 { vec![node] } else { self.tree.files() };
+            for node in lost {
+                self.with_fate(Some(node), newness, Content::lose_sync)?;
+            }
             return Err(self.fail(errno(libc::EIO)));
         }
         let file = self.tree.file(node)?;
