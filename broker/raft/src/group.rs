@@ -5,7 +5,7 @@ mod sleep;
 
 use std::collections::VecDeque;
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use protobuf::Message as _;
 use raft::eraftpb::{Entry as RaftEntry, EntryType, Message as RaftMessage, MessageType, Snapshot};
 use raft::{Config, RawNode, SnapshotStatus, StateRole};
@@ -36,8 +36,9 @@ const TAIL_BYTES_MAX: usize = 1 << 20;
 /// Raft's bytes of committed entries in one output: some thousand entries, as after a restart.
 const COMMITTED_BYTES_MAX: u64 = 64 << 10;
 const READS_MAX: usize = 1024;
-/// Memberships remembered for snapshots.
-const MEMBERSHIPS_MAX: usize = 64;
+/// A follower that was sent a snapshot and does not say that it has it is asked again after so many ticks. Raft itself would
+/// wait for ever.
+const SNAPSHOT_TICKS: u32 = 50;
 
 pub struct Group {
     node: RawNode<Tail>,
@@ -45,8 +46,9 @@ pub struct Group {
     known_term: u64,
     known_vote: u64,
     membership: Membership,
-    /// Membership after the entry of an index, newest last.
-    memberships: VecDeque<(u64, Membership)>,
+    /// The entry that made it so. May lie ahead of the log after a snapshot, which brings the newest membership: that is as
+    /// safe, as who lacks that entry is not elected by those who have it, and a majority of these members has.
+    membership_index: u64,
     leadership: Leadership,
     /// Number of Raft's newest ready.
     ready_number: u64,
@@ -59,8 +61,11 @@ pub struct Group {
     /// Messages, each to leave when the output of that number is stored.
     kept_back: VecDeque<(u64, Message)>,
     released: Vec<Message>,
+    /// Reads that the others confirmed, of which some wait until this node has applied what they rest on.
     confirmed: Vec<ConfirmedRead>,
     installing: Option<u64>,
+    /// Followers that were sent a snapshot, and ticks since then.
+    snapshots_sent: Vec<(u64, u32)>,
     /// (index, bytes) of what this leader proposed and is not committed; not kept in a group of one.
     proposed: VecDeque<(u64, usize)>,
     proposed_bytes: usize,
@@ -116,7 +121,7 @@ impl Group {
             known_term: start.hard_state.term,
             known_vote: start.hard_state.vote,
             membership: start.membership.clone(),
-            memberships: VecDeque::from([(start.membership_index, start.membership.clone())]),
+            membership_index: start.membership_index,
             leadership: Leadership {
                 role: Role::Follower,
                 leader_id: 0,
@@ -133,6 +138,7 @@ impl Group {
             released: Vec::new(),
             confirmed: Vec::new(),
             installing: None,
+            snapshots_sent: Vec::new(),
             proposed: VecDeque::new(),
             proposed_bytes: 0,
             next_read: 1,
@@ -166,6 +172,7 @@ impl Group {
         }
         self.quiet_ticks = self.quiet_ticks.saturating_add(1);
         self.node.tick();
+        self.look_after_snapshots();
         self.after_step();
         if self.quiet_ticks >= QUIET_TICKS && self.is_leader() && self.everybody_has_everything() {
             self.send_to_sleep();
@@ -173,10 +180,11 @@ impl Group {
         !self.asleep
     }
 
-    /// Raft wins the election of a group of one within the call, and then expects its whole log to be stored.
+    /// Raft wins the election of a group of one within the call, and then expects its whole log to be stored. And it panics
+    /// where an election begins between a snapshot and the news that it is stored.
     fn must_store_before_leading(&self) -> bool {
         let unstored = !self.unpersisted.is_empty() || !self.node.raft.raft_log.unstable_entries().is_empty();
-        unstored && self.membership.is_alone(self.node.raft.id)
+        self.installing.is_some() || (unstored && self.membership.is_alone(self.node.raft.id))
     }
 
     /// Appends an entry to the log of this leader and returns its (index, term).
@@ -315,17 +323,18 @@ impl Group {
     pub fn offer_snapshot(&mut self, data: Bytes) {
         let tail = self.node.store();
         let index = tail.before_index();
-        // Raft panics on a snapshot of nothing; nobody needs one, either.
         let Ok(term) = raft::Storage::term(tail, index) else { return };
+        // Raft panics on a snapshot of nothing; nobody needs one, either.
         if index == 0 {
             return;
         }
-        let at = self.memberships.iter().rev().find(|(at, _)| *at <= index).or(self.memberships.front());
-        let Some((_, membership)) = at else { return };
-        let mut snapshot = Snapshot { data, ..Snapshot::default() };
+        let mut with_index = BytesMut::with_capacity(8 + data.len());
+        with_index.put_u64(self.membership_index);
+        with_index.put_slice(&data);
+        let mut snapshot = Snapshot { data: with_index.freeze(), ..Snapshot::default() };
         snapshot.mut_metadata().index = index;
         snapshot.mut_metadata().term = term;
-        snapshot.mut_metadata().set_conf_state(membership.to_conf_state());
+        snapshot.mut_metadata().set_conf_state(self.membership.to_conf_state());
         self.node.mut_store().offer(snapshot);
     }
 
@@ -333,6 +342,21 @@ impl Group {
     pub fn snapshot_done(&mut self, id: u64, ok: bool) {
         self.node.report_snapshot(id, if ok { SnapshotStatus::Finish } else { SnapshotStatus::Failure });
         self.after_step();
+    }
+
+    fn look_after_snapshots(&mut self) {
+        let mut overdue = Vec::new();
+        self.snapshots_sent.retain_mut(|(id, ticks)| {
+            *ticks += 1;
+            if *ticks >= SNAPSHOT_TICKS {
+                overdue.push(*id);
+            }
+            *ticks < SNAPSHOT_TICKS
+        });
+        for id in overdue {
+            // Nothing happens to one that has it meanwhile.
+            self.node.report_snapshot(id, SnapshotStatus::Failure);
+        }
     }
 
     /// Entries up to this index are gone from the segments.

@@ -77,7 +77,7 @@ pub struct Outputs {
     pub entries_wanted: Vec<EntriesWanted>,
     /// Followers that need what the log no longer has; answered by `Group::offer_snapshot`.
     pub snapshot_wanted_for: Vec<u64>,
-    /// Reads that may be answered once everything up to the index is applied.
+    /// Reads that may be answered from what is committed now; everything up to the index is.
     pub confirmed_reads: Vec<ConfirmedRead>,
     /// What no correct group ever says; the replica must not go on.
     pub fault: Option<String>,
@@ -96,6 +96,8 @@ pub struct Install {
     pub index: u64,
     pub term: u64,
     pub membership: Membership,
+    /// The entry that made it so; may lie ahead of `index`.
+    pub membership_index: u64,
     /// What the leader's shell gave to `offer_snapshot`: log start offset, producer states.
     pub data: Bytes,
 }
@@ -166,7 +168,8 @@ pub struct StartError(String);
 pub struct GroupStart {
     /// Never 0; the id of this node among the voters.
     pub node_id: u64,
-    /// As stored last, and the index of the entry that made it so (0: as created).
+    /// As stored last, and the index of the entry that made it so (0: as created). It must be on the disk before that entry
+    /// goes from the front of the log.
     pub membership: Membership,
     pub membership_index: u64,
     /// Membership entries of the log above `membership_index`, by index.

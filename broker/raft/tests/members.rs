@@ -142,6 +142,72 @@ fn a_follower_behind_the_beginning_of_the_log_starts_from_a_snapshot() {
 }
 
 #[test]
+fn a_snapshot_that_is_lost_is_sent_again() {
+    let mut net = Net::of(&[1, 2, 3]);
+    net.campaign(1);
+    net.isolate(3);
+    for _ in 0..30 {
+        net.propose(1, "x");
+    }
+    let leader = net.node(1);
+    let term = leader.disk.entries[19].term;
+    leader.disk.entries.drain(..20);
+    leader.disk.before = (20, term);
+    leader.group.set_log_start(20);
+    net.heal();
+    let is_snapshot = |m: &flumen_raft::Message| matches!(m.body, Body::Snapshot { .. });
+    for _ in 0..20 {
+        for id in [1, 2, 3] {
+            net.node(id).group.tick();
+            net.work(id);
+        }
+        net.queue.retain(|m| !is_snapshot(m));
+        while let Some(message) = net.queue.pop_front() {
+            let to = message.to;
+            net.node(to).group.step(message).unwrap();
+            net.work(to);
+            net.queue.retain(|m| !is_snapshot(m));
+        }
+    }
+    assert!(net.sent.iter().any(is_snapshot));
+    assert_eq!(net.node(3).disk.last().0, 1);
+    net.tick_all(70);
+    assert_eq!(net.nodes[&3].disk.entries, net.nodes[&1].disk.entries);
+}
+
+#[test]
+fn no_election_begins_while_a_snapshot_is_being_stored() {
+    let mut net = Net::of(&[1, 2, 3]);
+    net.campaign(1);
+    net.isolate(3);
+    for _ in 0..30 {
+        net.propose(1, "x");
+    }
+    let leader = net.node(1);
+    let term = leader.disk.entries[19].term;
+    leader.disk.entries.drain(..20);
+    leader.disk.before = (20, term);
+    leader.group.set_log_start(20);
+    net.node(3).slow_disk = true;
+    net.heal();
+    net.tick_all(12);
+    net.isolate(3);
+    net.tick(&[3], 60);
+    let term = net.node(1).group.term();
+    net.node(3).group.step(flumen_raft::Message { from: 1, to: 3, term, body: Body::TimeoutNow }).unwrap();
+    net.work(3);
+    assert_eq!(net.node(3).disk.last().0, 1, "it is still being stored");
+    net.node(3).slow_disk = false;
+    net.persist(3);
+    net.settle();
+    assert_eq!(net.node(3).disk.last().0, 20);
+    net.heal();
+    net.tick_all(80);
+    let leader = net.leaders()[0];
+    assert_eq!(net.nodes[&3].disk.entries, net.nodes[&leader].disk.entries);
+}
+
+#[test]
 fn memory_holds_what_followers_may_need_and_no_more() {
     let mut net = Net::of(&[1, 2, 3]);
     net.campaign(1);

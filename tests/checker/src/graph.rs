@@ -15,7 +15,8 @@ pub(crate) fn cycles(edges: &BTreeMap<u64, BTreeSet<u64>>) -> Vec<Vec<u64>> {
             continue;
         }
         let mut work = vec![(*root, edges.get(root).unwrap_or(&none).iter())];
-        (number.insert(*root, number.len()), low.insert(*root, number.len() - 1));
+        number.insert(*root, number.len());
+        low.insert(*root, number.len() - 1);
         stack.push(*root);
         on_stack.insert(*root);
         while let Some((node, next)) = work.last_mut() {

@@ -1,11 +1,11 @@
 //! What comes out of Raft, in the order in which the shell must act on it.
 
-use raft::eraftpb::{Entry as RaftEntry, EntryType, Message as RaftMessage};
+use raft::eraftpb::{Entry as RaftEntry, EntryType, Message as RaftMessage, MessageType};
 use raft::{INVALID_ID, Ready};
 
-use super::{Group, MEMBERSHIPS_MAX, TAIL_BYTES_MAX};
+use super::{Group, TAIL_BYTES_MAX};
 use crate::membership::{Change, Membership};
-use crate::message::{Message, entry_from_raft};
+use crate::message::{INDEX_MAX, Message, entry_from_raft};
 use crate::mutant::{self, Mutant};
 use crate::{ConfirmedRead, HardState, Install, Outputs, Role};
 
@@ -13,14 +13,20 @@ impl Group {
     /// The next outputs, or `None` when there is nothing to do.
     pub fn take_outputs(&mut self) -> Option<Outputs> {
         let mut outputs = Outputs::default();
-        if self.node.has_ready() {
+        let applied = self.node.raft.raft_log.applied;
+        let confirmed = self.confirmed.iter().any(|read| read.index <= applied);
+        let idle = self.released.is_empty() && !confirmed && !self.node.store().asks();
+        if !self.node.has_ready() {
+            if idle {
+                return None;
+            }
+        } else {
             let ready = self.node.ready();
             self.take_ready(ready, &mut outputs);
-        } else if self.released.is_empty() && self.confirmed.is_empty() && !self.node.store().asks() {
-            return None;
         }
         outputs.messages.append(&mut self.released);
-        outputs.confirmed_reads.append(&mut self.confirmed);
+        let applied = self.node.raft.raft_log.applied;
+        outputs.confirmed_reads = self.confirmed.extract_if(.., |read| read.index <= applied).collect();
         if self.node.store().asks() {
             (outputs.entries_wanted, outputs.snapshot_wanted_for) = self.node.mut_store().take_wanted();
         }
@@ -30,6 +36,7 @@ impl Group {
                 self.node.mut_store().forget_wanted();
                 self.proposed.clear();
                 self.proposed_bytes = 0;
+                self.confirmed.clear();
             }
             self.leadership = leadership;
             outputs.leadership = Some(leadership);
@@ -57,13 +64,18 @@ impl Group {
             let snapshot = ready.snapshot();
             let metadata = snapshot.get_metadata();
             let membership = Membership::from_conf_state(metadata.get_conf_state());
-            self.memberships.clear();
-            self.note_membership(metadata.index, membership.clone());
+            let (ahead, data) = match snapshot.data.split_first_chunk::<8>() {
+                Some((index, _)) => (u64::from_be_bytes(*index), snapshot.data.slice(8..)),
+                None => (0, snapshot.data.clone()),
+            };
+            self.membership = membership.clone();
+            self.membership_index = ahead.clamp(metadata.index, INDEX_MAX);
             outputs.install = Some(Install {
                 index: metadata.index,
                 term: metadata.term,
                 membership,
-                data: snapshot.data.clone(),
+                membership_index: self.membership_index,
+                data,
             });
             self.installing = Some(metadata.index);
             self.node.mut_store().restart_after(metadata.index, metadata.term);
@@ -74,7 +86,7 @@ impl Group {
         outputs.committed_index = committed.last().map(|e| e.index);
         let mut messages = ready.take_messages();
         messages.extend(ready.take_persisted_messages());
-        outputs.confirmed_reads.extend(ready.take_read_states().iter().filter_map(|state| {
+        self.confirmed.extend(ready.take_read_states().iter().filter_map(|state| {
             let token = <[u8; 8]>::try_from(&state.request_ctx[..]).ok()?;
             Some(ConfirmedRead { token: u64::from_be_bytes(token), index: state.index })
         }));
@@ -102,6 +114,9 @@ impl Group {
     }
 
     fn apply_membership(&mut self, entry: &RaftEntry, outputs: &mut Outputs) {
+        if entry.index <= self.membership_index {
+            return;
+        }
         let change = Change::decode(&entry_from_raft(entry).data);
         let steps = match &change {
             Ok(change) => change.steps_from(&self.membership),
@@ -112,12 +127,13 @@ impl Group {
         };
         if let Some(steps) = steps {
             match self.node.apply_conf_change(&steps) {
-                Ok(state) => self.note_membership(entry.index, Membership::from_conf_state(&state)),
+                Ok(state) => self.membership = Membership::from_conf_state(&state),
                 Err(error) => {
                     outputs.fault = Some(format!("membership entry {}: {error}", entry.index));
                 }
             }
         }
+        self.membership_index = entry.index;
         outputs.membership = Some((entry.index, self.membership.clone()));
         // Stored together, so that a restart never commits less than what its membership rests on.
         outputs.hard_state =
@@ -130,22 +146,24 @@ impl Group {
         }
     }
 
-    fn note_membership(&mut self, index: u64, membership: Membership) {
-        self.membership = membership.clone();
-        self.memberships.push_back((index, membership));
-        if self.memberships.len() > MEMBERSHIPS_MAX {
-            self.memberships.pop_front();
-        }
-    }
-
     /// Called when it is known whether these outputs carry anything to store.
     fn keep_back_until_stored(&mut self, messages: Vec<RaftMessage>) {
         // Entries of a leader count for nothing until a majority says so, and the leader itself speaks through
         // `on_persisted`. Its term and vote must be stored before anybody hears of them: after a crash there would be a
         // second leader of that term, itself. (Raft alone gets this wrong where a single voter leads learners.)
         let after = if self.is_leader() { self.last_voted } else { self.last_stored };
-        self.kept_back.extend(messages.into_iter().filter_map(Message::from_raft).map(|m| (after, m)));
+        for message in messages {
+            if message.get_msg_type() == MessageType::MsgSnapshot {
+                self.note_snapshot(message.to);
+            }
+            self.kept_back.extend(Message::from_raft(message).map(|message| (after, message)));
+        }
         self.release();
+    }
+
+    fn note_snapshot(&mut self, to: u64) {
+        self.snapshots_sent.retain(|(id, _)| *id != to);
+        self.snapshots_sent.push((to, 0));
     }
 
     fn release(&mut self) {

@@ -53,7 +53,7 @@ impl Disk {
             self.before = (install.index, install.term);
             self.entries.clear();
             self.membership = install.membership.clone();
-            self.membership_index = install.index;
+            self.membership_index = install.membership_index;
         }
         if let Some(first) = outputs.entries.first() {
             let kept = self.entries.iter().position(|e| e.index >= first.index);
