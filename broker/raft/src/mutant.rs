@@ -21,7 +21,7 @@ pub enum Mutant {
     ConfirmsAlone,
     /// After a restart everything found on the disk counts as committed, whoever else votes.
     CommitsAllAtStart,
-    /// Entries that replace others are put behind what is there, in memory.
+    /// Entries that replace others have the terms of those, as far as memory knows.
     KeepsReplacedTerms,
 }
 

@@ -93,7 +93,9 @@ impl Tail {
             self.cut_from(first);
         }
         for entry in new {
-            if self.terms.back().map_or(self.before_term, |(_, term)| *term) != entry.term {
+            let newest = self.terms.back().copied().unwrap_or((self.before_index, self.before_term));
+            let keeps = mutant::is(Mutant::KeepsReplacedTerms) && newest.0 >= entry.index;
+            if newest.1 != entry.term && !keeps {
                 self.terms.push_back((entry.index, entry.term));
             }
             self.bytes += entry.data.len();

@@ -142,6 +142,45 @@ fn a_follower_behind_the_beginning_of_the_log_starts_from_a_snapshot() {
 }
 
 #[test]
+fn changes_of_members_before_those_of_a_snapshot_are_not_applied_again() {
+    let mut net = Net::of(&[1, 2, 3]);
+    net.campaign(1);
+    net.isolate(3);
+    for _ in 0..10 {
+        net.propose(1, "x");
+    }
+    for id in 4..=5 {
+        add_newcomer(&mut net, id);
+    }
+    // Two at once: a joint membership in between.
+    change(&mut net, 1, &[1, 2, 3], &[4]);
+    change(&mut net, 1, &[1, 3, 4, 5], &[]);
+    net.tick(&[1, 2, 4, 5], 8);
+    assert_eq!(net.node(1).group.membership().voters, [1, 3, 4, 5]);
+    // A leader that restarted knows the newest membership only.
+    let leader = net.node(1);
+    let term = leader.disk.entries[4].term;
+    leader.disk.entries.drain(..5);
+    leader.disk.before = (5, term);
+    net.crash(1);
+    net.heal();
+    for id in [2, 4, 5] {
+        let node = net.node(id);
+        node.disk.entries.drain(..5);
+        node.disk.before = (5, term);
+        node.group.set_log_start(5);
+    }
+    net.tick_all(120);
+    let leader = net.leaders()[0];
+    // `Net::work` has checked that no group reported a fault.
+    assert_eq!(net.nodes[&3].disk.before, (5, term));
+    assert_eq!(net.nodes[&3].disk.entries, net.nodes[&leader].disk.entries);
+    assert_eq!(net.node(3).group.membership().voters, [1, 3, 4, 5]);
+    net.crash(3);
+    assert_eq!(net.node(3).group.membership().voters, [1, 3, 4, 5]);
+}
+
+#[test]
 fn a_snapshot_that_is_lost_is_sent_again() {
     let mut net = Net::of(&[1, 2, 3]);
     net.campaign(1);

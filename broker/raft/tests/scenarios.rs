@@ -190,6 +190,21 @@ fn a_leaders_entries_leave_before_its_own_disk_has_them_and_may_commit_without_i
 }
 
 #[test]
+fn a_read_waits_until_the_leader_has_applied_what_it_rests_on() {
+    let mut net = Net::of(&[1, 2, 3]);
+    net.campaign(1);
+    net.node(1).slow_disk = true;
+    net.propose(1, "a");
+    let token = net.node(1).group.confirm_read().unwrap();
+    net.settle();
+    assert_eq!((net.node(1).committed, net.node(1).reads.len()), (1, 0), "committed by the followers");
+    net.persist(1);
+    net.settle();
+    assert_eq!(net.node(1).committed, 2);
+    assert_eq!(net.node(1).reads.iter().map(|r| (r.token, r.index)).collect::<Vec<_>>(), [(token, 2)]);
+}
+
+#[test]
 fn a_single_voter_stores_its_term_before_a_learner_hears_of_it() {
     let membership = Membership { voters: vec![1], learners: vec![2], ..Membership::default() };
     let disk = Disk { membership, ..Disk::default() };
