@@ -181,6 +181,11 @@ impl Tail {
         self.snapshot = Some(snapshot);
     }
 
+    /// The members changed: a follower that is not in a snapshot's membership could never begin with it.
+    pub(crate) fn withdraw_offer(&mut self) {
+        self.snapshot = None;
+    }
+
     pub(crate) fn before_index(&self) -> u64 {
         self.before_index
     }

@@ -181,6 +181,29 @@ fn changes_of_members_before_those_of_a_snapshot_are_not_applied_again() {
 }
 
 #[test]
+fn a_newcomer_is_not_offered_the_snapshot_of_a_time_before_it_was_a_member() {
+    let mut net = Net::of(&[1, 2, 3]);
+    net.campaign(1);
+    net.isolate(3);
+    for _ in 0..30 {
+        net.propose(1, "x");
+    }
+    let leader = net.node(1);
+    let term = leader.disk.entries[19].term;
+    leader.disk.entries.drain(..20);
+    leader.disk.before = (20, term);
+    leader.group.set_log_start(20);
+    net.heal();
+    net.tick_all(12);
+    assert_eq!(net.node(3).disk.before.0, 20);
+    add_newcomer(&mut net, 4);
+    change(&mut net, 1, &[1, 2, 3], &[4]);
+    net.tick_all(12);
+    assert_eq!(net.node(1).snapshots_made, 2);
+    assert_eq!(net.nodes[&4].disk.entries, net.nodes[&1].disk.entries);
+}
+
+#[test]
 fn a_snapshot_that_is_lost_is_sent_again() {
     let mut net = Net::of(&[1, 2, 3]);
     net.campaign(1);

@@ -1,20 +1,24 @@
-//! `flumen-sim SEED [COUNT] [--keep DIR]`: runs seeds, prints what failed and how to repeat it, keeps its history.
+//! `flumen-sim SEED [COUNT] [--keep DIR] [--mutant NAME]`: runs seeds, prints what failed and how to repeat it, keeps its history.
 
 use std::process::ExitCode;
 
-use flumen_sim::{Settings, run};
+use flumen_sim::{DRIVER_MUTANTS, Settings, run};
 
 fn main() -> ExitCode {
     let mut numbers = Vec::new();
-    let mut keep = None;
+    let (mut keep, mut mutant) = (None, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--keep" => keep = arguments.next(),
+            "--mutant" => {
+                let name = arguments.next().unwrap_or_default();
+                mutant = DRIVER_MUTANTS.into_iter().find(|m| format!("{m:?}") == name);
+            }
             other => match other.parse::<u64>() {
                 Ok(number) => numbers.push(number),
                 Err(_) => {
-                    eprintln!("usage: flumen-sim SEED [COUNT] [--keep DIR]");
+                    eprintln!("usage: flumen-sim SEED [COUNT] [--keep DIR] [--mutant NAME]");
                     return ExitCode::from(2);
                 }
             },
@@ -24,7 +28,7 @@ fn main() -> ExitCode {
     let count = numbers.get(1).copied().unwrap_or(1);
     let (mut failed, mut simulated, mut commits) = (0, 0, 0);
     for seed in first..first.saturating_add(count) {
-        let report = run(Settings { seed, mutant: None });
+        let report = run(Settings { seed, mutant });
         simulated += report.simulated_ms;
         commits += report.commits;
         if let Some(failure) = report.failure {

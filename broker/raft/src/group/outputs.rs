@@ -134,6 +134,7 @@ impl Group {
             }
         }
         self.membership_index = entry.index;
+        self.node.mut_store().withdraw_offer();
         outputs.membership = Some((entry.index, self.membership.clone()));
         // Stored together, so that a restart never commits less than what its membership rests on.
         outputs.hard_state =
