@@ -214,7 +214,7 @@ impl World {
             self.oracle.fail(format!("broker {id} group {slot}: the high watermark goes back"));
         }
         replica.high_watermark = end;
-        while let Some(waiting) = replica.waiting.pop_front_if(|w| w.index <= committed) {
+        while let Some(waiting) = replica.answerable(committed) {
             if replica.entry(waiting.index).is_some_and(|e| e.term == waiting.term) {
                 self.reply(waiting.client, waiting.op, Answer::Appended(waiting.base));
             }
@@ -230,7 +230,7 @@ impl World {
             replica.waiting.clear();
             replica.asked.clear();
         }
-        if leadership.role == Role::Leader && !replica.group.status().transfer_to.is_some_and(|to| to == id) {
+        if leadership.role == Role::Leader {
             let keeps = self.mutant == Some(DriverMutant::KeepsOffsets) && replica.next_offset > 0;
             if !keeps && replica.waiting.is_empty() {
                 replica.next_offset = replica.log_end();
@@ -340,7 +340,7 @@ impl World {
             for slot in &touched {
                 let stored = broker.disks[*slot].entries.last().map_or(0, |e| e.index);
                 let replica = &mut process.replicas[*slot];
-                while let Some(waiting) = replica.waiting.pop_front_if(|w| w.index <= stored) {
+                while let Some(waiting) = replica.answerable(stored) {
                     self.reply(waiting.client, waiting.op, Answer::Appended(waiting.base));
                 }
             }

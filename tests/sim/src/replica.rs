@@ -127,6 +127,11 @@ impl Replica {
         self.start_offset
     }
 
+    /// The next that waits for an entry up to this one.
+    pub fn answerable(&mut self, index: u64) -> Option<Waiting> {
+        if self.waiting.front().is_some_and(|w| w.index <= index) { self.waiting.pop_front() } else { None }
+    }
+
     pub fn entry(&self, index: u64) -> Option<&Entry> {
         self.log.get(index.checked_sub(self.before + 1)? as usize)
     }
