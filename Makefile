@@ -3,7 +3,7 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo test test-full crash-test lint conformance differential bench-smoke bench-log \
+.PHONY: build engine setup demo test test-full crash-test sim lint conformance differential bench-smoke bench-log \
 	bench-instructions clean
 
 build:
@@ -39,6 +39,14 @@ LOG ?=
 crash-test:
 	cargo build --release -p flumen-crash-test
 	target/release/flumen-crash-test --seeds $(N) --seed $(SEED) $(if $(LOG),--log,)
+
+# Brokers with many raft groups in one thread, on a simulated network: SEEDS=from..to (not included). A failure says how to
+# repeat it and keeps its history for flumen-check in KEEP.
+SEEDS ?= 0..2000
+sim:
+	cargo build --release -p flumen-sim
+	target/release/flumen-sim $(firstword $(subst .., ,$(SEEDS))) \
+		$$(( $(lastword $(subst .., ,$(SEEDS))) - $(firstword $(subst .., ,$(SEEDS))) )) $(if $(KEEP),--keep $(KEEP),)
 
 bench-smoke: engine
 	cargo build --release -p flumen-broker -p flumen-bench

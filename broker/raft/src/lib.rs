@@ -4,29 +4,35 @@
 //! index and no offset). The leader assigns base offset and leader epoch before it proposes, so the
 //! payload that Raft carries is the payload that lands on disk.
 //!
-//! What this crate owns: votes, terms, indexes, which entries are committed. What it does not: bytes
-//! on disk (`storage`), offsets (`broker::partition`), who talks to whom (the broker's network code).
+//! What this crate owns: votes, terms, indexes, membership, which entries are committed. What it does not: bytes
+//! on disk (`storage`), offsets (`broker::partition`), the form of messages on the wire (`broker/peer`), who talks to whom
+//! (the broker's network code).
 //!
 //! Invariants
 //! - `propose` never forwards: a group that does not lead refuses (raft 0.7 would forward silently).
 //! - Outputs must be made durable in the order in which `take_outputs` gave them.
 //! - An entry is committed only after `on_persisted` was told of the outputs that carried it.
+//! - `Outputs::messages` may leave at once: one that speaks of what is not on the disk yet is kept back until `on_persisted`
+//!   tells that it is. A leader's messages need not wait for its entries, but for its term and vote they do.
+//! - A leader serves (`Leadership::may_serve`) only after an entry of its own term is committed.
+//! - No message of another broker makes Raft panic: `Message::check` refuses what Raft does not expect.
 //! - The crate draws election time-outs from a thread RNG; this one overwrites them with a function of
-//!   (seed, term) after each step, so that one seed gives one run.
+//!   (seed, node, term) after each step, so that one seed gives one run.
 #![forbid(unsafe_code)]
 
+mod group;
+mod hibernate;
+mod membership;
+mod message;
+pub mod mutant;
 mod tail;
 
 use bytes::Bytes;
-use raft::eraftpb::{Entry as RaftEntry, EntryType, Message, MessageType};
-use raft::{Config, RawNode, StateRole};
 
-use tail::Tail;
-
-/// Ticks without a leader before a follower stands for election; drawn between this and twice this.
-const ELECTION_TICKS: usize = 10;
-/// A leader speaks to its followers every this many ticks.
-const HEARTBEAT_TICKS: usize = 3;
+pub use group::Group;
+pub use hibernate::AwakeSet;
+pub use membership::{Change, MEMBERS_MAX, Membership, MembershipError, Target};
+pub use message::{Body, INDEX_MAX, Message, StepError, TERM_MAX};
 
 /// What must survive a crash before any message that depends on it leaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,39 +43,120 @@ pub struct HardState {
 }
 
 /// One log entry. `data` is a whole record batch, or empty for the no-op of a new leader.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub index: u64,
     pub term: u64,
     pub data: Bytes,
-    /// Membership changes carry data that is no record batch.
+    /// Membership changes carry data that is no record batch, and never none.
     pub is_membership: bool,
 }
 
-/// What the shell must do after a step, in this order: store, then (when stored) tell `on_persisted`.
+/// What the shell must do after a step: store, then (when stored) tell `on_persisted`. The rest may be done at once.
 #[derive(Debug, Default)]
 pub struct Outputs {
+    /// For `on_persisted`; 0 when there is nothing to store.
     pub number: u64,
-    /// Present only when term or vote changed: a commit index alone is recomputed after a crash.
+    /// Present only when term or vote changed, or a membership was applied: a commit index alone is recomputed after a
+    /// crash.
     pub hard_state: Option<HardState>,
     pub entries: Vec<Entry>,
+    /// The first of `entries` stands in the place of one that was stored before: that one and all behind it are gone.
+    pub replaces: bool,
+    /// In place of the whole log, before anything else of these outputs.
+    pub install: Option<Install>,
     /// Entries up to this index are committed; `None` when nothing new is.
     pub committed_index: Option<u64>,
-    /// Messages for the other voters. Empty in a group of one.
+    /// Messages for other replicas that may leave now. Empty in a group of one.
     pub messages: Vec<Message>,
+    /// Present when any of it changed.
+    pub leadership: Option<Leadership>,
+    /// The membership after the entry of this index, which is committed. To be stored with `hard_state`.
+    pub membership: Option<(u64, Membership)>,
+    /// Entries to read from the segments, for `Group::entries_read`.
+    pub entries_wanted: Vec<EntriesWanted>,
+    /// Followers that need what the log no longer has; answered by `Group::offer_snapshot`.
+    pub snapshot_wanted_for: Vec<u64>,
+    /// Reads that may be answered from what is committed now; everything up to the index is.
+    pub confirmed_reads: Vec<ConfirmedRead>,
+    /// What no correct group ever says; the replica must not go on.
+    pub fault: Option<String>,
 }
 
 impl Outputs {
     /// Whether anything here has to reach the disk.
     pub fn must_persist(&self) -> bool {
-        self.hard_state.is_some() || !self.entries.is_empty()
+        self.hard_state.is_some() || !self.entries.is_empty() || self.install.is_some()
     }
+}
+
+/// The log of this replica begins anew after `index`: what came before is gone from the leader's log, too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Install {
+    pub index: u64,
+    pub term: u64,
+    pub membership: Membership,
+    /// The entry that made it so; may lie ahead of `index`.
+    pub membership_index: u64,
+    /// What the leader's shell gave to `offer_snapshot`: log start offset, producer states.
+    pub data: Bytes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Follower,
+    /// Also while it only asks whether it would get the votes.
+    Candidate,
+    Leader,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leadership {
+    pub role: Role,
+    /// 0 when unknown.
+    pub leader_id: u64,
+    pub term: u64,
+    /// Leads, and an entry of its own term is committed: it knows everything that was ever acknowledged.
+    pub may_serve: bool,
+}
+
+/// Entries `low..high` of the log, or a first part of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntriesWanted {
+    pub low: u64,
+    pub high: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConfirmedRead {
+    pub token: u64,
+    pub index: u64,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ProposeError {
     #[error("this node does not lead the group")]
     NotLeader,
+    #[error("the leadership is being handed to another node")]
+    Transferring,
+    #[error("too much waits for the other replicas")]
+    Backlogged,
+    #[error("a change of the members is not complete yet")]
+    ChangePending,
+    #[error("these are the members already")]
+    NoChange,
+    #[error("{0}")]
+    Membership(#[from] MembershipError),
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ReadError {
+    #[error("this node does not lead the group")]
+    NotLeader,
+    #[error("no entry of this leader's term is committed yet")]
+    NotYet,
+    #[error("too many reads wait")]
+    TooMany,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -81,163 +168,71 @@ pub struct StartError(String);
 pub struct GroupStart {
     /// Never 0; the id of this node among the voters.
     pub node_id: u64,
-    pub voters: Vec<u64>,
+    /// As stored last, and the index of the entry that made it so (0: as created). It must be on the disk before that entry
+    /// goes from the front of the log.
+    pub membership: Membership,
+    pub membership_index: u64,
+    /// Membership entries of the log above `membership_index`, by index.
+    pub membership_entries: Vec<(u64, Bytes)>,
     pub hard_state: HardState,
+    /// Index and term of the entry before the first that the log still has.
+    pub before: (u64, u64),
+    /// First index of every run of entries of one term, and the term, after `before`.
+    pub terms: Vec<(u64, u64)>,
     pub last_index: u64,
     pub last_term: u64,
     /// Makes election time-outs differ between groups and repeat between runs.
     pub seed: u64,
 }
 
-pub struct Group {
-    node: RawNode<Tail>,
-    seed: u64,
-    persisted_hard_state: HardState,
-    voters: usize,
+impl GroupStart {
+    /// A group of one that never had another member: nobody will ask for what it has already.
+    pub fn alone(
+        node_id: u64,
+        hard_state: HardState,
+        last_index: u64,
+        last_term: u64,
+        seed: u64,
+    ) -> GroupStart {
+        GroupStart {
+            node_id,
+            membership: Membership::of_voters([node_id]),
+            membership_index: 0,
+            membership_entries: Vec::new(),
+            hard_state,
+            before: (last_index, last_term),
+            terms: Vec::new(),
+            last_index,
+            last_term,
+            seed,
+        }
+    }
 }
 
-impl Group {
-    pub fn start(start: &GroupStart) -> Result<Group, StartError> {
-        // In a group of one, whatever is on this disk is on a majority of disks, so all of it is committed.
-        let alone = start.voters.len() == 1;
-        let commit = if alone { start.last_index } else { start.hard_state.commit.min(start.last_index) };
-        let config = Config {
-            id: start.node_id,
-            election_tick: ELECTION_TICKS,
-            heartbeat_tick: HEARTBEAT_TICKS,
-            applied: commit,
-            max_size_per_msg: 1 << 20,
-            max_inflight_msgs: 256,
-            check_quorum: true,
-            pre_vote: true,
-            ..Config::default()
-        };
-        let tail = Tail::new(start, commit);
-        let logger = slog::Logger::root(slog::Discard, slog::o!());
-        let node = RawNode::new(&config, tail, &logger).map_err(|e| StartError(e.to_string()))?;
-        let mut group = Group {
-            node,
-            seed: start.seed,
-            persisted_hard_state: start.hard_state,
-            voters: start.voters.len(),
-        };
-        group.tame_randomness();
-        Ok(group)
-    }
+/// For DescribeQuorum and the admin API.
+#[derive(Clone, Debug)]
+pub struct Status {
+    pub leadership: Leadership,
+    pub last_index: u64,
+    pub persisted_index: u64,
+    pub committed_index: u64,
+    pub applied_index: u64,
+    pub membership: Membership,
+    pub transfer_to: Option<u64>,
+    pub asleep: bool,
+    pub tail_bytes: usize,
+    /// Known to a leader only.
+    pub peers: Vec<PeerStatus>,
+}
 
-    /// Stands for election at once. A group of one leads after this call (its outputs must still be stored).
-    pub fn campaign(&mut self) -> Result<(), StartError> {
-        let outcome = self.node.campaign().map_err(|e| StartError(e.to_string()));
-        self.tame_randomness();
-        outcome
-    }
-
-    pub fn tick(&mut self) {
-        self.node.tick();
-        self.tame_randomness();
-    }
-
-    /// Appends an entry to the log of this leader and returns its (index, term).
-    pub fn propose(&mut self, data: Bytes) -> Result<(u64, u64), ProposeError> {
-        if !self.is_leader() {
-            return Err(ProposeError::NotLeader);
-        }
-        let entry = RaftEntry { data, ..RaftEntry::default() };
-        let mut message = Message::default();
-        message.set_msg_type(MessageType::MsgPropose);
-        message.from = self.node.raft.id;
-        message.set_entries(vec![entry].into());
-        let before = self.node.raft.raft_log.last_index();
-        // The only refusals of a leader are a pending transfer and the uncommitted limit, neither of
-        // which this boundary switches on.
-        self.node.step(message).map_err(|_| ProposeError::NotLeader)?;
-        let index = self.node.raft.raft_log.last_index();
-        assert_eq!(index, before + 1, "a proposal must take exactly one index");
-        Ok((index, self.node.raft.term))
-    }
-
-    /// The next outputs, or `None` when there is nothing to do.
-    pub fn take_outputs(&mut self) -> Option<Outputs> {
-        if !self.node.has_ready() {
-            return None;
-        }
-        let mut ready = self.node.ready();
-        let mut outputs = Outputs { number: ready.number(), ..Outputs::default() };
-        if let Some(hs) = ready.hs() {
-            let hard_state = HardState { term: hs.term, vote: hs.vote, commit: hs.commit };
-            if hard_state.term != self.persisted_hard_state.term
-                || hard_state.vote != self.persisted_hard_state.vote
-            {
-                outputs.hard_state = Some(hard_state);
-            }
-            self.persisted_hard_state = hard_state;
-        }
-        let entries = ready.take_entries();
-        outputs.entries = entries
-            .iter()
-            .map(|e| Entry {
-                index: e.index,
-                term: e.term,
-                data: e.data.clone(),
-                is_membership: e.get_entry_type() != EntryType::EntryNormal,
-            })
-            .collect();
-        outputs.committed_index = ready.committed_entries().last().map(|e| e.index);
-        outputs.messages = ready.take_messages();
-        outputs.messages.extend(ready.take_persisted_messages());
-        // From here on raft asks the tail for these entries, although they are not on disk yet.
-        self.node.mut_store().append(entries);
-        self.node.advance_append_async(ready);
-        if let Some(index) = outputs.committed_index {
-            self.node.advance_apply_to(index);
-            if self.voters == 1 {
-                self.node.mut_store().forget_until(index);
-            }
-        }
-        Some(outputs)
-    }
-
-    /// The outputs with this number (and all before it) are on disk.
-    pub fn on_persisted(&mut self, number: u64) {
-        self.node.on_persist_ready(number);
-    }
-
-    pub fn step(&mut self, message: Message) {
-        // A message that raft refuses (unknown peer, old term) is dropped: the sender will repeat itself.
-        let _ = self.node.step(message);
-        self.tame_randomness();
-    }
-
-    pub fn is_leader(&self) -> bool {
-        self.node.raft.state == StateRole::Leader
-    }
-
-    /// The leader epoch of Kafka is the term of Raft.
-    pub fn leader_epoch(&self) -> i32 {
-        i32::try_from(self.node.raft.term).unwrap_or(i32::MAX)
-    }
-
-    pub fn term(&self) -> u64 {
-        self.node.raft.term
-    }
-
-    pub fn leader_id(&self) -> u64 {
-        self.node.raft.leader_id
-    }
-
-    pub fn last_index(&self) -> u64 {
-        self.node.raft.raft_log.last_index()
-    }
-
-    fn tame_randomness(&mut self) {
-        let term = self.node.raft.term;
-        let mut x = self.seed ^ term.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        x ^= x >> 33;
-        x = x.wrapping_mul(0xFF51_AFD7_ED55_8CCD);
-        x ^= x >> 33;
-        let spread = (x % ELECTION_TICKS as u64) as usize;
-        self.node.raft.set_randomized_election_timeout(ELECTION_TICKS + spread);
-    }
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerStatus {
+    pub id: u64,
+    pub matched_index: u64,
+    pub next_index: u64,
+    /// Heard of since the leader last looked whether it has a majority.
+    pub is_active: bool,
+    pub is_learner: bool,
 }
 
 #[cfg(test)]

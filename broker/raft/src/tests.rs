@@ -2,8 +2,7 @@ use super::*;
 
 fn alone(last_index: u64, last_term: u64) -> Group {
     let hard_state = HardState { term: last_term, vote: 1, commit: 0 };
-    Group::start(&GroupStart { node_id: 1, voters: vec![1], hard_state, last_index, last_term, seed: 7 })
-        .unwrap()
+    Group::start(&GroupStart::alone(1, hard_state, last_index, last_term, 7)).unwrap()
 }
 
 /// Stores everything at once and returns (entries stored, highest committed index).
@@ -86,18 +85,4 @@ fn several_outputs_may_be_in_flight_and_commit_in_order() {
     assert_eq!(group.take_outputs().unwrap().committed_index, Some(5));
     group.on_persisted(numbers[7]);
     assert_eq!(group.take_outputs().unwrap().committed_index, Some(9));
-}
-
-#[test]
-fn a_follower_refuses_to_propose() {
-    let start = GroupStart {
-        node_id: 1,
-        voters: vec![1, 2, 3],
-        hard_state: HardState::default(),
-        last_index: 0,
-        last_term: 0,
-        seed: 1,
-    };
-    let mut group = Group::start(&start).unwrap();
-    assert_eq!(group.propose(Bytes::from_static(b"x")), Err(ProposeError::NotLeader));
 }

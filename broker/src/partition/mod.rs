@@ -89,18 +89,17 @@ impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let hard_state = log.hard_state();
-        let start = GroupStart {
-            node_id: u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1,
-            voters: vec![u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1],
-            hard_state: flumen_raft::HardState {
+        let start = GroupStart::alone(
+            u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1,
+            flumen_raft::HardState {
                 term: hard_state.term,
                 vote: hard_state.vote,
                 commit: hard_state.commit,
             },
-            last_index: log.last_index(),
-            last_term: log.last_term(),
-            seed: spec.group_id,
-        };
+            log.last_index(),
+            log.last_term(),
+            spec.group_id,
+        );
         let raft = Group::start(&start).expect("recovered raft state is consistent by construction");
         let end = log.log_end_offset();
         // Until the export says how far it is, everything is held.
