@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -58,9 +59,12 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
 
         // What the caches will hold anyway need not be read again by the first fetches.
         let warm_bytes = StoreConfig::default().cache_bytes * shard_count;
-        let recovered: RecoveredGroups = Arc::new(Mutex::new(
-            data_dir.recover(warm_bytes)?.into_iter().map(|g| (g.group_id, g)).collect(),
-        ));
+        // On a thread of its own: what recovery needed for a moment goes back to the system with the thread's heap.
+        let recovered = std::thread::scope(|scope| {
+            scope.spawn(|| data_dir.recover(warm_bytes)).join().unwrap_or_else(|panic| resume_unwind(panic))
+        })?;
+        let recovered: RecoveredGroups =
+            Arc::new(Mutex::new(recovered.into_iter().map(|g| (g.group_id, g)).collect()));
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,

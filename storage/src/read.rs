@@ -230,6 +230,10 @@ async fn scan(
         let file = shard.segment_file(group, place.name)?;
         let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
         let piece = shard.disk.read_at(&file, position, len).await?;
+        if piece.is_empty() {
+            let reason = format!("the file has {position} bytes of {}", place.bytes);
+            return Err(damaged_at(group, place, reason));
+        }
         let mut walk = Walk::with_holes(&piece, offset, place.name.holes_to());
         loop {
             match walk.step() {

@@ -55,6 +55,8 @@ struct Work {
     deleted: BTreeSet<GroupId>,
     recovered: Vec<RecoveredGroup>,
     states: States,
+    /// Whose directories have been brought up to date.
+    restored: BTreeMap<String, GroupId>,
     /// What the next start has to know of the partitions whose `group.meta` does not say it.
     saved: BTreeMap<GroupId, Saved>,
     written: Vec<PathBuf>,
@@ -413,6 +415,12 @@ impl Work {
             self.deleted.insert(group_id);
             return Ok(true);
         }
+        if let Some(other) = self.restored.get(&dir_name) {
+            let reason = format!("its directory, {dir_name}, is that of group {other}");
+            self.damaged(group_id, "", reason)?;
+            return Ok(false);
+        }
+        self.restored.insert(dir_name.clone(), group_id);
         self.restore(group_id, &dir_name, replayed, !log.is_empty())
     }
 
@@ -554,6 +562,7 @@ pub(crate) fn recover(
         deleted: BTreeSet::new(),
         recovered: Vec::new(),
         states: read_states(files, &wal, before)?,
+        restored: BTreeMap::new(),
         saved: BTreeMap::new(),
         written: Vec::new(),
         dirs: BTreeSet::new(),

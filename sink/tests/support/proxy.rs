@@ -133,68 +133,63 @@ impl Proxy {
     }
 
     async fn serve(&self, mut client: TcpStream) {
-        let mut buffer = Vec::new();
-        while let Some(request) = read_request(&mut client, &mut buffer).await {
-            let insert = request.head.contains("INSERT") && !request.head.contains("SELECT");
-            let fault = {
-                let mut shared = self.shared();
-                if insert && shared.deck.is_empty() {
-                    shared.deck = shared.faults.clone();
-                }
-                if insert && !shared.deck.is_empty() {
-                    let left = shared.deck.len() as u64;
-                    let at = shared.random.below(left) as usize;
-                    let fault = shared.deck.swap_remove(at);
-                    shared.log.push(fault);
-                    fault
-                } else {
-                    Fault::None
-                }
-            };
-            let (server, late) = {
-                let shared = self.shared();
-                (shared.server, shared.late)
-            };
-            let answer = match fault {
-                Fault::None => forward(server, &request, None).await,
-                Fault::Twice => {
-                    forward(server, &request, None).await;
-                    // The copy comes under the same query id, after the first is done.
-                    forward(server, &request, None).await
-                }
-                Fault::DropBefore => return,
-                Fault::DropAfter => {
-                    forward(server, &request, None).await;
-                    return;
-                }
-                Fault::Refuse500 => Some(plain("500 Internal Server Error", "the proxy is unwell")),
-                Fault::Commit502 => {
-                    forward(server, &request, None).await;
-                    Some(plain("502 Bad Gateway", ""))
-                }
-                Fault::CutBody => {
-                    forward(server, &request, Some(request.body.len() / 2)).await;
-                    return;
-                }
-                Fault::Late => {
-                    let Ok(upstream) = TcpStream::connect(("127.0.0.1", server)).await else { return };
-                    tokio::time::sleep(late).await;
-                    send(upstream, &request, None).await;
-                    self.shared().over.push(fault);
-                    return;
-                }
-                Fault::CutAnswer => forward(server, &request, None).await.map(|mut answer| {
-                    answer.truncate(20);
-                    answer
-                }),
-            };
-            let Some(answer) = answer else { return };
-            if client.write_all(&answer).await.is_err() {
+        // Answers end with the connection: simple, and every request may meet another fault.
+        let Some(request) = read_request(&mut client, &mut Vec::new()).await else { return };
+        let insert = request.head.contains("INSERT") && !request.head.contains("SELECT");
+        let fault = {
+            let mut shared = self.shared();
+            if insert && shared.deck.is_empty() {
+                shared.deck = shared.faults.clone();
+            }
+            if insert && !shared.deck.is_empty() {
+                let left = shared.deck.len() as u64;
+                let at = shared.random.below(left) as usize;
+                let fault = shared.deck.swap_remove(at);
+                shared.log.push(fault);
+                fault
+            } else {
+                Fault::None
+            }
+        };
+        let (server, late) = {
+            let shared = self.shared();
+            (shared.server, shared.late)
+        };
+        let answer = match fault {
+            Fault::None => forward(server, &request, None).await,
+            Fault::Twice => {
+                forward(server, &request, None).await;
+                // The copy comes under the same query id, after the first is done.
+                forward(server, &request, None).await
+            }
+            Fault::DropBefore => return,
+            Fault::DropAfter => {
+                forward(server, &request, None).await;
                 return;
             }
-            // Answers end with the connection: simple, and every request may meet another fault.
-            return;
-        }
+            Fault::Refuse500 => Some(plain("500 Internal Server Error", "the proxy is unwell")),
+            Fault::Commit502 => {
+                forward(server, &request, None).await;
+                Some(plain("502 Bad Gateway", ""))
+            }
+            Fault::CutBody => {
+                forward(server, &request, Some(request.body.len() / 2)).await;
+                return;
+            }
+            Fault::Late => {
+                let Ok(upstream) = TcpStream::connect(("127.0.0.1", server)).await else { return };
+                tokio::time::sleep(late).await;
+                send(upstream, &request, None).await;
+                self.shared().over.push(fault);
+                return;
+            }
+            Fault::CutAnswer => forward(server, &request, None).await.map(|mut answer| {
+                answer.truncate(20);
+                answer
+            }),
+        };
+        let Some(answer) = answer else { return };
+        let _ = client.write_all(&answer).await;
     }
 }
 

@@ -111,12 +111,17 @@ pub fn same_records(
                 records.insert(offset, record);
             }
             let identity = |bytes: &[u8]| {
-                record_batch::parse_header(bytes).ok().map(|h| {
-                    (h.next_offset(), h.producer_id, h.producer_epoch, h.last_sequence(), h.leader_epoch)
-                })
+                let header = record_batch::parse_header(bytes).ok();
+                header.map(|h| (h.next_offset(), h.producer_id, h.producer_epoch, h.last_sequence()))
             };
             if identity(bytes) != identity(original) {
                 return wrong(format!("{} was {}", describe(bytes), describe(original)));
+            }
+            let epoch = |bytes: &[u8]| record_batch::parse_header(bytes).ok().map(|h| h.leader_epoch);
+            if epoch(bytes) != epoch(original) {
+                // No checksum of Kafka's covers it.
+                let what = format!("{} was {}", describe(bytes), describe(original));
+                return Err(Mismatch::Noticeable(what));
             }
             at = header.next_offset();
         }

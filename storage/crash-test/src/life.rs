@@ -231,6 +231,7 @@ impl Life {
             partitions: self.plan.partitions,
             violation: None,
             poisoned: false,
+            process_ends: Rc::default(),
             stage_count: self.report.staged,
             compactions: 0,
         }));
@@ -444,9 +445,11 @@ impl Life {
             self.machine.cancel_crash();
             Ended::Stopped
         };
+        let process_ends = Rc::clone(&world.borrow().process_ends);
         let ended = tokio::select! {
             biased;
             () = self.machine.down() => Ended::Crashed,
+            () = process_ends.notified() => Ended::Poisoned,
             ended = work => ended,
             () = tokio::time::sleep(HANG) => return Err("nothing happens any more".to_owned()),
         };

@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::Notify;
 use flumen_io::simulated::{Fault, Machine, Random};
 use flumen_protocol::record::BatchBuilder;
 use flumen_storage::{
@@ -62,6 +63,8 @@ pub struct World {
     pub violation: Option<String>,
     /// A store took no more writes.
     pub poisoned: bool,
+    /// A shard's log has failed: the broker ends its process then, with whatever other shards are doing.
+    pub process_ends: Rc<Notify>,
     pub stage_count: u64,
     /// Passes of compaction that changed something or found that there was nothing to change.
     pub compactions: u64,
@@ -603,6 +606,10 @@ pub async fn listener(world: Shared, at: usize, lane: Lane) {
             }
             Err(_) => {
                 world.poisoned = true;
+                // Not because of a clean stop.
+                if store.stats().poisoned {
+                    world.process_ends.notify_one();
+                }
                 return;
             }
         }
