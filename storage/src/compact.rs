@@ -571,6 +571,11 @@ impl GroupLog {
         let mut outcome = CompactionOutcome::default();
         let Some(config) = self.group.inner.borrow().config.compaction else { return Ok(outcome) };
         let _alone = self.shard.compacting.lock().await;
+        // The log was cut and took the only batches with it that were known of a producer: nobody could say which of those
+        // that are left must stay for its sake. The next start finds out.
+        if !self.group.inner.borrow().producers_whole {
+            return Ok(outcome);
+        }
         let pass = Pass { shard: Rc::clone(&self.shard), group: Rc::clone(&self.group) };
         pass.go_on()?;
         let Some(target) = pass.due(&config, now_ms, hold_offset).await? else { return Ok(outcome) };

@@ -2,9 +2,10 @@
 //!
 //! Plain system calls before the shards start; shared read-only by all of them afterwards.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use flumen_io::{File, FileSystem, Mode};
 
@@ -32,7 +33,12 @@ pub struct DataDir {
     lock: Arc<Lock>,
     syncing: Arc<Syncing>,
     wal_id: OnceLock<u64>,
+    leaving: Leaving,
 }
+
+/// Directory names of partitions whose deletion has begun and is not sure yet, over all shards. Whoever took one of them now
+/// would share it, after a crash, with a partition that came back.
+pub(crate) type Leaving = Arc<Mutex<BTreeSet<String>>>;
 
 /// Held over every sync of every shard but a commit's own; inside, why one of them failed. A disk that fails one may have
 /// lost what another, under way at the same time, then calls safe; so nobody relies on a sync before those that were under
@@ -145,6 +151,7 @@ impl DataDir {
             lock: Arc::new(Lock(lock)),
             syncing: Arc::default(),
             wal_id: OnceLock::new(),
+            leaving: Leaving::default(),
         })
     }
 
@@ -193,6 +200,10 @@ impl DataDir {
 
     pub(crate) fn syncing(&self) -> Arc<Syncing> {
         Arc::clone(&self.syncing)
+    }
+
+    pub(crate) fn leaving(&self) -> Leaving {
+        Arc::clone(&self.leaving)
     }
 
     pub(crate) fn lock(&self) -> Arc<Lock> {

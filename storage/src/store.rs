@@ -21,7 +21,7 @@ use std::time::Duration;
 use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
-use crate::data_dir::{DataDir, Lock, Syncing};
+use crate::data_dir::{DataDir, Leaving, Lock, Syncing};
 use crate::failpoint::{self, Failpoint};
 use crate::flush;
 use crate::group::{Group, GroupLog};
@@ -144,6 +144,7 @@ pub(crate) struct Shard {
     /// Held by the compaction of one partition; shutdown takes it, so that nobody changes segments after it.
     pub compacting: tokio::sync::Mutex<()>,
     syncing: Arc<Syncing>,
+    leaving: Leaving,
     open_files: RefCell<FileCache>,
     pub read_ahead: RefCell<VecDeque<ReadAhead>>,
     /// In the order in which they were loaded, with how many entries each had.
@@ -439,6 +440,18 @@ impl Shard {
         self.trash_wake.notify_one();
     }
 
+    fn is_leaving(&self, dir_name: &str) -> bool {
+        self.leaving.lock().expect("no panic under this lock").contains(dir_name)
+    }
+
+    fn leaves(&self, dir_name: &str) {
+        self.leaving.lock().expect("no panic under this lock").insert(dir_name.to_owned());
+    }
+
+    fn has_left(&self, dir_name: &str) {
+        self.leaving.lock().expect("no panic under this lock").remove(dir_name);
+    }
+
     /// `None`: the ring is full to its last reserve.
     pub fn record_deletion(&self, group: GroupId) -> Option<Lsn> {
         let record = RecordHeader { kind: GROUP_DELETE, group, index: 0, term: 0, offset: 0 };
@@ -576,6 +589,7 @@ impl ShardStore {
             flush_lock: tokio::sync::Mutex::new(()),
             compacting: tokio::sync::Mutex::new(()),
             syncing: dir.syncing(),
+            leaving: dir.leaving(),
             open_files: RefCell::default(),
             read_ahead: RefCell::default(),
             loaded_indexes: RefCell::default(),
@@ -628,6 +642,9 @@ impl ShardStore {
         if !valid_dir_name(dir_name) {
             return Err(CreateError::BadName(dir_name.to_owned()));
         }
+        if shard.is_leaving(dir_name) {
+            return Err(CreateError::DirectoryExists(dir_name.to_owned()));
+        }
         let path = shard.segments_root().join(dir_name);
         match shard.files.create_dir(&path) {
             Ok(()) => {}
@@ -671,8 +688,10 @@ impl ShardStore {
         let from = root.join(&group.dir_name);
         let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
         let (files, renamed) = (shard.files.clone(), to.clone());
+        shard.leaves(&group.dir_name);
         let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
         if let Err(source) = rename.and_then(|result| result) {
+            shard.has_left(&group.dir_name);
             group.deleting.set(false);
             return Err(DeleteError::Io { path: to.display().to_string(), source });
         }
@@ -698,6 +717,7 @@ impl ShardStore {
         let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
         shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
+        shard.has_left(&group.dir_name);
         failpoint::pass(Failpoint::DeletionRecorded);
         shard.throw_away(to, (Lane::Durable, lsn), None);
         Ok(())

@@ -239,11 +239,13 @@ pub fn matching(
         } else {
             with_head(state.as_ref(), state.as_ref()).into_iter().collect()
         };
-        let mut reason = None;
+        // The nearest of them is worth reporting.
+        let mut reason: Option<String> = None;
+        let distance = |why: &String| why.matches(", not ").count();
         for state in states {
             match differs(state.as_ref(), found) {
                 None => matching.push(state),
-                Some(why) => reason = reason.or(Some(why)),
+                Some(why) => reason = reason.into_iter().chain([why]).min_by_key(distance),
             }
         }
         reasons.extend(reason.map(|reason| format!("after {steps} steps: {reason}")));

@@ -34,6 +34,8 @@ const REGRESSIONS: &[u64] = &[
     13,   // a deleted partition that the states file had, in a new directory of its name
     40,   // its producers, found beside the clean stop of another of that name
     1290, // damaged rings put aside by a recovery that did not get to the end
+    2717, // a producer of which a cut had left nothing in memory, compacted away
+    1427, // a directory made with the name of one whose deletion was not sure
     5633, // a torn block whose checksum did not see states that had changed places
     352,  // a producer whose newest batch was lost, after compaction had taken the one before it
     746,  // a failed sync of one shard that took what another's, under way with it, called safe
