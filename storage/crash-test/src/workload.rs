@@ -10,13 +10,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::Notify;
 use flumen_io::simulated::{Fault, Machine, Random};
 use flumen_protocol::record::BatchBuilder;
 use flumen_storage::{
     AdvanceError, CompactError, CompactionConfig, CreateError, DeleteError, Durability, Entry, GroupConfig,
     GroupId, GroupLog, HardState, Lane, Lsn, Payload, ReadError, ShardStore, StageError,
 };
+use tokio::sync::Notify;
 
 use crate::check::{self, Mismatch};
 use crate::model::{self, Change, Partition};
