@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail};
 use clap::Parser;
 use flumen_tests::clickhouse::ClickHouse;
+use flumen_tests::export::until_settled;
 use flumen_tests::flumen::Flumen;
 use flumen_tests::process::port_or_free;
 use rand::rngs::StdRng;
@@ -174,7 +175,7 @@ fn main() -> anyhow::Result<()> {
     let faults = stream(&args, &mut broker, &mut clickhouse, &Reports(acknowledged.clone()))?;
 
     println!("== waiting for ClickHouse to have everything");
-    wait_until_exported(&broker)?;
+    until_settled(&broker, TOPIC)?;
     let outcome =
         check(&broker, &clickhouse, &acknowledged.lock().expect("no panic under this lock"), &faults)?;
 
@@ -282,25 +283,6 @@ fn stream(
     producer.flush(Duration::from_secs(300)).context("records were not acknowledged")?;
     println!("   sent {sent} events and {bad} malformed records");
     Ok(faults)
-}
-
-/// Polls until every committed offset is settled in ClickHouse. Gives up only when nothing moves.
-fn wait_until_exported(broker: &Flumen) -> anyhow::Result<()> {
-    const STALLED_POLLS_MAX: u32 = 600;
-    let (mut last, mut stalled) = (i64::MAX, 0);
-    loop {
-        let status = broker.get(&format!("/v1/exports/{TOPIC}/status"))?;
-        let lag = status["lag_records"].as_i64().unwrap_or(i64::MAX);
-        if lag == 0 && status["state"] == "running" {
-            return Ok(());
-        }
-        stalled = if lag < last { 0 } else { stalled + 1 };
-        if stalled > STALLED_POLLS_MAX {
-            bail!("the export does not move: {}", serde_json::to_string_pretty(&status)?);
-        }
-        last = lag;
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 fn check(
