@@ -1,8 +1,9 @@
 //! Second half of a compaction pass: what becomes of each batch of the log, from its start to the end of the pass. Pure.
 //!
 //! Offsets never change: a batch keeps its base and last offset whatever goes out of it. A batch goes when nothing is left
-//! of it, unless it is the newest of its producer (in the log, or in the part that is compacted), whose epoch and sequence it carries: then it stays without records, as
-//! Kafka does it. Where nothing goes, the batch keeps its very bytes. What cannot be decoded stays as it is.
+//! of it, unless it is the newest of its producer (in the log, or in the part that is compacted), whose epoch and sequence
+//! it carries: then it stays without records, as Kafka does it. Where nothing goes, the batch keeps its very bytes. What
+//! cannot be decoded stays as it is.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 

@@ -68,7 +68,7 @@ impl Inspection {
                 return Ok(());
             }
             let entries = recovery::list(self.files(), &dir)?;
-            let base = recovery::base(self.files(), &dir, &name, &entries, &mut states, current)?.0;
+            let base = recovery::look_at(self.files(), &dir, &name, &entries, &mut states, current)?.base;
             let text = match (&base.state, base.is_saved) {
                 (Some(state), true) => format!("  state of the last recovery: {}", describe_state(state)),
                 (Some(state), false) => format!("  group.meta: {}", describe_state(state)),

@@ -216,10 +216,9 @@ impl Inspection {
                 continue;
             }
             let listed = recovery::list(&self.files, &path)?;
-            let (base, marker) =
-                recovery::base(&self.files, &path, &entry.name, &listed, &mut saved, current)?;
-            marked.extend(marker.map(|(_, reason)| (path.join(recovery::MARKER), reason)));
-            match base.state {
+            let known = recovery::look_at(&self.files, &path, &entry.name, &listed, &mut saved, current)?;
+            marked.extend(known.marked.map(|reason| (path.join(recovery::MARKER), reason)));
+            match known.base.state {
                 Some(state) => drop(states.insert(state.group, state)),
                 None => without.push((entry.name, listed)),
             }

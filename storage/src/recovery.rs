@@ -83,19 +83,25 @@ fn group_in_name(name: &str) -> Option<GroupId> {
     name.rsplit_once(".g")?.1.parse().ok()
 }
 
-/// Whose marker a directory has, if that is said, and why.
-pub(crate) type Marker = (Option<GroupId>, String);
+/// What is known of a partition before the WAL is looked at.
+pub(crate) struct Known {
+    pub base: Chosen,
+    /// Whose the directory is, as its marker or its name says; for when there is no state.
+    pub group: Option<GroupId>,
+    /// Why an earlier start found that it cannot serve.
+    pub marked: Option<String>,
+}
 
-/// What is known of a partition before the WAL is looked at: its state and the marker in its directory, of whose files
-/// `listed` is the list. What cannot be read now is an error: it may be the only thing that says what is wrong.
-pub(crate) fn base(
+/// Reads what a directory says of its partition; `listed` are its files. What cannot be read now is an error: it may be the
+/// only thing that says what is wrong.
+pub(crate) fn look_at(
     files: &FileSystem,
     dir: &Path,
     name: &str,
     listed: &[DirEntry],
     states: &mut States,
     current: Option<Current>,
-) -> Result<(Chosen, Option<Marker>), OpenError> {
+) -> Result<Known, OpenError> {
     let read = |file: &str, doing: &'static str| match listed.iter().any(|entry| entry.name == file) {
         true => files.read(&dir.join(file)).map(Some).map_err(|error| open_error(dir, doing, error)),
         false => Ok(None),
@@ -103,11 +109,11 @@ pub(crate) fn base(
     let meta = read("group.meta", "reading group.meta")?;
     let meta = meta.and_then(|bytes| GroupState::decode(&bytes)).filter(|state| state.dir_name == name);
     let marker = read(MARKER, "reading DAMAGED")?.map(|text| parse_marker(&String::from_utf8_lossy(&text)));
-    let meta_group = meta.as_ref().map(|meta| meta.group);
-    let marked_group = marker.as_ref().and_then(|(group, _)| *group);
-    let group = meta_group.or(marked_group).or_else(|| group_in_name(name));
+    let (marked_group, marked) = marker.map_or((None, None), |(group, reason)| (group, Some(reason)));
+    let group = marked_group.or_else(|| group_in_name(name));
+    let of_meta = meta.as_ref().map(|meta| meta.group);
     let wal_id = current.map_or(0, |current| current.wal_id);
-    Ok((states.choose(name, group, meta, wal_id), marker))
+    Ok(Known { base: states.choose(name, of_meta.or(group), meta, wal_id), group, marked })
 }
 
 /// Whether a directory was created and nothing was ever put into it.
@@ -324,10 +330,8 @@ impl Work {
                 continue;
             }
             let listed = list(&self.files, &path)?;
-            let (base, marker) = base(&self.files, &path, &name, &listed, &mut self.states, self.current)?;
-            let marked_group = marker.as_ref().and_then(|(group, _)| *group);
-            let marked = marker.map(|(_, reason)| reason);
-            let group = marked_group.or_else(|| group_in_name(&name));
+            let Known { base, group, marked } =
+                look_at(&self.files, &path, &name, &listed, &mut self.states, self.current)?;
             match base.state.as_ref().map(|state| state.group) {
                 Some(group) => {
                     let directory = Directory { name, base, listed: Some(listed), marked };

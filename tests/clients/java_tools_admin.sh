@@ -2,25 +2,8 @@
 # More of Apache Kafka's own tools against a broker: whatever they say must be what they say of Kafka, without a warning.
 # Usage: java_tools_admin.sh BOOTSTRAP
 set -euo pipefail
-bootstrap=$1
-here=$(cd "$(dirname "$0")/../.." && pwd)
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-tools=org.apache.kafka.tools
-tool() { # class, arguments without the bootstrap servers; prints output and errors, and fails on a warning
-  local class=$1 status=0
-  shift
-  bash "$here/bench/kafka-tool.sh" "$class" "$@" --bootstrap-server "$bootstrap" >"$scratch/out" 2>&1 || status=$?
-  cat "$scratch/out"
-  if [ "$status" != 0 ] || grep -qE 'WARN|ERROR|Exception' "$scratch/out"; then
-    echo "$class $* ended with $status:" >&2
-    cat "$scratch/out" >&2
-    return 1
-  fi
-}
-expect() { # text, pattern
-  grep -qE -- "$2" <<<"$1" || { echo "expected /$2/ in:" >&2; echo "$1" >&2; exit 1; }
-}
+bootstrap=$1 servers_first=no
+source "$(dirname "$0")/java_env.sh"
 
 expect "$(tool $tools.TopicCommand --create --topic more --partitions 2 --config max.message.bytes=3000000)" '^Created topic more\.$'
 out=$(tool $tools.TopicCommand --describe --topic more)

@@ -2,22 +2,8 @@
 # Apache Kafka's tools for operators against a broker: quorum, elections, reassignments, directories, producers, every type
 # of configuration, features. Usage: java_tools_operate.sh BOOTSTRAP
 set -euo pipefail
-bootstrap=$1
-here=$(cd "$(dirname "$0")/../.." && pwd)
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-tools=org.apache.kafka.tools
-tool() { # class, arguments without the bootstrap servers; prints output and errors, and fails on a warning
-  local class=$1 status=0
-  shift
-  bash "$here/bench/kafka-tool.sh" "$class" --bootstrap-server "$bootstrap" "$@" >"$scratch/out" 2>&1 || status=$?
-  cat "$scratch/out"
-  if [ "$status" != 0 ] || grep -qE 'WARN|ERROR|Exception' "$scratch/out"; then
-    echo "$class $* ended with $status:" >&2
-    cat "$scratch/out" >&2
-    return 1
-  fi
-}
+bootstrap=$1 servers_first=yes
+source "$(dirname "$0")/java_env.sh"
 refused() { # class, arguments; prints what it said, and fails when it did not fail
   local class=$1
   shift
@@ -28,9 +14,6 @@ refused() { # class, arguments; prints what it said, and fails when it did not f
     return 1
   fi
   cat "$scratch/out"
-}
-expect() { # text, pattern
-  grep -qE -- "$2" <<<"$1" || { echo "expected /$2/ in:" >&2; echo "$1" >&2; exit 1; }
 }
 
 tool $tools.TopicCommand --create --topic ops --partitions 2 >/dev/null

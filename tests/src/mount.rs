@@ -121,11 +121,7 @@ impl FailingDisk {
 
     /// From now on syncs work. What the caches have and the disk has not is forgotten, as with the power.
     pub fn repair(&mut self) -> anyhow::Result<()> {
-        let size = "remount,size=2048m";
-        anyhow::ensure!(
-            run(Command::new("mount").args(["-o", size]).arg(&self.memory.path)),
-            "no larger tmpfs"
-        );
+        self.resize("size=2048m")?;
         let (upper, lower) = (self.upper.take(), self.lower.take());
         let (Some(upper), Some(lower)) = (upper, lower) else { anyhow::bail!("not mounted") };
         let paths = (upper.path.clone(), lower.path.clone());

@@ -21,6 +21,23 @@ fn add_newcomer(net: &mut Net, id: u64) {
     net.add(id, Disk { membership, ..Disk::default() });
 }
 
+/// Three, of which 1 leads and 3 is cut off: the others have 31 entries, and retention took the leader's first twenty. Also the
+/// term of the last one that went.
+fn one_left_behind() -> (Net, u64) {
+    let mut net = Net::of(&[1, 2, 3]);
+    net.campaign(1);
+    net.isolate(3);
+    for _ in 0..30 {
+        net.propose(1, "x");
+    }
+    let leader = net.node(1);
+    let term = leader.disk.entries[19].term;
+    leader.disk.entries.drain(..20);
+    leader.disk.before = (20, term);
+    leader.group.set_log_start(20);
+    (net, term)
+}
+
 #[test]
 fn a_group_of_one_grows_to_three_and_moves_by_learners_and_joint_consensus() {
     let mut net = Net::of(&[1]);
@@ -117,18 +134,7 @@ fn a_group_of_one_does_not_count_alone_what_follows_a_change_of_members() {
 
 #[test]
 fn a_follower_behind_the_beginning_of_the_log_starts_from_a_snapshot() {
-    let mut net = Net::of(&[1, 2, 3]);
-    net.campaign(1);
-    net.isolate(3);
-    for _ in 0..30 {
-        net.propose(1, "x");
-    }
-    // Retention took the first twenty.
-    let leader = net.node(1);
-    let (index, term) = (20, leader.disk.entries[19].term);
-    leader.disk.entries.drain(..20);
-    leader.disk.before = (index, term);
-    leader.group.set_log_start(index);
+    let (mut net, term) = one_left_behind();
     net.heal();
     net.tick_all(12);
     assert_eq!(net.node(1).snapshots_made, 1);
@@ -182,17 +188,7 @@ fn changes_of_members_before_those_of_a_snapshot_are_not_applied_again() {
 
 #[test]
 fn a_newcomer_is_not_offered_the_snapshot_of_a_time_before_it_was_a_member() {
-    let mut net = Net::of(&[1, 2, 3]);
-    net.campaign(1);
-    net.isolate(3);
-    for _ in 0..30 {
-        net.propose(1, "x");
-    }
-    let leader = net.node(1);
-    let term = leader.disk.entries[19].term;
-    leader.disk.entries.drain(..20);
-    leader.disk.before = (20, term);
-    leader.group.set_log_start(20);
+    let (mut net, _) = one_left_behind();
     net.heal();
     net.tick_all(12);
     assert_eq!(net.node(3).disk.before.0, 20);
@@ -205,17 +201,7 @@ fn a_newcomer_is_not_offered_the_snapshot_of_a_time_before_it_was_a_member() {
 
 #[test]
 fn a_snapshot_that_is_lost_is_sent_again() {
-    let mut net = Net::of(&[1, 2, 3]);
-    net.campaign(1);
-    net.isolate(3);
-    for _ in 0..30 {
-        net.propose(1, "x");
-    }
-    let leader = net.node(1);
-    let term = leader.disk.entries[19].term;
-    leader.disk.entries.drain(..20);
-    leader.disk.before = (20, term);
-    leader.group.set_log_start(20);
+    let (mut net, _) = one_left_behind();
     net.heal();
     let is_snapshot = |m: &flumen_raft::Message| matches!(m.body, Body::Snapshot { .. });
     for _ in 0..20 {
@@ -239,17 +225,7 @@ fn a_snapshot_that_is_lost_is_sent_again() {
 
 #[test]
 fn no_election_begins_while_a_snapshot_is_being_stored() {
-    let mut net = Net::of(&[1, 2, 3]);
-    net.campaign(1);
-    net.isolate(3);
-    for _ in 0..30 {
-        net.propose(1, "x");
-    }
-    let leader = net.node(1);
-    let term = leader.disk.entries[19].term;
-    leader.disk.entries.drain(..20);
-    leader.disk.before = (20, term);
-    leader.group.set_log_start(20);
+    let (mut net, _) = one_left_behind();
     net.node(3).slow_disk = true;
     net.heal();
     net.tick_all(12);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::history::Event;
-use crate::index::Index;
+use crate::index::{Index, Poll};
 
 /// An acknowledged record is in the log at the end, where the acknowledgement said, unless retention took it.
 pub(crate) fn lost_writes(index: &Index<'_>) -> Vec<String> {
@@ -103,52 +103,43 @@ pub(crate) fn reordered(index: &Index<'_>) -> Vec<String> {
     found
 }
 
-/// A consumer goes forward.
-pub(crate) fn nonmonotonic_polls(index: &Index<'_>) -> Vec<String> {
+/// Every two offsets that a consumer got one after the other, but over a seek: the poll of the second, and both.
+fn steps<'a>(index: &'a Index<'_>) -> impl Iterator<Item = (&'a Poll<'a>, i64, i64)> {
     let mut positions: BTreeMap<(u64, &str), i64> = BTreeMap::new();
-    let mut found = Vec::new();
-    for poll in &index.polls {
+    index.polls.iter().flat_map(move |poll| {
         let key = (poll.consumer, poll.partition);
         if poll.seek {
             positions.remove(&key);
         }
-        for (offset, _) in poll.records {
-            if let Some(before) = positions.insert(key, *offset)
-                && before >= *offset
-            {
-                found.push(format!(
-                    "consumer {} got offset {offset} of {} after {before}",
-                    poll.consumer, poll.partition
-                ));
-            }
-        }
-    }
-    found
+        let step = |(offset, _): &(i64, u64)| Some((poll, positions.insert(key, *offset)?, *offset));
+        poll.records.iter().filter_map(step).collect::<Vec<_>>()
+    })
+}
+
+/// A consumer goes forward.
+pub(crate) fn nonmonotonic_polls(index: &Index<'_>) -> Vec<String> {
+    steps(index)
+        .filter(|(_, before, offset)| before >= offset)
+        .map(|(poll, before, offset)| {
+            format!("consumer {} got offset {offset} of {} after {before}", poll.consumer, poll.partition)
+        })
+        .collect()
 }
 
 /// A consumer leaves nothing out that it should have been given.
 pub(crate) fn poll_skips(index: &Index<'_>) -> Vec<String> {
-    let mut positions: BTreeMap<(u64, &str), i64> = BTreeMap::new();
+    let committed: BTreeMap<&str, BTreeSet<u64>> =
+        index.finals.iter().map(|(name, last)| (*name, last.committed.iter().copied().collect())).collect();
     let mut found = Vec::new();
-    for poll in &index.polls {
-        let key = (poll.consumer, poll.partition);
-        if poll.seek {
-            positions.remove(&key);
-        }
+    for (poll, before, offset) in steps(index) {
         let Some(last) = index.finals.get(poll.partition) else { continue };
-        let committed: BTreeSet<u64> = last.committed.iter().copied().collect();
-        for (offset, _) in poll.records {
-            if let Some(before) = positions.insert(key, *offset) {
-                let between = |(at, value): &&(i64, u64)| {
-                    *at > before && *at < *offset && (!poll.committed_only || committed.contains(value))
-                };
-                for (at, value) in last.records.iter().filter(between) {
-                    found.push(format!(
-                        "consumer {} went from {before} to {offset} of {} past {value} at {at}",
-                        poll.consumer, poll.partition
-                    ));
-                }
-            }
+        let given = |value: &u64| !poll.committed_only || committed[poll.partition].contains(value);
+        let between = |(at, value): &&(i64, u64)| *at > before && *at < offset && given(value);
+        for (at, value) in last.records.iter().filter(between) {
+            found.push(format!(
+                "consumer {} went from {before} to {offset} of {} past {value} at {at}",
+                poll.consumer, poll.partition
+            ));
         }
     }
     found

@@ -25,6 +25,18 @@ fn poll(partition: &str, records: &[(i64, u64)], committed_only: bool, txn: Opti
     }
 }
 
+/// A transaction reads one record of `B`, whether it is committed or not.
+fn read_within(consumer: u64, value: u64, at: i64, txn: u64) -> Event {
+    Event::Poll {
+        consumer,
+        partition: B.to_owned(),
+        records: vec![(at, value)],
+        committed_only: false,
+        seek: false,
+        txn: Some(txn),
+    }
+}
+
 fn marks(epoch: i32, high_watermark: i64, last_stable: i64) -> Event {
     Event::Watermarks {
         observer: 5,
@@ -433,29 +445,13 @@ const PLANTED: &[(&str, &[Plant])] = &[
                 )
             },
             |e| {
-                let read = |consumer, value, at, txn| Event::Poll {
-                    consumer,
-                    partition: B.to_owned(),
-                    records: vec![(at, value)],
-                    committed_only: false,
-                    seek: false,
-                    txn: Some(txn),
-                };
-                insert_before(e, &Event::TxnEnd { txn: 2, commit: false }, read(30, 108, 4, 2));
-                insert_before(e, &Event::TxnEnd { txn: 2, commit: false }, read(31, 107, 2, 3));
+                insert_before(e, &Event::TxnEnd { txn: 2, commit: false }, read_within(30, 108, 4, 2));
+                insert_before(e, &Event::TxnEnd { txn: 2, commit: false }, read_within(31, 107, 2, 3));
             },
             |e| {
-                let read = |consumer, value, at, txn| Event::Poll {
-                    consumer,
-                    partition: B.to_owned(),
-                    records: vec![(at, value)],
-                    committed_only: false,
-                    seek: false,
-                    txn: Some(txn),
-                };
-                insert_before(e, &Event::Over, read(31, 108, 4, 7));
+                insert_before(e, &Event::Over, read_within(31, 108, 4, 7));
                 swap_txn_writes(e, &[(20, B, 120, 7, 8)]);
-                insert_before(e, &Event::Over, read(32, 120, 8, 1));
+                insert_before(e, &Event::Over, read_within(32, 120, 8, 1));
             },
         ],
     ),
