@@ -162,15 +162,16 @@ impl Source for MemoryTopic {
     ) -> Result<(), SourceError> {
         tokio::task::yield_now().await;
         assert!(topic.ends_with(".dlq") && producer_epoch == 0);
-        let mut inner = self.inner.borrow_mut();
-        let next = inner.sequences.get(&producer_id).copied().unwrap_or(0);
-        if first_sequence + records.len() as i32 <= next {
-            return Ok(());
+        {
+            let mut inner = self.inner.borrow_mut();
+            let next = inner.sequences.get(&producer_id).copied().unwrap_or(0);
+            if first_sequence + records.len() as i32 <= next {
+                return Ok(());
+            }
+            assert_eq!(first_sequence, next, "dead letters out of sequence");
+            inner.sequences.insert(producer_id, next + records.len() as i32);
+            inner.dead_letters.extend(records);
         }
-        assert_eq!(first_sequence, next, "dead letters out of sequence");
-        inner.sequences.insert(producer_id, next + records.len() as i32);
-        inner.dead_letters.extend(records);
-        drop(inner);
         // The answer may get lost: a crash can fall between the append and what follows.
         tokio::task::yield_now().await;
         Ok(())
