@@ -198,6 +198,7 @@ fn shard_thread(
         let mut config = StoreConfig { shard: id, ..StoreConfig::default() };
         if failpoint::small() {
             (config.wal_file_bytes, config.cache_bytes) = (512 << 10, 2 << 20);
+            (config.direct_batch_bytes, config.direct_run_bytes) = (4 << 10, 8 << 10);
         }
         match ShardStore::open(&data_dir, config).await {
             Ok(store) => {

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_storage::{GroupLog, LANES, Lane, Lsn, RecoveredGroup, ShardStore};
+use flumen_storage::{COMMIT_LANES, GroupLog, Lane, Lsn, RecoveredGroup, ShardStore};
 use tokio::sync::{Notify, mpsc};
 
 use crate::controller::Controller;
@@ -48,7 +48,7 @@ pub struct Shard {
     store: ShardStore,
     partitions: RefCell<HashMap<u64, Rc<Partition>>>,
     /// Per lane: (log position, group, raft output number) staged and not yet durable, in staging order.
-    staged: [RefCell<VecDeque<(Lsn, u64, u64)>>; 2],
+    staged: [RefCell<VecDeque<(Lsn, u64, u64)>>; COMMIT_LANES.len()],
     controller: OnceCell<Rc<Controller>>,
     stopping: Cell<bool>,
     pub stop: Notify,
@@ -82,7 +82,7 @@ impl Shard {
 
     /// Runs until the mailbox closes.
     pub async fn serve(self: Rc<Self>, mut mailbox: mpsc::Receiver<ShardMessage>) {
-        for lane in LANES {
+        for lane in COMMIT_LANES {
             tokio::task::spawn_local(self.clone().watch_durability(lane));
         }
         tokio::task::spawn_local(self.clone().keep_retention());

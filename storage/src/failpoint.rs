@@ -36,11 +36,14 @@ pub enum Failpoint {
     /// A deleted partition's directory has its new name; or the record of that is durable, and the files are there.
     DeletionRenamed,
     DeletionRecorded,
+    /// Runs that go past the WAL are in their segments, and not synced; or they are, and nothing counts them yet.
+    DirectWritten,
+    DirectSynced,
 }
 
 #[cfg(debug_assertions)]
 impl Failpoint {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 18] = [
         Self::RollCreated,
         Self::RollWritten,
         Self::RetireSynced,
@@ -57,6 +60,8 @@ impl Failpoint {
         Self::RecoveryCurrent,
         Self::DeletionRenamed,
         Self::DeletionRecorded,
+        Self::DirectWritten,
+        Self::DirectSynced,
     ];
 
     /// `RollCreated` is `roll-created`.

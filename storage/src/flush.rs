@@ -16,6 +16,7 @@ use flumen_protocol::record_batch;
 use futures_util::stream::{self, StreamExt};
 
 use crate::data_dir::replace_file;
+use crate::direct;
 use crate::failpoint::{self, Failpoint};
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
 use crate::mutant::{self, Mutant};
@@ -25,6 +26,7 @@ use crate::segment_index::{
 };
 use crate::states_file::SNAPSHOT_BYTES_MAX;
 use crate::store::{Shard, add, is_no_space};
+use crate::tail::TailEntry;
 use crate::types::{GroupId, LANES, Lane, LogPoisoned, Lsn, ShutdownError};
 use crate::wal::sync_os_lane;
 use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, PRODUCERS, RecordHeader};
@@ -85,9 +87,10 @@ struct Run {
     first_timestamp: i64,
 }
 
-/// The next run of committed entries of a group, and the segment it goes to.
-fn plan_run(inner: &Inner) -> Option<Run> {
-    let mut committed = inner.tail.unflushed().take_while(|entry| inner.is_committed(entry)).peekable();
+/// The next run of entries of a group that are committed, or not above `upto`, and the segment it goes to.
+fn plan_run(inner: &Inner, upto: u64) -> Option<Run> {
+    let may_go = |entry: &&TailEntry| entry.index <= upto || inner.is_committed(entry);
+    let mut committed = inner.tail.unflushed().take_while(may_go).peekable();
     committed.peek()?;
     let limit = inner.segment_limit();
     let active = inner.segments.back().filter(|segment| segment.compacted.is_none());
@@ -163,6 +166,11 @@ fn plan_run(inner: &Inner) -> Option<Run> {
 
 /// Moves one run of a group to its segment. `Ok(false)` when nothing committed is left.
 async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushError> {
+    flush_run_to(shard, group, 0).await
+}
+
+/// As `flush_run`; entries up to the index `upto` need not be committed.
+pub(crate) async fn flush_run_to(shard: &Rc<Shard>, group: &Rc<Group>, upto: u64) -> Result<bool, FlushError> {
     if group.deleted.get() {
         return Ok(false);
     }
@@ -194,7 +202,7 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
     if let Some(base) = unknown {
         crate::read::learn_timestamps(shard, group, base).await;
     }
-    let Some(run) = plan_run(&group.inner.borrow()) else { return Ok(false) };
+    let Some(run) = plan_run(&group.inner.borrow(), upto) else { return Ok(false) };
     group.set_flushing(true);
     let result = write_run(shard, group, run).await;
     group.set_flushing(false);
@@ -514,6 +522,12 @@ pub(crate) async fn run(shard: Rc<Shard>) {
             if shard.closing.get() {
                 return;
             }
+            // Somebody waits for these.
+            match direct::serve(&shard).await {
+                Ok(served) => worked |= served,
+                Err(FlushError::NoSpace) => back_off(&shard, &mut pause_ms).await,
+                Err(FlushError::Poisoned) => return,
+            }
             for _ in 0..EVICTIONS_PER_TURN {
                 // Writing a run evicts, and that names the next.
                 let Some(group) = shard.evicts_next.take() else { break };
@@ -610,6 +624,8 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     }
     drop(runs);
     outcome?;
+    // What they wrote may be counted below, and somebody waits for it.
+    direct::serve(shard).await?;
     let mut moved = [0; LANES.len()];
     // What is replaced by entries in the other lane is left behind here, so those must be there first.
     for group in groups.iter().filter(|group| !group.deleted.get()) {
@@ -723,7 +739,7 @@ pub(crate) async fn checkpoint(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<b
 
 /// Entries that are not committed cannot leave the WAL; they move to the newest file of `lane`, or of the durable lane
 /// if some of them are there, as they must not become less safe than they were. Returns where they are.
-fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane, Lsn)> {
+pub(crate) fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane, Lsn)> {
     let mut inner = group.inner.borrow_mut();
     let durable = inner.tail.unflushed().any(|entry| entry.lane == Lane::Durable);
     let lane = if durable { Lane::Durable } else { lane };
@@ -766,7 +782,7 @@ fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane
 }
 
 /// Makes everything written to the segments of `groups` durable.
-async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), FlushError> {
+pub(crate) async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), FlushError> {
     let mut files = Vec::new();
     let mut dirs = Vec::new();
     for group in groups {
@@ -855,6 +871,9 @@ fn poisoned(shard: &Shard) -> ShutdownError {
 pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     shard.closing.set(true);
     shard.wake_flusher();
+    let _no_compaction = shard.compacting.lock().await;
+    let _alone = shard.flush_lock.lock().await;
+    // Nobody writes records any more, so what is said below contains all there are.
     let last = shard.next_lsn.get() - 1;
     for lane in LANES {
         shard.wal(lane).wake_writer();
@@ -862,15 +881,14 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
             shard.wait_durable(lane, lsn).await?;
         }
     }
-    let _no_compaction = shard.compacting.lock().await;
-    let _alone = shard.flush_lock.lock().await;
     // What is said to be in segments below was synced, unless a sync failed: then nobody knows, and nothing is said.
     shard.check_poison()?;
     let groups: Vec<Rc<Group>> = shard.groups.borrow().values().cloned().collect();
     let mut everything = true;
     for group in &groups {
         // A full disk is no reason to hang: the WAL has it all.
-        while flush_run(shard, group).await.map_err(|_| poisoned(shard))? {}
+        let upto = direct::waiting_upto(group);
+        while flush_run_to(shard, group, upto).await.map_err(|_| poisoned(shard))? {}
         everything &= group.inner.borrow().tail.first_unflushed().is_none();
     }
     // A segment of a stopped store is as long as what it holds, for whoever reads it next.
@@ -939,7 +957,10 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
         Ok(())
     });
     let written = written.await.and_then(|result: io::Result<()>| result);
-    written.map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })
+    written.map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })?;
+    // The states just written count what was on its way past the WAL.
+    shard.note_direct(shard.direct.issued());
+    Ok(())
 }
 
 /// Replaces files as `replace_file` does; many of them with two syncs of the file system instead of two each.

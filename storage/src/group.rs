@@ -30,7 +30,7 @@ use crate::types::{
     AdvanceError, Durability, Entry, GroupConfig, GroupHealth, GroupId, HardState, Lane, LogPoisoned, Lsn,
     Payload, RecoveredGroup, StageError,
 };
-use crate::wal::Wal;
+use crate::wal::{Full, Wal};
 use crate::wal_format::{BATCH, CONTROL, HARD_STATE, LOG_START, RecordHeader};
 
 /// Room in the WAL that waiting producers leave alone: metadata, groups and export plans go on under any load.
@@ -132,6 +132,15 @@ pub(crate) struct Inner {
     /// So much unflushed makes the next run.
     pub next_run_bytes: u64,
     flushing: bool,
+    /// Something of it is on its way to a segment past the WAL; all that is staged follows it there, see `direct.rs`.
+    pub direct_pending: bool,
+    /// Some of that was staged while the topic was a durable one; and so many bytes of it are not being served yet.
+    pub direct_durable: bool,
+    /// Index of the first entry of that, and the log end offset before it.
+    pub direct_from: (u64, i64),
+    /// What lies below the log start goes when that is counted.
+    pub direct_log_start: bool,
+    pub direct_bytes: u64,
 }
 
 pub(crate) struct Group {
@@ -149,6 +158,7 @@ pub(crate) struct Group {
     /// It is deleted: its directory has another name.
     pub deleted: Cell<bool>,
     pub queued: Cell<bool>,
+    pub direct_queued: Cell<bool>,
     pub inner: RefCell<Inner>,
     pub producers: RefCell<ProducerState>,
 }
@@ -165,6 +175,7 @@ impl Group {
             deleting: Cell::new(false),
             deleted: Cell::new(false),
             queued: Cell::new(false),
+            direct_queued: Cell::new(false),
             inner: RefCell::new(Inner {
                 lane: Lane::Durable,
                 recorded_in: Lane::Durable,
@@ -198,6 +209,11 @@ impl Group {
                 bytes_since_snapshot: 0,
                 next_run_bytes: first_run_bytes(id),
                 flushing: false,
+                direct_pending: false,
+                direct_durable: false,
+                direct_from: (0, 0),
+                direct_log_start: false,
+                direct_bytes: 0,
             }),
             producers: RefCell::default(),
         }
@@ -320,19 +336,26 @@ impl Group {
     pub fn state(&self, wal_id: u64, lsn: Lsn) -> GroupState {
         let inner = self.inner.borrow();
         let active = inner.segments.back();
+        let (mut hard_state, mut log_start) = (inner.hard_state, inner.log_start);
+        if inner.direct_pending {
+            // What is not in the WAL and not in a segment may be lost, and then it was never committed.
+            let (index, offset) = inner.direct_from;
+            hard_state.commit = hard_state.commit.min(inner.flushed_index.max(index - 1));
+            log_start = log_start.min(inner.flushed_end.max(offset));
+        }
         GroupState {
             group: self.id,
             dir_name: self.dir_name.clone(),
             os: inner.lane == Lane::Os,
             wal_id,
             lsn,
-            hard_state: inner.hard_state,
+            hard_state,
             flushed_index: inner.flushed_index,
             flushed_term: inner.flushed_term,
             flushed_end: inner.flushed_end,
             active_base: active.map_or(-1, |segment| segment.base),
             active_bytes: active.map_or(0, |segment| segment.bytes),
-            log_start: inner.log_start,
+            log_start,
             epochs: inner.epochs.clone(),
         }
     }
@@ -395,6 +418,21 @@ impl Inner {
     }
 }
 
+pub(crate) fn append_hard_state(
+    shard: &Shard,
+    wal: &Wal,
+    group: GroupId,
+    hard_state: HardState,
+    class: Class,
+) -> Result<(Lsn, u64), Full> {
+    let mut payload = [0; 16];
+    let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
+    payload[..8].copy_from_slice(&vote.to_le_bytes());
+    payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
+    let record = RecordHeader { kind: HARD_STATE, group, index: 0, term: hard_state.term, offset: 0 };
+    wal.append(&shard.next_lsn, &record, &payload, class)
+}
+
 /// One partition's log. Cheap to clone; stays on its shard's thread.
 #[derive(Clone)]
 pub struct GroupLog {
@@ -439,20 +477,27 @@ impl GroupLog {
         let lane = self.next_lane(inner);
         let cut = self.admit(inner, shard.wal(lane), hard_state.is_some(), entries)?;
         if hard_state.is_none() && entries.is_empty() {
-            return Ok((inner.lane, inner.last_lsn));
+            return Ok(match inner.direct_pending {
+                true => (Lane::Direct, shard.direct.issued()),
+                false => (inner.lane, inner.last_lsn),
+            });
         }
+        let goes_direct = self.goes_direct(inner, entries);
         if let Some((index, offset)) = cut {
+            if goes_direct {
+                return Err(StageError::Gap { index, reason: "the entry it replaces is on its way to a segment" });
+            }
             self.truncate(inner, index, offset)?;
+        }
+        if goes_direct {
+            return Ok((Lane::Direct, self.stage_direct(inner, lane, hard_state, entries)));
         }
         let wal = self.enter_lane(inner, lane);
         let votes = hard_state
             .is_some_and(|new| (new.term, new.vote) != (inner.hard_state.term, inner.hard_state.vote));
         let mut lsn = inner.last_lsn;
         for entry in entries {
-            let (kind, bytes) = match &entry.payload {
-                Payload::Batch(bytes) => (BATCH, bytes),
-                Payload::Control(bytes) => (CONTROL, bytes),
-            };
+            let kind = if matches!(entry.payload, Payload::Batch(_)) { BATCH } else { CONTROL };
             let record = RecordHeader {
                 kind,
                 group: self.group.id,
@@ -460,53 +505,15 @@ impl GroupLog {
                 term: entry.term,
                 offset: inner.log_end,
             };
-            let placed = wal.append(&shard.next_lsn, &record, bytes, Class::Stage);
+            let placed = wal.append(&shard.next_lsn, &record, entry.payload.bytes(), Class::Stage);
             let (at, file_seq) = placed.expect("`admit` has found room for all of it");
             lsn = at;
             inner.touch(self.group.id, wal, file_seq);
-            let mut next_offset = inner.log_end;
-            let mut max_timestamp = i64::MIN;
-            if kind == BATCH {
-                let header = record_batch::parse_header(bytes).expect("`admit` has parsed it");
-                next_offset = header.next_offset();
-                max_timestamp = header.max_timestamp;
-                if header.has_producer_id() {
-                    self.group.producers.borrow_mut().apply(&header);
-                }
-                inner.epochs.assign(header.leader_epoch, header.base_offset);
-                add(&shard.counters.bytes_appended, bytes.len() as u64);
-                add(&shard.counters.batches_appended, 1);
-            }
-            shard.cache_push(self.group.id, bytes.len());
-            add(&shard.unflushed_bytes, bytes.len() as u64);
-            inner.tail.push(TailEntry {
-                index: entry.index,
-                term: entry.term,
-                base_offset: inner.log_end,
-                next_offset,
-                max_timestamp,
-                bytes: bytes.clone(),
-                file_seq,
-                lane: wal.lane,
-            });
-            inner.last_index = entry.index;
-            inner.last_term = entry.term;
-            inner.log_end = next_offset;
+            self.take(inner, entry, file_seq, wal.lane);
         }
         // Behind the entries: cut off in between, the entries are there and nothing that depends on them.
         if let Some(hard_state) = hard_state {
-            let mut payload = [0; 16];
-            let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
-            payload[..8].copy_from_slice(&vote.to_le_bytes());
-            payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
-            let record = RecordHeader {
-                kind: HARD_STATE,
-                group: self.group.id,
-                index: 0,
-                term: hard_state.term,
-                offset: 0,
-            };
-            let placed = wal.append(&shard.next_lsn, &record, &payload, Class::Stage);
+            let placed = append_hard_state(shard, wal, self.group.id, hard_state, Class::Stage);
             let (at, file_seq) = placed.expect("`admit` has found room for all of it");
             lsn = at;
             inner.touch(self.group.id, wal, file_seq);
@@ -526,9 +533,43 @@ impl GroupLog {
         Ok((lane, lsn))
     }
 
+    /// Into the tail, and what is known of the log's end.
+    pub(crate) fn take(&self, inner: &mut Inner, entry: &Entry, file_seq: u64, lane: Lane) {
+        let shard = &self.shard;
+        let bytes = entry.payload.bytes();
+        let mut next_offset = inner.log_end;
+        let mut max_timestamp = i64::MIN;
+        if let Payload::Batch(bytes) = &entry.payload {
+            let header = record_batch::parse_header(bytes).expect("`admit` has parsed it");
+            next_offset = header.next_offset();
+            max_timestamp = header.max_timestamp;
+            if header.has_producer_id() {
+                self.group.producers.borrow_mut().apply(&header);
+            }
+            inner.epochs.assign(header.leader_epoch, header.base_offset);
+            add(&shard.counters.bytes_appended, bytes.len() as u64);
+            add(&shard.counters.batches_appended, 1);
+        }
+        shard.cache_push(self.group.id, bytes.len());
+        add(&shard.unflushed_bytes, bytes.len() as u64);
+        inner.tail.push(TailEntry {
+            index: entry.index,
+            term: entry.term,
+            base_offset: inner.log_end,
+            next_offset,
+            max_timestamp,
+            bytes: bytes.clone(),
+            file_seq,
+            lane,
+        });
+        inner.last_index = entry.index;
+        inner.last_term = entry.term;
+        inner.log_end = next_offset;
+    }
+
     /// Where the next record goes. An entry must not be safe before the one it follows: the os lane, which waits for no
     /// disk, has to wait until the durable one is done with this partition.
-    fn next_lane(&self, inner: &Inner) -> Lane {
+    pub(crate) fn next_lane(&self, inner: &Inner) -> Lane {
         let want = inner.config.durability.lane();
         let done = inner.last_lsn <= self.shard.durable_lsn(inner.lane);
         if want == Lane::Durable || done { want } else { inner.lane }
@@ -536,12 +577,13 @@ impl GroupLog {
 
     /// To be called right before a record is appended. The durable lane can be told to wait for what it follows in the
     /// other one, so a partition is as safe as its topic asks from the first record on.
-    fn enter_lane(&self, inner: &mut Inner, lane: Lane) -> &Wal {
+    pub(crate) fn enter_lane(&self, inner: &mut Inner, lane: Lane) -> &Wal {
         if lane != inner.lane {
             match lane {
                 Lane::Os => self.shard.use_os_lane(),
                 Lane::Durable if mutant::is(Mutant::LeavesOsLaneBehind) => {}
                 Lane::Durable => self.shard.wal(Lane::Os).sync_before_durable(inner.last_lsn),
+                Lane::Direct => unreachable!("no record goes there"),
             }
             inner.lane = lane;
         }
@@ -658,6 +700,9 @@ impl GroupLog {
         let wal = shard.wal(self.next_lane(&self.inner()));
         if largest > wal.largest_record() || shard.is_out_of_space() {
             return false;
+        }
+        if self.is_direct_full() {
+            return true;
         }
         let file_bytes = usize::try_from(shard.config.wal_file_bytes).unwrap_or(usize::MAX);
         let reserve = RING_RESERVE_BYTES.min(file_bytes / 4);
@@ -794,6 +839,12 @@ impl GroupLog {
             return Ok((inner.lane, inner.last_lsn));
         }
         let lane = self.next_lane(inner);
+        if inner.direct_pending && offset > inner.direct_from.1 {
+            inner.log_start = offset;
+            inner.epochs.truncate_start(offset);
+            inner.direct_log_start = true;
+            return Ok((Lane::Direct, self.stage_direct(inner, lane, None, &[])));
+        }
         // Before the lane changes: it is the one of the last record.
         if !shard.wal(lane).fits_all(0, 0, 1) {
             return Err(StageError::NoSpace);
@@ -821,6 +872,10 @@ impl GroupLog {
 
     /// Waits until no loss of power takes back what was staged so far.
     pub async fn force(&self) -> Result<(), LogPoisoned> {
+        let direct = self.inner().direct_pending;
+        if direct {
+            self.shard.wait_durable(Lane::Direct, self.shard.direct.issued()).await?;
+        }
         let (lane, lsn) = {
             let inner = self.inner();
             (inner.lane, inner.last_lsn)

@@ -15,6 +15,7 @@ mod compact_map;
 mod compact_policy;
 mod compact_scan;
 mod data_dir;
+mod direct;
 mod dump;
 /// Public for the broker, which has places of its own.
 #[doc(hidden)]

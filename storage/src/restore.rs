@@ -517,7 +517,8 @@ pub(crate) fn restore(
         let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
         let name = on_disk.name(base);
         let index = load_index(files, dir, name, bytes, end)?;
-        if index.rebuilt {
+        // What a run left there that was cut off is not what will be appended.
+        if index.rebuilt || index.in_file.is_none() {
             write_index(files, dir, name, &index.entries).map_err(io)?;
         }
         if at + 1 == segments.len() && name.compacted.is_none() {

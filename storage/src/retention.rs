@@ -158,6 +158,10 @@ impl GroupLog {
         if new_start > inner.log_start && self.stage_log_start(inner, new_start).is_err() {
             return unchanged;
         }
+        if inner.direct_log_start {
+            // It goes past the WAL: the segments go when it is counted.
+            return RetentionOutcome { log_start_offset: inner.log_start, ..unchanged };
+        }
         // `stage_log_start` has dropped what lies below already, except the one being written.
         let before: usize = chosen;
         let left = inner.segments.iter().filter(|segment| segment.base < last.end).count();

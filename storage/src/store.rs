@@ -22,6 +22,7 @@ use flumen_io::{Disk, DiskKind, File, FileSystem, LastBlock, Mode};
 use tokio::sync::Notify;
 
 use crate::data_dir::{DataDir, Leaving, Lock, Syncing};
+use crate::direct::{self, Direct};
 use crate::failpoint::{self, Failpoint};
 use crate::flush;
 use crate::group::{Group, GroupLog};
@@ -30,7 +31,7 @@ use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::segment_name::SegmentName;
 use crate::types::{
-    COMMIT_BUCKETS_US, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
+    COMMIT_BUCKETS_US, COMMIT_LANES, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
     OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
 };
 use crate::wal::{self, Wal, sync_os_lane};
@@ -78,6 +79,8 @@ pub(crate) struct Counters {
     pub wal_commits: Cell<u64>,
     pub segment_bytes: Cell<u64>,
     pub segment_syncs: Cell<u64>,
+    pub direct_commits: Cell<u64>,
+    pub direct_bytes: Cell<u64>,
     pub compaction_read: Cell<u64>,
     pub compaction_written: Cell<u64>,
     pub compactions: Cell<u64>,
@@ -126,8 +129,9 @@ pub(crate) struct Shard {
     os_started: Cell<bool>,
     pub groups: RefCell<BTreeMap<GroupId, Rc<Group>>>,
     pub next_lsn: Cell<Lsn>,
-    durable: [Cell<Lsn>; 2],
-    durable_changed: [Notify; 2],
+    durable: [Cell<Lsn>; COMMIT_LANES.len()],
+    durable_changed: [Notify; COMMIT_LANES.len()],
+    pub direct: Direct,
     poisoned: RefCell<Option<String>>,
     pub closing: Cell<bool>,
     closed: Cell<bool>,
@@ -193,6 +197,7 @@ impl Shard {
             wal.wake_all();
         }
         self.flush_wake.notify_one();
+        self.direct.wake();
         self.trash_wake.notify_one();
         for changed in &self.durable_changed {
             changed.notify_waiters();
@@ -252,6 +257,14 @@ impl Shard {
         }
         self.durable[lane as usize].set(lsn);
         self.durable_changed[lane as usize].notify_waiters();
+    }
+
+    /// What was staged as `Lane::Direct` up to this number is done.
+    pub fn note_direct(&self, number: Lsn) {
+        if !self.is_poisoned() {
+            self.durable[Lane::Direct as usize].set(number);
+            self.durable_changed[Lane::Direct as usize].notify_waiters();
+        }
     }
 
     pub fn durable_lsn(&self, lane: Lane) -> Lsn {
@@ -537,6 +550,7 @@ impl ShardStore {
             let name = match lane {
                 Lane::Durable => format!("{shard_number}"),
                 Lane::Os => format!("{shard_number}-os"),
+                Lane::Direct => unreachable!("it has no log"),
             };
             let path = root.join("wal").join(name);
             files.create_dir_all(&path).map_err(|source| OpenError::Io {
@@ -577,6 +591,7 @@ impl ShardStore {
             next_lsn: Cell::new(1),
             durable: Default::default(),
             durable_changed: Default::default(),
+            direct: Direct::default(),
             poisoned: RefCell::new(None),
             closing: Cell::new(false),
             closed: Cell::new(false),
@@ -605,6 +620,7 @@ impl ShardStore {
         tokio::task::spawn_local(wal::write_blocks(Rc::clone(&shard), Lane::Durable));
         tokio::task::spawn_local(wal::fill_zeros(Rc::clone(&shard)));
         tokio::task::spawn_local(flush::run(Rc::clone(&shard)));
+        tokio::task::spawn_local(direct::acknowledge(Rc::clone(&shard)));
         tokio::task::spawn_local(empty_trash(Rc::clone(&shard)));
         Ok(ShardStore { shard })
     }
@@ -752,6 +768,8 @@ impl ShardStore {
             wal_commits: counters.wal_commits.get(),
             segment_bytes_written: counters.segment_bytes.get(),
             segment_syncs: counters.segment_syncs.get(),
+            direct_commits: counters.direct_commits.get(),
+            direct_bytes: counters.direct_bytes.get(),
             compaction_bytes_read: counters.compaction_read.get(),
             compaction_bytes_written: counters.compaction_written.get(),
             compactions: counters.compactions.get(),

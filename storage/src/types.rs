@@ -16,14 +16,21 @@ pub const UNKNOWN_GROUP: GroupId = u64::MAX;
 /// under `Lsn <= ShardStore::durable_lsn(lane)` is as safe as its topic asked for.
 pub type Lsn = u64;
 
-/// The two write-ahead logs of a shard. Each is acknowledged by itself: an `os` topic never waits for the disk.
+/// The two write-ahead logs of a shard, and what goes past them. Each is acknowledged by itself: an `os` topic never waits
+/// for the disk, and small records never for large runs of other partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lane {
     Durable,
     Os,
+    /// Runs that go straight to their segments, of topics of both kinds; no log of its own.
+    Direct,
 }
 
+/// Those with a log.
 pub const LANES: [Lane; 2] = [Lane::Durable, Lane::Os];
+
+/// All that `stage` may answer.
+pub const COMMIT_LANES: [Lane; 3] = [Lane::Durable, Lane::Os, Lane::Direct];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HardState {
@@ -108,6 +115,9 @@ pub struct GroupConfig {
     pub retention_bytes: i64,
     pub retention_ms: i64,
     pub compaction: Option<CompactionConfig>,
+    /// Large runs may go straight to their segments. Not for a partition with several replicas: what is in a segment was
+    /// written before it was committed, and nothing may replace it.
+    pub direct: bool,
 }
 
 impl Default for GroupConfig {
@@ -119,6 +129,7 @@ impl Default for GroupConfig {
             retention_bytes: -1,
             retention_ms: 7 * 24 * 3600 * 1000,
             compaction: None,
+            direct: true,
         }
     }
 }
@@ -139,8 +150,10 @@ pub struct StoreConfig {
     pub wal_files_max: usize,
     pub cache_bytes: usize,
     pub io: IoKind,
-    /// Least time between the starts of two commits; 0 commits as soon as the previous one is done.
-    pub min_commit_interval_us: u64,
+    /// See `direct.rs`: a batch of at least so many bytes may go straight to its segment, if as many of its partition as the
+    /// second wait for theirs.
+    pub direct_batch_bytes: usize,
+    pub direct_run_bytes: u64,
 }
 
 impl Default for StoreConfig {
@@ -151,7 +164,8 @@ impl Default for StoreConfig {
             wal_files_max: 4,
             cache_bytes: 64 << 20,
             io: IoKind::Auto,
-            min_commit_interval_us: 0,
+            direct_batch_bytes: crate::direct::BATCH_BYTES,
+            direct_run_bytes: crate::direct::RUN_BYTES,
         }
     }
 }
@@ -235,6 +249,9 @@ pub struct StoreStats {
     pub wal_commits: u64,
     pub segment_bytes_written: u64,
     pub segment_syncs: u64,
+    /// Group commits of runs that went straight to their segments, and the bytes of these.
+    pub direct_commits: u64,
+    pub direct_bytes: u64,
     /// What compaction read of segments, and wrote instead.
     pub compaction_bytes_read: u64,
     pub compaction_bytes_written: u64,

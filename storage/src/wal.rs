@@ -653,7 +653,7 @@ pub(crate) async fn write_blocks(shard: Rc<Shard>, lane: Lane) {
                 wal.unsynced.set(true);
                 shard.disk.write_now(&file, &block.buf[..bytes], block.position)
             }
-            Lane::Durable => {
+            Lane::Durable | Lane::Direct => {
                 let (buf, result) = shard.disk.write_at(&file, block.buf, bytes, block.position).await;
                 block.buf = buf;
                 result

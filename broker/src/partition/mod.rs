@@ -220,7 +220,8 @@ impl Partition {
     /// Called by the shard when the log has made outputs up to `number` durable; true when this
     /// partition was not already on the list of those to advance.
     pub fn note_persisted(&self, number: u64) -> bool {
-        self.persisted_number.set(number);
+        // Lanes report by themselves, and what is durable in one says that all before it is.
+        self.persisted_number.set(self.persisted_number.get().max(number));
         !self.persisted_dirty.replace(true)
     }
 
@@ -355,6 +356,7 @@ pub fn group_config(config: &TopicConfig) -> flumen_storage::GroupConfig {
         },
         retention_bytes: config.retention_bytes,
         retention_ms: config.retention_ms,
+        direct: true,
         compaction: config.compacts().then(|| CompactionConfig {
             // Checked to be from 0 to 1.
             min_dirty_permille: (config.min_cleanable_dirty_ratio * 1000.0).round() as u32,

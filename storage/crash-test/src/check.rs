@@ -227,14 +227,25 @@ pub fn matching(
     // A file of one lane retires with what its partitions are by then, which may still be on its way in the other lane:
     // vote and log start run ahead of entries then, and neither was acknowledged.
     let ahead = partition.has_two_lanes();
+    // Where the os lane ends at damage in its middle, the durable one can have a log start of after that; and a log start
+    // does not wait for what goes past the logs.
+    let start = found.map(|found| found.log_start_offset).filter(|start| {
+        let end = found.map_or(0, |found| found.log_end_offset);
+        let is_it = |head: &Log| head.log_start == *start || head.log_start.min(end) == *start;
+        (loss == Loss::DamagedEnd || partition.has_direct())
+            && candidates.iter().any(|(_, head)| head.as_ref().is_some_and(is_it))
+    });
+    let moved = |head: &Option<Log>| {
+        head.as_ref().map(|head| Log { log_start: start.unwrap_or(head.log_start), ..head.clone() })
+    };
     for (at, (steps, state)) in candidates.iter().enumerate() {
         let states = if mixed {
-            without_tail(state, floor, &candidates, found, loss)
+            without_tail(state, floor, &candidates, found, &moved)
         } else if ahead {
             candidates[..=at]
                 .iter()
                 .rev()
-                .filter_map(|(_, head)| with_head(state.as_ref(), head.as_ref()))
+                .filter_map(|(_, head)| with_head(state.as_ref(), moved(head).as_ref()))
                 .collect()
         } else {
             with_head(state.as_ref(), state.as_ref()).into_iter().collect()
@@ -242,7 +253,12 @@ pub fn matching(
         // The nearest of them is worth reporting.
         let mut reason: Option<String> = None;
         let distance = |why: &String| why.matches(", not ").count();
-        for state in states {
+        for mut state in states {
+            if let (Some(log), Some(found), true) = (&mut state, found, partition.has_direct()) {
+                // A state that counts does not say that more is committed than what it counts.
+                let known = floor.as_ref().map_or(0, |floor| floor.hard.commit);
+                log.hard.commit = log.hard.commit.min(found.hard_state.commit.max(known));
+            }
             match differs(state.as_ref(), found) {
                 None => matching.push(state),
                 Some(why) => reason = reason.into_iter().chain([why]).min_by_key(distance),
@@ -271,23 +287,15 @@ fn without_tail(
     floor: &Option<Log>,
     heads: &[(usize, Option<Log>)],
     found: Option<&RecoveredGroup>,
-    loss: Loss,
+    moved: &dyn Fn(&Option<Log>) -> Option<Log>,
 ) -> Vec<Option<Log>> {
     let mut entries = state.clone();
-    // Where the os lane ends at damage in its middle, the durable one can have a log start of after that.
-    let start = found.map(|found| found.log_start_offset).filter(|start| {
-        loss == Loss::DamagedEnd
-            && heads.iter().any(|(_, head)| head.as_ref().is_some_and(|h| h.log_start == *start))
-    });
     if let (Some(log), Some(found)) = (&mut entries, found) {
         let kept = floor.as_ref().map_or(0, |floor| floor.common(log));
         if found.last_index >= kept {
             log.entries.truncate(usize::try_from(found.last_index).unwrap_or(usize::MAX));
         }
     }
-    let moved = |head: &Option<Log>| {
-        head.as_ref().map(|head| Log { log_start: start.unwrap_or(head.log_start), ..head.clone() })
-    };
     heads.iter().filter_map(|(_, head)| with_head(entries.as_ref(), moved(head).as_ref())).collect()
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use flumen_io::simulated::{Counters, Crash, Fault, Machine, Random, Rates};
 use flumen_storage::{
-    DataDir, GroupHealth, GroupId, LANES, OpenError, RecoveredGroup, ShardStore, StoreConfig,
+    COMMIT_LANES, DataDir, GroupHealth, GroupId, OpenError, RecoveredGroup, ShardStore, StoreConfig,
 };
 
 use crate::check::{self, Loss, Mismatch};
@@ -275,7 +275,7 @@ impl Life {
                     self.slots.get(&group.group_id).is_some_and(|slot| !slot.model.is_durable());
                 let os_ring = ["-os is damaged", "-os.damaged-"].iter().any(|text| reason.contains(text));
                 let lost_by_kernel = sync_failed && (not_durable || os_ring);
-                if !damage && !lost_by_kernel {
+                if !damage && !lost_by_kernel && !self.refused.contains(&group.group_id) {
                     return Err(format!("group {} is called damaged: {reason}", group.group_id));
                 }
                 self.report.refusals += 1;
@@ -412,7 +412,7 @@ impl Life {
             let mut tasks = tokio::task::JoinSet::new();
             let stores = world.borrow().stores.clone();
             for at in 0..stores.len() {
-                for lane in LANES {
+                for lane in COMMIT_LANES {
                     tokio::task::spawn_local(workload::listener(Rc::clone(world), at, lane));
                 }
             }

@@ -167,7 +167,14 @@ impl Partition {
     /// Everything in this lane with this LSN or a lower one is done, the store says.
     pub fn acknowledge(&mut self, lane: Lane, done: Lsn) {
         let known = |step: &Step| step.commit.is_some_and(|(l, lsn)| l == lane && lsn <= done);
-        if let Some(last) = self.steps.iter().rposition(known) {
+        let is_direct = |step: &Step| step.commit.is_some_and(|(l, _)| l == Lane::Direct);
+        // A log start has its own record, which does not wait for what goes past the WAL.
+        let overtakes = |at: usize| {
+            matches!(self.steps[at].change, Change::LogStart(_))
+                && self.steps[self.acked.min(at)..at].iter().any(|step| lane != Lane::Direct && is_direct(step))
+        };
+        let last = (0..self.steps.len()).rposition(|at| known(&self.steps[at]) && !overtakes(at));
+        if let Some(last) = last {
             self.acked = self.acked.max(last + 1);
         }
         self.note_safe();
@@ -202,7 +209,13 @@ impl Partition {
     /// Since the last restart it wrote to both lanes.
     pub fn has_two_lanes(&self) -> bool {
         let uses = |lane| self.steps.iter().any(|step| step.commit.is_some_and(|(l, _)| l == lane));
-        LANES.into_iter().all(uses)
+        // What goes past the logs may rest on either.
+        LANES.into_iter().all(uses) || self.has_direct()
+    }
+
+    /// Since the last restart something of it went past the logs.
+    pub fn has_direct(&self) -> bool {
+        self.steps.iter().any(|step| step.commit.is_some_and(|(lane, _)| lane == Lane::Direct))
     }
 
     /// How many of the steps must be found.

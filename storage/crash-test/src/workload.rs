@@ -128,7 +128,13 @@ pub fn is_keyed(id: GroupId) -> bool {
 /// Few enough that most records have a newer one behind them.
 const KEYS: u64 = 12;
 
-pub fn new_config(random: &mut Random, keyed: bool) -> GroupConfig {
+/// Every other partition has no other replica: nothing in it is ever replaced, and large runs may go past the WAL.
+fn is_alone(id: GroupId) -> bool {
+    id % 2 == 0
+}
+
+pub fn new_config(random: &mut Random, id: GroupId) -> GroupConfig {
+    let keyed = is_keyed(id);
     let durability = match random.below(6) {
         0 => Durability::Os,
         1 => Durability::Memory,
@@ -146,6 +152,7 @@ pub fn new_config(random: &mut Random, keyed: bool) -> GroupConfig {
         segment_bytes: 8 << (10 + random.below(doublings)),
         retention_ms: -1,
         compaction,
+        direct: is_alone(id),
         ..GroupConfig::default()
     }
 }
@@ -291,6 +298,9 @@ fn state_end(world: &World, id: GroupId) -> u64 {
 
 /// A new leader replaces what was not committed.
 fn replace(world: &mut World, id: GroupId) {
+    if is_alone(id) {
+        return;
+    }
     let Some(slot) = world.slots.get(&id) else { return };
     let Some(state) = slot.model.log() else { return };
     let (kept, last, term) = (slot.commit.max(slot.settled), state.last_index(), term_of(state) + 1);
@@ -405,7 +415,7 @@ fn retain(world: &mut World, id: GroupId) {
 }
 
 fn reconfigure(world: &mut World, id: GroupId) {
-    let config = new_config(&mut world.random, is_keyed(id));
+    let config = new_config(&mut world.random, id);
     let Some(slot) = world.slots.get_mut(&id) else { return };
     slot.config = config.clone();
     if let Some(log) = &slot.log {
@@ -415,7 +425,7 @@ fn reconfigure(world: &mut World, id: GroupId) {
 
 pub fn create_any(world: &mut World) {
     let id = world.next_group;
-    let config = new_config(&mut world.random, is_keyed(id));
+    let config = new_config(&mut world.random, id);
     // Names of deleted topics come back, numbers do not.
     let dir_name = format!("t-{}", world.random.below(world.partitions + 2));
     if world.slots.values().any(|slot| slot.dir_name == dir_name && slot.model.log().is_some()) {
