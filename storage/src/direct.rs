@@ -28,7 +28,7 @@ use futures_util::stream::{self, StreamExt};
 use tokio::sync::Notify;
 
 use crate::failpoint::{self, Failpoint};
-use crate::flush::{FlushError, flush_run_to, sync_segments, write_again};
+use crate::flush::{FlushError, flush_run_to, sync_segments};
 use crate::group::{Group, GroupLog, Inner, append_hard_state};
 use crate::mutant::{self, Mutant};
 use crate::ring::Class;
@@ -45,6 +45,9 @@ pub(crate) const RUN_BYTES: u64 = 512 << 10;
 
 /// What may be in memory alone and on its way at the same time, per shard: as much as one file of the WAL.
 const PENDING_BYTES_MAX: u64 = 32 << 20;
+
+/// Not in any file of the WAL.
+const NOWHERE: u64 = u64::MAX;
 
 /// Partitions whose runs are written at the same time; the disk's queue is deeper, but commits want some of it.
 const GROUPS_IN_FLIGHT: usize = 8;
@@ -78,10 +81,11 @@ impl Direct {
         }
     }
 
-    fn rests_on(&self, lane: Lane, lsn: Lsn) {
+    fn is_served(&self, job: &Job, lane: Lane, lsn: Lsn) {
         let mut needs = self.needs.get();
         needs[lane as usize] = needs[lane as usize].max(lsn);
         self.needs.set(needs);
+        self.pending_bytes.set(self.pending_bytes.get().saturating_sub(job.bytes));
     }
 }
 
@@ -115,8 +119,7 @@ impl GroupLog {
         for entry in entries {
             add(&direct.pending_bytes, entry.payload.bytes().len() as u64);
             inner.direct_bytes += entry.payload.bytes().len() as u64;
-            // Not in any file of the WAL.
-            self.take(inner, entry, u64::MAX, lane);
+            self.take(inner, entry, NOWHERE, lane);
         }
         // A group state has the hard state in it.
         inner.hard_state = hard_state.unwrap_or(inner.hard_state);
@@ -172,13 +175,25 @@ pub(crate) async fn serve(shard: &Rc<Shard>) -> Result<bool, FlushError> {
         let log = GroupLog { shard: Rc::clone(shard), group };
         Job { log, upto, bytes, durable, outcome: Ok(()) }
     };
+    // What came in since the last turn is little: one write for all of these is better than one each.
+    let (little, large): (Vec<Job>, Vec<Job>) = queued
+        .into_iter()
+        .map(begin)
+        .partition(|job| job.bytes < shard.config.direct_run_bytes / 2 && !job.log.group.deleted.get());
+    let mut large = large;
+    for job in little {
+        match into_wal(shard, &job) {
+            Some((lane, lsn)) => direct.is_served(&job, lane, lsn),
+            None => large.push(job),
+        }
+    }
     let write = |mut job: Job| async move {
         job.outcome = write_all(shard, &job.log.group, job.upto).await;
         job
     };
     // All of them to their end: a run that is dropped half way would leave its group marked as flushing.
     let jobs: Vec<Job> =
-        stream::iter(queued.into_iter().map(begin)).map(write).buffer_unordered(GROUPS_IN_FLIGHT).collect().await;
+        stream::iter(large).map(write).buffer_unordered(GROUPS_IN_FLIGHT).collect().await;
     if jobs.iter().any(|job| matches!(job.outcome, Err(FlushError::Poisoned))) {
         return Err(FlushError::Poisoned);
     }
@@ -192,14 +207,10 @@ pub(crate) async fn serve(shard: &Rc<Shard>) -> Result<bool, FlushError> {
     let mut left = Vec::new();
     for job in jobs {
         match count(shard, &job) {
-            Some((lane, lsn)) => {
-                direct.rests_on(lane, lsn);
-                direct.pending_bytes.set(direct.pending_bytes.get().saturating_sub(job.bytes));
-            }
+            Some((lane, lsn)) => direct.is_served(&job, lane, lsn),
             None => left.push(job),
         }
     }
-    add(&shard.counters.direct_commits, 1);
     let all = left.is_empty();
     for Job { log, bytes, .. } in left.into_iter().rev() {
         log.group.inner.borrow_mut().direct_bytes += bytes;
@@ -237,8 +248,8 @@ async fn write_all(shard: &Rc<Shard>, group: &Rc<Group>, upto: u64) -> Result<()
     Ok(())
 }
 
-/// Commits the state that counts what was written; what a full disk did not take goes to the WAL behind it, which has its
-/// space already. `None`: no room there now.
+/// Commits the state that counts what was written; what a full disk did not take follows it there, where space is reserved
+/// already. `None`: no room there now.
 fn count(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
     let group = &job.log.group;
     if group.deleted.get() {
@@ -254,7 +265,7 @@ fn count(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
     let wal = job.log.enter_lane(&mut group.inner.borrow_mut(), lane);
     let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
     let placed = wal.append(&shard.next_lsn, &record, &state, Class::Stage);
-    let (mut lsn, file_seq) = placed.expect("there was room for it");
+    let (lsn, file_seq) = placed.expect("there was room for it");
     group.touch(wal, file_seq);
     wal.wake_writer();
     {
@@ -262,21 +273,62 @@ fn count(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
         inner.last_lsn = lsn;
         inner.direct_from = inner.direct_from.max((inner.flushed_index + 1, inner.flushed_end));
     }
-    if job.outcome.is_err() {
-        let (again, last) = write_again(shard, group, lane)?;
-        assert_eq!(again, lane, "what is left may be no less safe than what was written");
-        let mut inner = group.inner.borrow_mut();
-        (inner.last_lsn, inner.direct_from) = (last, (inner.last_index + 1, inner.log_end));
-        // The state above knew nothing of these entries, so it could not say that they are committed.
-        let placed = append_hard_state(shard, wal, group.id, inner.hard_state, Class::System);
-        let (at, file_seq) = placed.ok()?;
-        inner.touch(group.id, wal, file_seq);
-        lsn = at;
-    }
+    add(&shard.counters.direct_commits, 1);
     add(&shard.counters.direct_bytes, job.bytes);
+    if job.outcome.is_err() {
+        return into_wal(shard, job);
+    }
+    leave(shard, job, lane, lsn)
+}
+
+/// What is not in a segment goes to the WAL, with what the log should know of it. `None`: no room there now.
+fn into_wal(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
+    let group = &job.log.group;
+    if group.deleted.get() {
+        return Some((Lane::Durable, 0));
+    }
+    let lane = job.lane();
+    let mut inner = group.inner.borrow_mut();
+    let inner = &mut *inner;
+    let (mut total, mut largest, mut count) = (0, 0, 0);
+    for entry in inner.tail.unflushed().filter(|entry| entry.file_seq == NOWHERE) {
+        total += entry.bytes.len();
+        largest = largest.max(entry.bytes.len());
+        count += 1;
+    }
+    // (a hard state and a log start)
+    if !shard.wal(lane).fits_all(total + 16, largest.max(16), count + 2) {
+        return None;
+    }
+    let wal = job.log.enter_lane(inner, lane);
+    let mut files = Vec::with_capacity(count);
+    for entry in inner.tail.unflushed().filter(|entry| entry.file_seq == NOWHERE) {
+        let placed = wal.append(&shard.next_lsn, &entry.record(group.id), &entry.bytes, Class::Stage);
+        files.push(placed.expect("there was room for all of it").1);
+    }
+    for file_seq in &files {
+        inner.touch(group.id, wal, *file_seq);
+    }
+    let mut files = files.into_iter();
+    inner.tail.move_unflushed(|entry| match entry.file_seq {
+        NOWHERE => (files.next().unwrap_or(NOWHERE), lane),
+        file_seq => (file_seq, entry.lane),
+    });
+    inner.direct_from = (inner.last_index + 1, inner.log_end);
+    let placed = append_hard_state(shard, wal, group.id, inner.hard_state, Class::Stage);
+    let (lsn, file_seq) = placed.expect("there was room for all of it");
+    inner.touch(group.id, wal, file_seq);
+    inner.last_lsn = lsn;
+    wal.wake_writer();
+    leave(shard, job, lane, lsn)
+}
+
+/// The last of what the log has to know of a partition's turn. `None`: no room for it now.
+fn leave(shard: &Rc<Shard>, job: &Job, lane: Lane, mut lsn: Lsn) -> Option<(Lane, Lsn)> {
+    let (group, wal) = (&job.log.group, shard.wal(lane));
     let mut inner = group.inner.borrow_mut();
     if inner.direct_log_start && inner.log_start <= inner.direct_from.1 {
-        // What is removed below it must not come back, not even where the state above is worth nothing.
+        // What is removed below it must not come back.
         let offset = inner.log_start;
         let record = RecordHeader { kind: LOG_START, group: group.id, index: 0, term: 0, offset };
         let (at, file_seq) = wal.append(&shard.next_lsn, &record, &[], Class::System).ok()?;

@@ -29,7 +29,7 @@ use crate::store::{Shard, add, is_no_space};
 use crate::tail::TailEntry;
 use crate::types::{GroupId, LANES, Lane, LogPoisoned, Lsn, ShutdownError};
 use crate::wal::sync_os_lane;
-use crate::wal_format::{BATCH, CONTROL, GROUP_STATE, PRODUCERS, RecordHeader};
+use crate::wal_format::{GROUP_STATE, PRODUCERS, RecordHeader};
 use crate::walk::{Step, Walk};
 
 /// Partitions that hold eviction up and are seen to before a WAL file is emptied. Emptying one takes some ten runs, and
@@ -739,7 +739,7 @@ pub(crate) async fn checkpoint(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<b
 
 /// Entries that are not committed cannot leave the WAL; they move to the newest file of `lane`, or of the durable lane
 /// if some of them are there, as they must not become less safe than they were. Returns where they are.
-pub(crate) fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane, Lsn)> {
+fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane, Lsn)> {
     let mut inner = group.inner.borrow_mut();
     let durable = inner.tail.unflushed().any(|entry| entry.lane == Lane::Durable);
     let lane = if durable { Lane::Durable } else { lane };
@@ -757,15 +757,8 @@ pub(crate) fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> O
     let (mut newest, mut lsn) = (None, 0);
     let mut places = Vec::with_capacity(count);
     for entry in inner.tail.unflushed() {
-        let record = RecordHeader {
-            kind: if entry.is_batch() { BATCH } else { CONTROL },
-            group: group.id,
-            index: entry.index,
-            term: entry.term,
-            offset: entry.base_offset,
-        };
         let (at, file_seq) = wal
-            .append(&shard.next_lsn, &record, &entry.bytes, Class::Stage)
+            .append(&shard.next_lsn, &entry.record(group.id), &entry.bytes, Class::Stage)
             .expect("there was room for all of it");
         places.push(file_seq);
         lsn = at;

@@ -8,7 +8,8 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use crate::types::Lane;
+use crate::types::{GroupId, Lane};
+use crate::wal_format::{BATCH, CONTROL, RecordHeader};
 
 #[derive(Debug, Clone)]
 pub struct TailEntry {
@@ -27,6 +28,12 @@ pub struct TailEntry {
 impl TailEntry {
     pub fn is_batch(&self) -> bool {
         self.next_offset > self.base_offset
+    }
+
+    /// What stands before its bytes in the WAL.
+    pub fn record(&self, group: GroupId) -> RecordHeader {
+        let kind = if self.is_batch() { BATCH } else { CONTROL };
+        RecordHeader { kind, group, index: self.index, term: self.term, offset: self.base_offset }
     }
 }
 
