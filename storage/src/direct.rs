@@ -288,8 +288,8 @@ fn into_wal(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
         return Some((Lane::Durable, 0));
     }
     let lane = job.lane();
-    let mut inner = group.inner.borrow_mut();
-    let inner = &mut *inner;
+    let mut guard = group.inner.borrow_mut();
+    let inner = &mut *guard;
     let (mut total, mut largest, mut count) = (0, 0, 0);
     for entry in inner.tail.unflushed().filter(|entry| entry.file_seq == NOWHERE) {
         total += entry.bytes.len();
@@ -320,6 +320,7 @@ fn into_wal(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
     inner.touch(group.id, wal, file_seq);
     inner.last_lsn = lsn;
     wal.wake_writer();
+    drop(guard);
     leave(shard, job, lane, lsn)
 }
 

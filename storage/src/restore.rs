@@ -526,7 +526,8 @@ pub(crate) fn restore(
         }
     }
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
-    let mut names_changed = false;
+    // A killed process may have left the name of what replaces these to the kernel; they go only when it is sure.
+    let mut names_changed = !on_disk.leftovers.is_empty();
     let producers = restore_producers(
         files,
         dir,

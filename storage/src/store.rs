@@ -319,7 +319,7 @@ impl Shard {
     /// The lane's tasks and directory exist from its first use on.
     pub fn use_os_lane(self: &Rc<Self>) {
         if !self.os_started.replace(true) {
-            tokio::task::spawn_local(wal::write_blocks(Rc::clone(self), Lane::Os));
+            keep_running(self, "the writer of the os lane", wal::write_blocks(Rc::clone(self), Lane::Os));
         }
     }
 
@@ -480,6 +480,19 @@ impl Shard {
     }
 }
 
+/// Runs a task without which the shard only seems to live: should it panic, which is a broken invariant, the log fails, and
+/// nobody waits for ever.
+fn keep_running(shard: &Rc<Shard>, what: &'static str, task: impl Future<Output = ()> + 'static) {
+    let (running, shard) = (tokio::task::spawn_local(task), Rc::clone(shard));
+    tokio::task::spawn_local(async move {
+        if let Err(error) = running.await
+            && error.is_panic()
+        {
+            shard.poison(&format!("{what} met a broken invariant and ended"));
+        }
+    });
+}
+
 async fn empty_trash(shard: Rc<Shard>) {
     while shard.is_live() {
         let Some(Trash { path, after: (lane, lsn), of }) = shard.trash.borrow_mut().pop_front() else {
@@ -617,11 +630,11 @@ impl ShardStore {
             counters: Counters::default(),
             _lock: dir.lock(),
         });
-        tokio::task::spawn_local(wal::write_blocks(Rc::clone(&shard), Lane::Durable));
-        tokio::task::spawn_local(wal::fill_zeros(Rc::clone(&shard)));
-        tokio::task::spawn_local(flush::run(Rc::clone(&shard)));
-        tokio::task::spawn_local(direct::acknowledge(Rc::clone(&shard)));
-        tokio::task::spawn_local(empty_trash(Rc::clone(&shard)));
+        keep_running(&shard, "the writer of the log", wal::write_blocks(Rc::clone(&shard), Lane::Durable));
+        keep_running(&shard, "the filling of the log's files", wal::fill_zeros(Rc::clone(&shard)));
+        keep_running(&shard, "the flusher", flush::run(Rc::clone(&shard)));
+        keep_running(&shard, "the answering of direct runs", direct::acknowledge(Rc::clone(&shard)));
+        keep_running(&shard, "the removal of files", empty_trash(Rc::clone(&shard)));
         Ok(ShardStore { shard })
     }
 

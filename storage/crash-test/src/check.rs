@@ -230,10 +230,13 @@ pub fn matching(
     // Where the os lane ends at damage in its middle, the durable one can have a log start of after that; and a log start
     // does not wait for what goes past the logs.
     let start = found.map(|found| found.log_start_offset).filter(|start| {
-        let end = found.map_or(0, |found| found.log_end_offset);
-        let is_it = |head: &Log| head.log_start == *start || head.log_start.min(end) == *start;
-        (loss == Loss::DamagedEnd || partition.has_direct())
-            && candidates.iter().any(|(_, head)| head.as_ref().is_some_and(is_it))
+        // A state says no more than what it counts allows: of a topic that commits from memory, a part of the way.
+        let known = floor.as_ref().map_or(0, |floor| floor.log_start);
+        let is_it = |head: &Log| match partition.has_direct() {
+            true => (known..=head.log_start).contains(start),
+            false => loss == Loss::DamagedEnd && head.log_start == *start,
+        };
+        candidates.iter().any(|(_, head)| head.as_ref().is_some_and(is_it))
     });
     let moved = |head: &Option<Log>| {
         head.as_ref().map(|head| Log { log_start: start.unwrap_or(head.log_start), ..head.clone() })

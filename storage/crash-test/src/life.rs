@@ -1,11 +1,12 @@
 //! One seed: a data directory from its first start, through crashes and recoveries, to the last check.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Once;
 use std::time::Duration;
 
 use flumen_io::simulated::{Counters, Crash, Fault, Machine, Random, Rates};
@@ -97,9 +98,27 @@ enum Ended {
 
 type Check<T> = Result<T, String>;
 
+thread_local! {
+    /// The last panic of this thread, whoever caught it.
+    static PANIC: Cell<Option<String>> = const { Cell::new(None) };
+}
+
+/// Keeps what every panic says, also one that ends a background task of the store and nothing else.
+fn watch_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            PANIC.set(Some(info.to_string()));
+            before(info);
+        }));
+    });
+}
+
 impl Life {
     /// Lives through one seed.
     pub fn run(seed: u64, crashes: u64, log: bool) -> Result<Report, Box<Failure>> {
+        watch_panics();
         let plan = Plan::of(seed, crashes, log);
         let machine = Machine::new(seed, plan.disk.clone());
         let mut life = Life {
@@ -115,6 +134,11 @@ impl Life {
             report: Report::default(),
         };
         let outcome = catch_unwind(AssertUnwindSafe(|| life.rounds()));
+        // The store's background tasks end alone.
+        let outcome = match PANIC.take() {
+            Some(what) if matches!(outcome, Ok(Ok(()))) => Ok(Err(format!("a task of the store ended: {what}"))),
+            _ => outcome,
+        };
         let failure =
             |reason: String, crashes: u64| Box::new(Failure { seed, crashes, reason, log: machine.log() });
         match outcome {
