@@ -38,6 +38,11 @@ const REGRESSIONS: &[u64] = &[
     1427, // a directory made with the name of one whose deletion was not sure
     5633, // a torn block whose checksum did not see states that had changed places
     352,  // a producer whose newest batch was lost, after compaction had taken the one before it
+    123,  // index entries of a run that was cut off, and other entries behind them
+    1244, // a compacted segment whose name only the kernel knew, and what it replaced removed
+    32,   // a state written while the store stopped, older than the one it stopped with
+    217,  // a commit that nobody woke the writer for, on a full disk
+    153,  // a log start that was acknowledged and stood in no record
     746,  // a failed sync of one shard that took what another's, under way with it, called safe
 ];
 
