@@ -193,6 +193,8 @@ fn index_of(position: usize) -> i32 {
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
+mod tests_cluster;
+#[cfg(test)]
 mod tests_configs;
 #[cfg(test)]
 mod tests_metadata;
