@@ -83,6 +83,7 @@ impl Controller {
             index: 0,
             group_id: METADATA_GROUP,
             config: TopicConfig::metadata_log(),
+            replicas: vec![shard.node.config.node_id],
             exported: false,
         };
         let found = recovered.lock().expect("no panic under this lock").remove(&METADATA_GROUP);
@@ -312,6 +313,7 @@ impl Controller {
             index,
             group_id: info.group_id,
             config: found.effective.clone(),
+            replicas: vec![self.shard.node.config.node_id],
             exported: is_exported(found),
         })
     }
@@ -337,6 +339,7 @@ pub fn open_partitions(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result
                 index: i32::try_from(index).unwrap_or(i32::MAX),
                 group_id: info.group_id,
                 config: topic.effective.clone(),
+                replicas: vec![shard.node.config.node_id],
                 exported: is_exported(topic),
             };
             let found = recovered.lock().expect("no panic under this lock").remove(&info.group_id);

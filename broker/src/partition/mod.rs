@@ -12,6 +12,7 @@
 mod append;
 mod fetch;
 mod pending;
+mod replica;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -47,6 +48,10 @@ pub struct Partition {
     pub index: i32,
     pub group_id: u64,
     pub gauges: Arc<PartitionGauges>,
+    /// Of this broker in Raft.
+    node_id: u64,
+    /// Where the shard keeps it, for ticks.
+    pub(crate) slot: Cell<usize>,
     shard: Weak<Shard>,
     disk: Arc<DiskSpace>,
     log: GroupLog,
@@ -81,6 +86,9 @@ pub struct PartitionSpec {
     pub index: i32,
     pub group_id: u64,
     pub config: TopicConfig,
+    /// Kafka ids of the brokers that have it as the metadata says: who votes as long as its log is empty. After that the
+    /// log itself says who does.
+    pub replicas: Vec<i32>,
     /// An export is turned on: nothing that it has not settled may go.
     pub exported: bool,
 }
@@ -89,8 +97,9 @@ impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let hard_state = log.hard_state();
+        let node_id = raft_id(shard.node.config.node_id);
         let start = GroupStart::alone(
-            u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1,
+            node_id,
             flumen_raft::HardState {
                 term: hard_state.term,
                 vote: hard_state.vote,
@@ -110,6 +119,8 @@ impl Partition {
             index: spec.index,
             group_id: spec.group_id,
             gauges,
+            node_id,
+            slot: Cell::new(usize::MAX),
             shard: Rc::downgrade(shard),
             disk: shard.node.disk.clone(),
             log,
@@ -232,10 +243,17 @@ impl Partition {
     }
 
     /// Runs raft's outputs: entries go to the shard log, commits move the high watermark.
-    fn advance(&self) {
+    pub(crate) fn advance(&self) {
         let mut new_high_watermark = None;
         loop {
-            let Some(outputs) = self.state.borrow_mut().raft.take_outputs() else { break };
+            let Some(mut outputs) = self.state.borrow_mut().raft.take_outputs() else { break };
+            if !outputs.messages.is_empty()
+                && let Some(shard) = self.shard.upgrade()
+            {
+                for message in outputs.messages.drain(..) {
+                    shard.outbox.push(message.to, self.group_id, message);
+                }
+            }
             if outputs.must_persist() {
                 let hard_state = outputs.hard_state.map(|hs| flumen_storage::HardState {
                     term: hs.term,
@@ -336,6 +354,11 @@ impl Partition {
         self.gauges.high_watermark.store(self.high_watermark(), Ordering::Relaxed);
         self.gauges.size_bytes.store(self.log.size_bytes(), Ordering::Relaxed);
     }
+}
+
+/// A broker's number in Raft, where 0 is nobody.
+pub fn raft_id(node_id: i32) -> u64 {
+    u64::try_from(node_id).unwrap_or(0) + 1
 }
 
 /// What the store needs to know of a topic's configuration.
