@@ -92,6 +92,12 @@ impl Node {
         self.gauges.write().expect("no panic under this lock").remove(&group_id);
     }
 
+    /// Whether a node runs, as far as this one can tell at the time of the question.
+    pub fn is_up(&self) -> impl Fn(i32) -> bool + Send + 'static {
+        let own = self.config.node_id;
+        move |id| id == own
+    }
+
     /// The shard with the fewest connections; the first of equals.
     pub fn least_loaded_shard(&self) -> usize {
         (0..self.shards.len()).min_by_key(|i| self.shards[*i].connections()).unwrap_or(0)
