@@ -1,7 +1,7 @@
 //! Cluster metadata as a deterministic state machine, and the pure half of the admin requests.
 //!
 //! Owns: [`MetadataImage`] and the [`Command`]s that change it (with their binary form), the tables of topic and
-//! broker configurations, and functions that turn a decoded admin request into an answer and the commands to
+//! broker configurations, placement and the plans of moves, and functions that turn a decoded admin request into an answer and the commands to
 //! commit first.
 //!
 //! Invariants
@@ -15,6 +15,7 @@
 
 pub mod admin;
 mod assignment;
+pub mod balance;
 pub mod broker_config;
 pub mod broker_table;
 mod codec;
@@ -24,6 +25,7 @@ pub mod group_table;
 mod image;
 mod nodes;
 pub mod placement;
+pub mod reassignment;
 mod snapshot;
 pub mod topic_config;
 pub mod topic_name;
@@ -36,9 +38,7 @@ pub use codec::CodecError;
 pub use command::Command;
 pub use config_def::{ConfigKind, ConfigSource, ExtraConfig};
 pub use group_table::{GROUP_CONFIGS, GroupConfigDef};
-pub use image::{
-    Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, Topic,
-};
+pub use image::{Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, Topic};
 pub use nodes::{Broker, NODES_MAX, NodeRecord, NodeState};
 pub use snapshot::{SnapshotFileError, decode_snapshot_file, encode_snapshot_file};
 pub use topic_config::{CleanupPolicy, CompressionType, Durability, TimestampType, TopicConfig};

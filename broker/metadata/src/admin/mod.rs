@@ -40,8 +40,8 @@ pub use quorum::{QuorumReplica, QuorumState, describe_quorum};
 pub use reassignments::{alter_partition_reassignments, list_partition_reassignments};
 pub use topic_partitions::describe_topic_partitions;
 pub use topics::{
-    PARTITIONS_PER_REQUEST_MAX, TopicToCreate, create_topics, delete_topics, plan_auto_create, plan_create_topic,
-    plan_offsets_topic,
+    PARTITIONS_PER_REQUEST_MAX, TopicToCreate, create_topics, delete_topics, plan_auto_create,
+    plan_create_topic, plan_offsets_topic,
 };
 
 use crate::assignment::PartitionInfo;
@@ -135,7 +135,7 @@ impl Live<'_> {
         brokers
     }
 
-    fn describe(&self, info: &PartitionInfo, image: &MetadataImage) -> Described {
+    pub(crate) fn describe(&self, info: &PartitionInfo, image: &MetadataImage) -> Described {
         let status = (self.status)(info.group_id);
         let replicas = info.holders();
         // A damaged log is as good as a node that is down; clients keep asking until it is mended.
@@ -157,12 +157,12 @@ impl Live<'_> {
 }
 
 /// A partition as clients are told of it.
-struct Described {
+pub(crate) struct Described {
     /// -1 when nobody who runs leads it.
-    leader_id: i32,
+    pub(crate) leader_id: i32,
     leader_epoch: i32,
     replicas: Vec<BrokerId>,
-    in_sync: Vec<BrokerId>,
+    pub(crate) in_sync: Vec<BrokerId>,
     offline: Vec<BrokerId>,
 }
 
@@ -192,6 +192,8 @@ fn index_of(position: usize) -> i32 {
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests_cluster;
 #[cfg(test)]
 mod tests_configs;
 #[cfg(test)]
