@@ -265,8 +265,7 @@ async fn create_topic(
             &[Command::CreateTopic {
                 name: name.clone(),
                 id: uuid::Uuid::nil(),
-                partitions,
-                replication_factor: replication,
+                assignments: Vec::new(),
                 configs: configs.clone(),
             }],
         )

@@ -7,6 +7,7 @@
 mod admin_cluster;
 pub mod admin_http;
 pub mod cli;
+pub mod cluster;
 mod cluster_health;
 pub mod controller;
 pub mod coordinator;

@@ -13,6 +13,7 @@ use arc_swap::ArcSwap;
 use flumen_metadata::{BrokerConfig, Command, MetadataImage};
 use flumen_protocol::error_code::ErrorCode;
 
+use crate::cluster::leaders::LeaderTable;
 use crate::controller::ControlError;
 use crate::disk_space::DiskSpace;
 use crate::export::Exports;
@@ -34,6 +35,7 @@ pub struct Node {
     pub exports: Exports,
     pub disk: Arc<DiskSpace>,
     pub started: Instant,
+    pub leaders: LeaderTable,
     gauges: RwLock<HashMap<u64, Arc<PartitionGauges>>>,
     producer_ids: Mutex<Range<i64>>,
     producer_id_refill: tokio::sync::Mutex<()>,
@@ -49,7 +51,6 @@ impl Node {
     ) -> Node {
         let metrics = shards.iter().map(|_| Arc::new(ShardMetrics::default())).collect();
         Node {
-            config,
             data_dir,
             image: ArcSwap::from_pointee(image),
             shards,
@@ -57,10 +58,17 @@ impl Node {
             exports,
             disk: Arc::default(),
             started: Instant::now(),
+            leaders: LeaderTable::new(config.node_id),
             gauges: RwLock::default(),
             producer_ids: Mutex::new(0..0),
             producer_id_refill: tokio::sync::Mutex::default(),
+            config,
         }
+    }
+
+    /// What Raft calls this node: one more than its id, as 0 means nobody there.
+    pub fn raft_id(&self) -> u64 {
+        u64::try_from(self.config.node_id).unwrap_or(0) + 1
     }
 
     /// A partition's home never changes while the process runs.
@@ -82,6 +90,12 @@ impl Node {
 
     pub fn forget_gauges(&self, group_id: u64) {
         self.gauges.write().expect("no panic under this lock").remove(&group_id);
+    }
+
+    /// Whether a node runs, as far as this one can tell at the time of the question.
+    pub fn is_up(&self) -> impl Fn(i32) -> bool + Send + 'static {
+        let own = self.config.node_id;
+        move |id| id == own
     }
 
     /// The shard with the fewest connections; the first of equals.

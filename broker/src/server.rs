@@ -20,6 +20,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::admin_http;
+use crate::cluster::ClusterOptions;
 use crate::controller::{self, Controller, RecoveredGroups};
 use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
@@ -36,6 +37,8 @@ pub struct ServerOptions {
     /// One per core when absent.
     pub shards: Option<usize>,
     pub config: BrokerConfig,
+    /// One node, alone, when absent.
+    pub cluster: Option<ClusterOptions>,
 }
 
 /// A shard that does not finish flushing by then is left to recovery, which loses nothing either.
@@ -43,6 +46,9 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
+    if options.cluster.is_some() {
+        bail!("more than one node is not complete yet; leave --rpc and --seeds out");
+    }
     if let Err(error) = flumen_io::refuse_huge_pages() {
         tracing::warn!(%error, "huge pages stay on: latency rises for some milliseconds while memory grows");
     }

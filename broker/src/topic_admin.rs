@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use flumen_metadata::admin::{self, Fail, PartitionStatus, Refused};
+use flumen_metadata::admin::{self, Fail, Live, PartitionStatus, Refused, TopicToCreate};
 use flumen_metadata::{BrokerConfig, Command, MetadataImage};
 use flumen_protocol::error_code::ErrorCode;
 use uuid::Uuid;
@@ -83,9 +83,10 @@ pub async fn create_topic(
     configs: BTreeMap<String, String>,
 ) -> Result<(), TopicError> {
     let (name, id) = (name.to_string(), Uuid::new_v4());
+    let up = node.is_up();
     commit(node, move |image, config| {
-        admin::plan_create_topic(image, config, &name, partitions, replication_factor, &configs, id)
-            .map(|command| vec![command])
+        let asked = TopicToCreate { name: &name, partitions, replication_factor, configs: &configs };
+        admin::plan_create_topic(image, config, &up, asked, id).map(|command| vec![command])
     })
     .await
 }
@@ -93,7 +94,8 @@ pub async fn create_topic(
 /// Creates a topic that a client named and that does not exist, with the broker's defaults.
 pub async fn auto_create(node: &Node, name: &str) -> Result<(), TopicError> {
     let (name, id) = (name.to_string(), Uuid::new_v4());
-    commit(node, move |image, config| admin::plan_auto_create(image, config, &name, id)).await
+    let up = node.is_up();
+    commit(node, move |image, config| admin::plan_auto_create(image, config, &up, &name, id)).await
 }
 
 fn unknown(topic: &str) -> Refused {
@@ -120,14 +122,9 @@ pub async fn delete_topic(node: &Node, topic: &str) -> Result<(), TopicError> {
 
 pub async fn create_partitions(node: &Node, topic: &str, total: i32) -> Result<(), TopicError> {
     let topic = topic.to_string();
+    let up = node.is_up();
     commit(node, move |image, _| {
-        let found = image.topics.get(&topic).ok_or_else(|| unknown(&topic))?;
-        let has = found.partitions.len();
-        if usize::try_from(total).unwrap_or(0) <= has || total > admin::PARTITIONS_PER_REQUEST_MAX {
-            let message = format!("topic '{topic}' has {has} partitions; {total} is not more, or too many");
-            return Err(Refused::new(ErrorCode::INVALID_PARTITIONS, message));
-        }
-        Ok(vec![Command::CreatePartitions { topic_id: found.id, total }])
+        admin::plan_partitions(image, &up, &topic, total).map(|command| vec![command])
     })
     .await
 }
@@ -155,8 +152,16 @@ pub fn described_configs(node: &Arc<Node>, topic: &str) -> Vec<(String, String, 
 pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
     let gauges = node.gauges_of(group_id);
     PartitionStatus {
+        leader_id: node.config.node_id,
+        in_sync: None,
         leader_epoch: gauges.leader_epoch.load(Ordering::Relaxed),
         damaged: gauges.damaged.load(Ordering::Relaxed) != 0,
         size_bytes: i64::try_from(gauges.size_bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX),
     }
+}
+
+/// What answers need to know of the cluster beside the metadata.
+pub fn with_live<R>(node: &Node, answer: impl FnOnce(Live<'_>) -> R) -> R {
+    let up = node.is_up();
+    answer(Live { controller_id: node.config.node_id, status: &|group| status_of(node, group), is_up: &up })
 }

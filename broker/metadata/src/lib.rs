@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+mod assignment;
 pub mod broker_config;
 pub mod broker_table;
 mod codec;
@@ -21,11 +22,14 @@ mod command;
 pub mod config_def;
 pub mod group_table;
 mod image;
+mod nodes;
+pub mod placement;
 mod snapshot;
 pub mod topic_config;
 pub mod topic_name;
 pub mod topic_table;
 
+pub use assignment::{MovedPartition, PartitionInfo, REPLICAS_MAX};
 pub use broker_config::{BrokerConfig, ConfigError, Secret, TopicCheck};
 pub use broker_table::{BROKER_CONFIGS, BrokerConfigDef};
 pub use codec::CodecError;
@@ -33,8 +37,9 @@ pub use command::Command;
 pub use config_def::{ConfigKind, ConfigSource, ExtraConfig};
 pub use group_table::{GROUP_CONFIGS, GroupConfigDef};
 pub use image::{
-    Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, PartitionInfo, Topic,
+    Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, Topic,
 };
+pub use nodes::{Broker, NODES_MAX, NodeRecord, NodeState};
 pub use snapshot::{SnapshotFileError, decode_snapshot_file, encode_snapshot_file};
 pub use topic_config::{CleanupPolicy, CompressionType, Durability, TimestampType, TopicConfig};
 pub use topic_name::OFFSETS_TOPIC;

@@ -62,6 +62,7 @@ async fn home_of(shard: &Rc<Shard>, group: &str) -> Result<u64, ErrorCode> {
 
 async fn create_offsets_topic(shard: &Rc<Shard>) -> Result<(), ErrorCode> {
     let id = uuid::Uuid::new_v4();
+    let up = shard.node.is_up();
     let created = shard
         .node
         .controller()
@@ -71,7 +72,7 @@ async fn create_offsets_topic(shard: &Rc<Shard>) -> Result<(), ErrorCode> {
                 let commands: Vec<Command> = if image.topics.contains_key(OFFSETS_TOPIC) {
                     Vec::new()
                 } else {
-                    flumen_metadata::admin::plan_offsets_topic(image, config, id)
+                    flumen_metadata::admin::plan_offsets_topic(image, config, &up, id)
                 };
                 ((), commands)
             };

@@ -1,7 +1,7 @@
 //! What operators' tools ask: the metadata quorum, elections, reassignments, config resources, producers, quotas,
 //! credentials. Rules are in `flumen_metadata::admin`.
 
-use flumen_metadata::admin::{self, QuorumState};
+use flumen_metadata::admin::{self, QuorumReplica, QuorumState, Refused};
 use flumen_metadata::topic_name;
 use flumen_protocol::error_code::ErrorCode;
 use kafka_protocol::messages::describe_producers_response::{
@@ -10,7 +10,8 @@ use kafka_protocol::messages::describe_producers_response::{
 use kafka_protocol::messages::{
     AlterClientQuotasRequest, AlterPartitionReassignmentsRequest, DescribeClientQuotasRequest,
     DescribeProducersRequest, DescribeProducersResponse, DescribeQuorumRequest,
-    DescribeUserScramCredentialsRequest, ElectLeadersRequest, ListConfigResourcesRequest, ProducerId,
+    DescribeUserScramCredentialsRequest, ElectLeadersRequest, ListConfigResourcesRequest,
+    ListPartitionReassignmentsRequest, ProducerId,
 };
 use kafka_protocol::protocol::StrBytes;
 
@@ -18,7 +19,7 @@ use super::offsets::at_home;
 use crate::controller::METADATA_GROUP;
 use crate::dispatch::{Answer, Request, RequestError};
 use crate::node::now_ms;
-use crate::topic_admin::status_of;
+use crate::topic_admin::{commit_plan, with_live};
 
 pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: DescribeQuorumRequest = request.decode()?;
@@ -26,11 +27,21 @@ pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestErr
     let quorum = node
         .controller()
         .run(|shard| async move {
-            shard.partition(METADATA_GROUP).map(|log| QuorumState {
+            let log = shard.partition(METADATA_GROUP)?;
+            let (id, now) = (shard.node.config.node_id, now_ms());
+            // A leader has fetched and caught up with itself just now.
+            let this = QuorumReplica {
+                id,
+                log_end_offset: log.log_end_offset(),
+                last_fetch_ms: now,
+                last_caught_up_ms: now,
+            };
+            Some(QuorumState {
+                leader_id: id,
                 leader_epoch: log.leader_epoch(),
                 high_watermark: log.high_watermark(),
-                log_end_offset: log.log_end_offset(),
-                now_ms: now_ms(),
+                voters: vec![this],
+                observers: Vec::new(),
             })
         })
         .await
@@ -39,7 +50,7 @@ pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestErr
         // Only of a broker that is stopping: the connection ends with it.
         .ok_or_else(|| request.malformed("the metadata log has been closed".to_string()))?;
     let image = node.image.load();
-    request.answer(&admin::describe_quorum(&asked, request.header.api_version, &image, quorum))
+    request.answer(&admin::describe_quorum(&asked, request.header.api_version, &image, &quorum))
 }
 
 pub fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError> {
@@ -47,17 +58,29 @@ pub fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError> {
     let node = &request.shard.node;
     let image = node.image.load();
     let version = request.header.api_version;
-    request.answer(&admin::elect_leaders(&asked, version, &image, &|group| status_of(node, group)))
+    let mut plan = with_live(node, |live| admin::elect_leaders(&asked, version, &image, live));
+    for transfer in std::mem::take(&mut plan.transfers) {
+        let message = "This broker cannot hand over the leadership of a partition.";
+        plan.refuse(&transfer, &Refused::new(ErrorCode::PREFERRED_LEADER_NOT_AVAILABLE, message));
+    }
+    request.answer(&plan.response)
 }
 
-pub fn alter_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
+pub async fn alter_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: AlterPartitionReassignmentsRequest = request.decode()?;
-    let image = request.shard.node.image.load();
-    request.answer(&admin::alter_partition_reassignments(&asked, request.header.api_version, &image))
+    let version = request.header.api_version;
+    let response = commit_plan(&request.shard.node, move |image, _| {
+        admin::alter_partition_reassignments(&asked, version, image).into_parts()
+    })
+    .await
+    .map_err(|e: ErrorCode| request.malformed(e.to_string()))?;
+    request.answer(&response)
 }
 
 pub fn list_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
-    request.answer(&admin::list_partition_reassignments())
+    let asked: ListPartitionReassignmentsRequest = request.decode()?;
+    let image = request.shard.node.image.load();
+    request.answer(&admin::list_partition_reassignments(&asked, &image))
 }
 
 pub fn list_config_resources(request: &Request<'_>) -> Result<Answer, RequestError> {
