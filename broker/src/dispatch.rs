@@ -192,7 +192,9 @@ async fn route(request: &Request<'_>) -> Result<Answer, RequestError> {
         ApiKey::DeleteGroups => handlers::groups::delete(request).await,
         ApiKey::DescribeQuorum => handlers::operations::describe_quorum(request).await,
         ApiKey::ElectLeaders => handlers::operations::elect_leaders(request),
-        ApiKey::AlterPartitionReassignments => handlers::operations::alter_partition_reassignments(request).await,
+        ApiKey::AlterPartitionReassignments => {
+            handlers::operations::alter_partition_reassignments(request).await
+        }
         ApiKey::ListPartitionReassignments => handlers::operations::list_partition_reassignments(request),
         ApiKey::ListConfigResources => handlers::operations::list_config_resources(request),
         ApiKey::DescribeProducers => handlers::operations::describe_producers(request).await,

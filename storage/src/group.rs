@@ -739,6 +739,11 @@ impl GroupLog {
         }
     }
 
+    /// It serves no more, until the next start; what it has stays as it is.
+    pub fn refuse(&self, reason: &str) {
+        self.group.note_damage(reason.to_owned());
+    }
+
     /// Why it refuses to serve, if it does.
     pub fn damage(&self) -> Option<&str> {
         self.group.damage.get().map(String::as_str)
