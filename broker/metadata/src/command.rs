@@ -208,9 +208,10 @@ impl Command {
                 configs: input.map("topic configs")?,
             },
             2 => Command::DeleteTopic { id: input.uuid("topic id")? },
-            3 => {
-                Command::CreatePartitionsAlone { topic_id: input.uuid("topic id")?, total: input.i32("total")? }
-            }
+            3 => Command::CreatePartitionsAlone {
+                topic_id: input.uuid("topic id")?,
+                total: input.i32("total")?,
+            },
             4 => Command::SetTopicConfigs {
                 topic_id: input.uuid("topic id")?,
                 set: input.changes("topic configs")?,

@@ -22,8 +22,7 @@ pub(crate) fn command() -> impl Strategy<Value = Command> {
                 Command::CreateTopicAlone { name, id, partitions, replication_factor, configs }
             }),
         id().prop_map(|id| Command::DeleteTopic { id }),
-        (id(), any::<i32>())
-            .prop_map(|(topic_id, total)| Command::CreatePartitionsAlone { topic_id, total }),
+        (id(), any::<i32>()).prop_map(|(topic_id, total)| Command::CreatePartitionsAlone { topic_id, total }),
         (id(), changes()).prop_map(|(topic_id, set)| Command::SetTopicConfigs { topic_id, set }),
         (proptest::option::of(any::<i32>()), changes())
             .prop_map(|(node_id, set)| Command::SetBrokerConfigs { node_id, set }),
@@ -59,17 +58,20 @@ fn state() -> impl Strategy<Value = NodeState> {
 }
 
 fn node() -> impl Strategy<Value = NodeRecord> {
-    (any::<i32>(), text(), any::<u16>(), proptest::option::of(text()), text(), any::<u64>(), any::<u16>(), state())
-        .prop_map(|(id, host, port, rack, rpc_address, boot_id, version_max, state)| NodeRecord {
+    let place = (any::<i32>(), text(), any::<u16>(), proptest::option::of(text()), text());
+    (place, id(), any::<u64>(), any::<u16>(), state()).prop_map(
+        |((id, host, port, rack, rpc_address), directory_id, boot_id, version_max, state)| NodeRecord {
             id,
             host,
             port,
             rack,
             rpc_address,
+            directory_id,
             boot_id,
             version_max,
             state,
-        })
+        },
+    )
 }
 
 proptest! {
@@ -128,6 +130,7 @@ fn the_forms_of_a_cluster_stay() {
         port: 9092,
         rack: Some("r".into()),
         rpc_address: "h:1".into(),
+        directory_id: id,
         boot_id: 300,
         version_max: 1,
         state: NodeState::Maintenance,
@@ -135,8 +138,8 @@ fn the_forms_of_a_cluster_stay() {
     let golden: [(Command, &[u8], &[u8]); 8] = [
         (
             Command::RegisterNode(node),
-            &[1, 8, 4, 1, b'h', 0x84, 0x47, 1, 1, b'r', 3, b'h', b':', b'1', 0xac, 2, 1, 1],
-            &[],
+            &[1, 8, 4, 1, b'h', 0x84, 0x47, 1, 1, b'r', 3, b'h', b':', b'1'],
+            &[0xac, 2, 1, 1],
         ),
         (Command::RemoveNode { id: 2 }, &[1, 9, 4], &[]),
         (Command::SetNodeState { id: 2, state: NodeState::Decommissioning }, &[1, 10, 4, 2], &[]),
@@ -150,11 +153,7 @@ fn the_forms_of_a_cluster_stay() {
             &[1, 11, 1, b't'],
             &[2, 2, 2, 4, 1, 4, 1, 1, b'a', 1, b'b'],
         ),
-        (
-            Command::CreatePartitions { topic_id: id, assignments: vec![vec![1, 2]] },
-            &[1, 12],
-            &[1, 2, 2, 4],
-        ),
+        (Command::CreatePartitions { topic_id: id, assignments: vec![vec![1, 2]] }, &[1, 12], &[1, 2, 2, 4]),
         (
             Command::SetReplicas { topic_id: id, partition: 3, target: Some(vec![1, 2]) },
             &[1, 13],

@@ -139,13 +139,19 @@ pub enum ApplyError {
     BadNodeId(i32),
     #[error("there is no node {0}")]
     NoSuchNode(i32),
+    #[error(
+        "node {0} is known with another data directory: start it with that one, or give this one an id of its own"
+    )]
+    OtherDirectory(i32),
     #[error("a cluster has at most {NODES_MAX} nodes")]
     TooManyNodes,
     #[error("node {0} is the last one")]
     LastNode(i32),
     #[error("node {id} still holds {replicas} replica(s)")]
     NodeHoldsReplicas { id: i32, replicas: usize },
-    #[error("node {id} speaks version {speaks} of the protocol between brokers, and {finalized} is finalized")]
+    #[error(
+        "node {id} speaks version {speaks} of the protocol between brokers, and {finalized} is finalized"
+    )]
     VersionTooOld { id: i32, speaks: u16, finalized: u16 },
     #[error("version {from} is finalized; {to} would go back")]
     VersionGoesBack { from: u16, to: u16 },
@@ -313,7 +319,8 @@ impl MetadataImage {
         let from = topic.partitions.len();
         let total = from.saturating_add(assignments.len());
         let total = i32::try_from(total).ok().filter(|total| (1..=TOPIC_PARTITIONS_MAX).contains(total));
-        let total = total.ok_or(ApplyError::BadPartitionCount(i32::try_from(assignments.len()).unwrap_or(i32::MAX)))?;
+        let total = total
+            .ok_or(ApplyError::BadPartitionCount(i32::try_from(assignments.len()).unwrap_or(i32::MAX)))?;
         for replicas in assignments {
             self.check_replicas(replicas)?;
         }
@@ -416,7 +423,7 @@ impl MetadataImage {
     }
 
     /// Recomputes what derives from broker-level values; returns the topics for which it matters.
-    fn reconfigure_all(&mut self) -> Vec<String> {
+    pub(crate) fn reconfigure_all(&mut self) -> Vec<String> {
         let changed: Vec<(String, TopicConfig)> = self
             .topics
             .values()

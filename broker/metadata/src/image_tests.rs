@@ -45,6 +45,7 @@ fn register(id: i32) -> Command {
         port: 9092,
         rack: None,
         rpc_address: format!("h{id}:33145"),
+        directory_id: Uuid::from_u128(9),
         boot_id: 7,
         version_max: 2,
         state: NodeState::Active,
@@ -62,9 +63,8 @@ fn topics_get_group_ids_that_are_never_reused() {
     assert!(image.topics.is_empty() && image.topic_ids.is_empty());
     let applied = image.apply(&create("a", 2, 1)).unwrap();
     assert_eq!(applied.created[0].group_id, 3);
-    let applied = image
-        .apply(&Command::CreatePartitionsAlone { topic_id: Uuid::from_u128(2), total: 3 })
-        .unwrap();
+    let applied =
+        image.apply(&Command::CreatePartitionsAlone { topic_id: Uuid::from_u128(2), total: 3 }).unwrap();
     let grown: Vec<_> = applied.created.iter().map(|c| (c.partition, c.group_id)).collect();
     assert_eq!(grown, [(1, 4), (2, 5)]);
     assert_eq!(image.topics["a"].partitions[2], PartitionInfo::at_rest(5, vec![1]));
@@ -232,6 +232,7 @@ fn the_third_version_of_snapshots_stays() {
     for (id, state) in [(1, 0), (2, 1)] {
         expected.extend([2 * id, 2, b'h', b'0' + id, 0x84, 0x47, 0, 8, b'h', b'0' + id]);
         expected.extend(b":33145");
+        expected.extend(Uuid::from_u128(9).as_bytes());
         expected.extend([7, 2, state]);
     }
     assert_eq!(image.snapshot(), expected);
@@ -277,6 +278,9 @@ fn nodes_come_back_keep_their_state_and_leave_empty() {
     assert_eq!(image.active_brokers(), 2);
     image.apply(&register(2)).unwrap();
     assert_eq!(image.nodes[&2].state, NodeState::Decommissioning);
+    let Command::RegisterNode(mut copied) = register(2) else { unreachable!() };
+    copied.directory_id = Uuid::from_u128(10);
+    assert_eq!(image.apply(&Command::RegisterNode(copied)), Err(ApplyError::OtherDirectory(2)));
     let leave = Command::RemoveNode { id: 2 };
     assert_eq!(image.apply(&leave), Err(ApplyError::NodeHoldsReplicas { id: 2, replicas: 1 }));
     image.apply(&move_to(1, 0, Some(&[1, 3]))).unwrap();
@@ -303,7 +307,10 @@ fn a_move_that_is_given_up_is_a_move_back() {
     image.apply(&place("a", 1, &[&[1, 2]])).unwrap();
     assert_eq!(image.apply(&move_to(1, 0, None)), Ok(Applied::default()));
     let moved = image.apply(&move_to(1, 0, Some(&[3, 1]))).unwrap().moved;
-    assert_eq!((moved[0].holders_before.as_slice(), moved[0].holders.as_slice()), (&[1, 2][..], &[3, 1, 2][..]));
+    assert_eq!(
+        (moved[0].holders_before.as_slice(), moved[0].holders.as_slice()),
+        (&[1, 2][..], &[3, 1, 2][..])
+    );
     let info = &image.topics["a"].partitions[0];
     assert_eq!((info.adding(), info.removing()), (vec![3], vec![2]));
     image.apply(&move_to(1, 0, None)).unwrap();
@@ -316,7 +323,10 @@ fn a_move_that_is_given_up_is_a_move_back() {
     let stale = Err(ApplyError::NotTheTarget { topic: "a".into(), partition: 0 });
     assert_eq!(image.apply(&reached(1, 0, &[1, 2])), stale);
     let moved = image.apply(&reached(1, 0, &[4])).unwrap().moved;
-    assert_eq!((moved[0].holders_before.as_slice(), moved[0].holders.as_slice()), (&[4, 1, 2, 3][..], &[4][..]));
+    assert_eq!(
+        (moved[0].holders_before.as_slice(), moved[0].holders.as_slice()),
+        (&[4, 1, 2, 3][..], &[4][..])
+    );
     assert_eq!(image.apply(&reached(1, 0, &[4])), stale);
     assert!(image.apply(&move_to(1, 1, None)).is_err() && image.apply(&move_to(1, -1, None)).is_err());
     assert!(image.apply(&move_to(1, 0, Some(&[9]))).is_err());
@@ -372,7 +382,8 @@ fn step() -> impl Strategy<Value = Command> {
     let some_replicas = proptest::option::of(replicas.clone());
     let assignments = proptest::collection::vec(replicas.clone(), 0..3);
     let more = assignments.clone();
-    let state = prop_oneof![Just(NodeState::Active), Just(NodeState::Maintenance), Just(NodeState::Decommissioning)];
+    let state =
+        prop_oneof![Just(NodeState::Active), Just(NodeState::Maintenance), Just(NodeState::Decommissioning)];
     prop_oneof![
         (0i32..4).prop_map(register),
         (0i32..4).prop_map(|id| Command::RemoveNode { id }),
@@ -383,8 +394,11 @@ fn step() -> impl Strategy<Value = Command> {
         }),
         (id.clone(), more)
             .prop_map(|(topic_id, assignments)| Command::CreatePartitions { topic_id, assignments }),
-        (id.clone(), 0i32..3, some_replicas)
-            .prop_map(|(topic_id, partition, target)| Command::SetReplicas { topic_id, partition, target }),
+        (id.clone(), 0i32..3, some_replicas).prop_map(|(topic_id, partition, target)| Command::SetReplicas {
+            topic_id,
+            partition,
+            target
+        }),
         (id.clone(), 0i32..3, replicas).prop_map(|(topic_id, partition, replicas)| {
             Command::ReplicasReached { topic_id, partition, replicas }
         }),
@@ -399,9 +413,8 @@ fn step() -> impl Strategy<Value = Command> {
             }
         }),
         id.clone().prop_map(|id| Command::DeleteTopic { id }),
-        (id.clone(), 0i32..6).prop_map(|(topic_id, total)| {
-            Command::CreatePartitionsAlone { topic_id, total }
-        }),
+        (id.clone(), 0i32..6)
+            .prop_map(|(topic_id, total)| { Command::CreatePartitionsAlone { topic_id, total } }),
         (id, changes.clone()).prop_map(|(topic_id, set)| Command::SetTopicConfigs { topic_id, set }),
         (proptest::option::of(0i32..3), changes)
             .prop_map(|(node_id, set)| Command::SetBrokerConfigs { node_id, set }),

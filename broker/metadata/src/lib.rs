@@ -36,9 +36,7 @@ pub use codec::CodecError;
 pub use command::Command;
 pub use config_def::{ConfigKind, ConfigSource, ExtraConfig};
 pub use group_table::{GROUP_CONFIGS, GroupConfigDef};
-pub use image::{
-    Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, Topic,
-};
+pub use image::{Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, Topic};
 pub use nodes::{Broker, NODES_MAX, NodeRecord, NodeState};
 pub use snapshot::{SnapshotFileError, decode_snapshot_file, encode_snapshot_file};
 pub use topic_config::{CleanupPolicy, CompressionType, Durability, TimestampType, TopicConfig};

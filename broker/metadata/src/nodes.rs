@@ -8,6 +8,9 @@
 
 use std::sync::Arc;
 
+use uuid::Uuid;
+
+use crate::assignment::PartitionInfo;
 use crate::codec::{CodecError, Reader, Writer};
 use crate::image::{Applied, ApplyError, MetadataImage, NodeInfo};
 
@@ -61,6 +64,8 @@ pub struct NodeRecord {
     pub rack: Option<String>,
     /// Where other brokers reach it.
     pub rpc_address: String,
+    /// Made once with its data directory: tells a node that came back from an empty or copied one under the same id.
+    pub directory_id: Uuid,
     /// New at every start of its process.
     pub boot_id: u64,
     /// The newest version of the protocol between brokers that its program speaks.
@@ -81,6 +86,7 @@ impl NodeRecord {
             }
         }
         out.string(&self.rpc_address);
+        out.uuid(self.directory_id);
         out.varint(self.boot_id);
         out.varint(u64::from(self.version_max));
         self.state.write(out);
@@ -97,6 +103,7 @@ impl NodeRecord {
                 _ => return Err(CodecError::OutOfRange("rack")),
             },
             rpc_address: input.string("rpc address")?,
+            directory_id: input.uuid("directory id")?,
             boot_id: input.varint("boot id")?,
             version_max: input.u16("version")?,
             state: NodeState::read(input)?,
@@ -120,7 +127,13 @@ impl MetadataImage {
     pub fn brokers(&self) -> Vec<Broker<'_>> {
         if self.nodes.is_empty() {
             let NodeInfo { id, host, port, rack } = &self.node;
-            return vec![Broker { id: *id, host, port: *port, rack: rack.as_deref(), state: NodeState::Active }];
+            return vec![Broker {
+                id: *id,
+                host,
+                port: *port,
+                rack: rack.as_deref(),
+                state: NodeState::Active,
+            }];
         }
         self.nodes.values().map(Broker::of).collect()
     }
@@ -153,6 +166,9 @@ impl MetadataImage {
         if known.is_none() && self.nodes.len() >= NODES_MAX {
             return Err(ApplyError::TooManyNodes);
         }
+        if known.is_some_and(|known| known.directory_id != record.directory_id) {
+            return Err(ApplyError::OtherDirectory(record.id));
+        }
         let mut record = record.clone();
         record.state = known.map_or(NodeState::Active, |known| known.state);
         if self.nodes.is_empty() {
@@ -165,9 +181,9 @@ impl MetadataImage {
     /// What a broker made while it was alone lies on it, whoever reads its log. The first to be registered is that one.
     fn resolve_founder(&mut self, founder: i32) {
         for topic in Arc::make_mut(&mut self.topics).values_mut() {
-            if topic.partitions.iter().any(|info| info.replicas != [founder]) {
+            if topic.partitions.iter().any(|info| info.holders() != [founder] || info.target.is_some()) {
                 for info in &mut Arc::make_mut(topic).partitions {
-                    info.replicas = vec![founder];
+                    *info = PartitionInfo::at_rest(info.group_id, vec![founder]);
                 }
             }
         }
@@ -185,8 +201,9 @@ impl MetadataImage {
             return Err(ApplyError::NodeHoldsReplicas { id, replicas });
         }
         Arc::make_mut(&mut self.nodes).remove(&id);
-        self.node_configs.remove(&id);
-        Ok(Applied { nodes_changed: true, ..Applied::default() })
+        let broker_configs_changed = self.node_configs.remove(&id).is_some();
+        let topics_reconfigured = if broker_configs_changed { self.reconfigure_all() } else { Vec::new() };
+        Ok(Applied { nodes_changed: true, broker_configs_changed, topics_reconfigured, ..Applied::default() })
     }
 
     /// Partitions that the node holds or is about to hold.

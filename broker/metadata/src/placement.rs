@@ -7,7 +7,7 @@
 //! Pure and deterministic: equal images give equal choices, and equal nodes are taken in the order of their ids. It
 //! knows nothing of sizes and rates: a count is the same on every node at every time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::assignment::PartitionInfo;
 use crate::image::MetadataImage;
@@ -76,7 +76,63 @@ impl Placer {
             return None;
         }
         self.begin_topic(existing);
-        Some((0..count).map(|_| self.place_one(replication_factor)).collect())
+        let mut placed: Vec<Vec<usize>> = (0..count).map(|_| self.place_one(replication_factor)).collect();
+        self.even_first_places(&mut placed);
+        let ids = |replicas: Vec<usize>| replicas.into_iter().map(|at| self.nodes[at].id).collect();
+        Some(placed.into_iter().map(ids).collect())
+    }
+
+    /// Taken one after another, first places may come out uneven although the replicas are even. Whoever has two more than
+    /// another passes one on, over others where no partition is on both.
+    fn even_first_places(&mut self, placed: &mut [Vec<usize>]) {
+        while let Some(path) = self.passing(placed) {
+            for (from, to) in path {
+                let replicas =
+                    placed.iter_mut().find(|replicas| replicas[0] == from && replicas.contains(&to));
+                let Some(replicas) = replicas else { return };
+                let place = replicas.iter().position(|at| *at == to).unwrap_or(0);
+                replicas.swap(0, place);
+                for (at, more) in [(from, false), (to, true)] {
+                    let node = &mut self.nodes[at];
+                    for load in [&mut node.of_topic, &mut node.of_all] {
+                        load.first = if more { load.first + 1 } else { load.first.saturating_sub(1) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Steps by which a node with most first places gets rid of one, to a node with at least two fewer.
+    fn passing(&self, placed: &[Vec<usize>]) -> Option<Vec<(usize, usize)>> {
+        let mut next: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); self.nodes.len()];
+        for replicas in placed {
+            next[replicas[0]].extend(replicas[1..].iter().filter(|at| !self.nodes[**at].is_down));
+        }
+        let first = |at: usize| self.nodes[at].of_topic.first;
+        let most = (0..self.nodes.len()).filter(|at| !next[*at].is_empty()).map(first).max()?;
+        for start in (0..self.nodes.len()).filter(|at| first(*at) == most) {
+            let mut from: BTreeMap<usize, usize> = BTreeMap::from([(start, start)]);
+            let mut queue = VecDeque::from([start]);
+            while let Some(at) = queue.pop_front() {
+                if first(at) + 2 <= most {
+                    let mut path = Vec::new();
+                    let mut to = at;
+                    while to != start {
+                        path.push((from[&to], to));
+                        to = from[&to];
+                    }
+                    // The last step first: nobody passes on what it has not been given.
+                    return Some(path);
+                }
+                for to in &next[at] {
+                    if !from.contains_key(to) {
+                        from.insert(*to, at);
+                        queue.push_back(*to);
+                    }
+                }
+            }
+        }
+        None
     }
 
     /// Where a partition of a topic goes when `kept` of its replicas stay and it needs `replication_factor`. Those that stay
@@ -116,7 +172,7 @@ impl Placer {
         }
     }
 
-    fn place_one(&mut self, replication_factor: usize) -> Vec<i32> {
+    fn place_one(&mut self, replication_factor: usize) -> Vec<usize> {
         let mut chosen = self.choose(&[], &[], replication_factor);
         // Each place in the order of those who have it least often, so that the second in line is spread too.
         chosen.sort_by_key(|at| {
@@ -130,7 +186,7 @@ impl Placer {
                 load.first += usize::from(place == 0);
             }
         }
-        chosen.into_iter().map(|at| self.nodes[at].id).collect()
+        chosen
     }
 
     /// Positions of the nodes that are added to `taken`, whose racks are `racks`.
@@ -145,7 +201,8 @@ impl Placer {
                 .filter(|at| !chosen.contains(at) && !taken.contains(&self.nodes[*at].id));
             let best = free.min_by_key(|at| {
                 let node = &self.nodes[*at];
-                let load = (node.of_topic.replicas, node.of_all.replicas, node.of_topic.first, node.of_all.first);
+                let load =
+                    (node.of_topic.replicas, node.of_all.replicas, node.of_topic.first, node.of_all.first);
                 (node.is_down, in_rack(&node.rack), load, node.id)
             });
             let Some(best) = best else { break };

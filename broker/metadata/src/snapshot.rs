@@ -20,8 +20,8 @@ const VERSION: u8 = 3;
 const OLDEST_VERSION: u8 = 1;
 /// Name, id, partition count and config count.
 const TOPIC_BYTES_MIN: usize = 19;
-/// Id, host, port, rack, address, boot id, version and state.
-const NODE_BYTES_MIN: usize = 8;
+/// Id, host, port, rack, address, directory id, boot id, version and state.
+const NODE_BYTES_MIN: usize = 24;
 
 const FILE_MAGIC: [u8; 4] = *b"FLMS";
 const FILE_VERSION: u16 = 1;

@@ -11,8 +11,7 @@ use kafka_protocol::messages::{
 };
 
 use super::config_describe::{
-    RESOURCE_BROKER, RESOURCE_GROUP, RESOURCE_TOPIC, check_group_name, known_broker,
-    unsupported_resource,
+    RESOURCE_BROKER, RESOURCE_GROUP, RESOURCE_TOPIC, check_group_name, known_broker, unsupported_resource,
 };
 use super::{AdminPlan, Fail, Refused};
 use crate::broker_config::{BrokerConfig, ConfigError, check_broker_setting};
@@ -250,11 +249,7 @@ fn plan_broker(
     image: &MetadataImage,
     config: &BrokerConfig,
 ) -> Result<Option<Command>, Refused> {
-    let node_id = if name.is_empty() {
-        None
-    } else {
-        Some(known_broker(name, image)?)
-    };
+    let node_id = if name.is_empty() { None } else { Some(known_broker(name, image)?) };
     let nothing = Overrides::new();
     let before = match node_id {
         None => &image.broker_configs,

@@ -92,8 +92,7 @@ pub fn elect_leaders(
             .iter()
             .map(|topic| {
                 let partitions = topic.partitions.iter();
-                let partitions =
-                    partitions.map(|index| result(*index, elect(topic.topic.as_str(), *index)));
+                let partitions = partitions.map(|index| result(*index, elect(topic.topic.as_str(), *index)));
                 ReplicaElectionResult::default()
                     .with_topic(topic.topic.clone())
                     .with_partition_result(partitions.collect())

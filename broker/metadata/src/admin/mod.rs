@@ -40,8 +40,8 @@ pub use quorum::{QuorumReplica, QuorumState, describe_quorum};
 pub use reassignments::{alter_partition_reassignments, list_partition_reassignments};
 pub use topic_partitions::describe_topic_partitions;
 pub use topics::{
-    PARTITIONS_PER_REQUEST_MAX, TopicToCreate, create_topics, delete_topics, plan_auto_create, plan_create_topic,
-    plan_offsets_topic,
+    PARTITIONS_PER_REQUEST_MAX, TopicToCreate, create_topics, delete_topics, plan_auto_create,
+    plan_create_topic, plan_offsets_topic,
 };
 
 use crate::assignment::PartitionInfo;

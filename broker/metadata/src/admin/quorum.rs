@@ -99,10 +99,8 @@ pub fn describe_quorum(
     }
     let named = quorum.voters.iter().chain(&quorum.observers).filter_map(|one| image.broker(one.id));
     let nodes = named.map(|broker| {
-        let listener = Listener::default()
-            .with_name(text(LISTENER))
-            .with_host(text(broker.host))
-            .with_port(broker.port);
+        let listener =
+            Listener::default().with_name(text(LISTENER)).with_host(text(broker.host)).with_port(broker.port);
         Node::default().with_node_id(BrokerId(broker.id)).with_listeners(vec![listener])
     });
     response.with_nodes(nodes.collect())

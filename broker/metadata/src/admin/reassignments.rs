@@ -83,11 +83,8 @@ fn reassign(
         )));
     }
     if keep_factor && wanted.len() != info.replicas.len() {
-        let message = format!(
-            "The replication factor is changed from {} to {}",
-            info.replicas.len(),
-            wanted.len()
-        );
+        let message =
+            format!("The replication factor is changed from {} to {}", info.replicas.len(), wanted.len());
         return Err(Refused::new(ErrorCode::INVALID_REPLICATION_FACTOR, message));
     }
     Ok(if info.goal() == wanted { None } else { command(Some(wanted)) })

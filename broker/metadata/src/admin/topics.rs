@@ -12,8 +12,8 @@ use kafka_protocol::messages::{
 use uuid::Uuid;
 
 use super::{AdminPlan, Fail, IsUp, Refused, text, topic_configs};
-use crate::broker_config::BrokerConfig;
 use crate::assignment::REPLICAS_MAX;
+use crate::broker_config::BrokerConfig;
 use crate::command::Command;
 use crate::config_def::Layers;
 use crate::image::{MetadataImage, TOPIC_PARTITIONS_MAX, Topic};
@@ -84,8 +84,10 @@ pub fn create_topics(
             check_new_topic(topic, &planned, &mut placer, partitions_left, image, &config)
         };
         let checked = checked.and_then(|new| {
-            partitions_left =
-                partitions_left.checked_sub(new.partitions()).filter(|left| *left >= 0).ok_or_else(too_many)?;
+            partitions_left = partitions_left
+                .checked_sub(new.partitions())
+                .filter(|left| *left >= 0)
+                .ok_or_else(too_many)?;
             let id = ids.next().ok_or_else(|| {
                 Refused::new(
                     ErrorCode::UNKNOWN_SERVER_ERROR,
