@@ -157,7 +157,7 @@ impl Shard {
         partition.stay_awake();
         let before = self.partitions.borrow_mut().insert(group_id, partition.clone());
         assert!(before.is_none(), "a partition is opened once");
-        if &*partition.topic == OFFSETS_TOPIC && partition.damage().is_none() {
+        if &*partition.topic == OFFSETS_TOPIC && partition.damage().is_none() && partition.serves() {
             // Read now, so that the first request for a group does not find a coordinator that is still reading.
             drop(self.coordinators.of(self, group_id));
         }
