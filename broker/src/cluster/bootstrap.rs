@@ -43,8 +43,15 @@ pub enum Decision {
     /// Form a cluster of these.
     Found(Vec<Founder>),
     /// Take the part of a founder in a cluster that names this node so.
-    Adopt { cluster_id: String, founders: Vec<Founder>, address: String },
-    Join { cluster_id: String, founders: Vec<Founder> },
+    Adopt {
+        cluster_id: String,
+        founders: Vec<Founder>,
+        address: String,
+    },
+    Join {
+        cluster_id: String,
+        founders: Vec<Founder>,
+    },
     /// Nothing will come of it; the sentence says what to do.
     Refuse(String),
 }
@@ -62,7 +69,8 @@ pub fn check_seeds(seeds: &[String]) -> Result<(), String> {
         ));
     }
     for seed in seeds {
-        let port = seed.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
+        let port =
+            seed.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
         if !matches!(port, Some(Ok(1..))) || seed.contains(char::is_whitespace) {
             return Err(format!("--seeds wants HOST:PORT,HOST:PORT,...; '{seed}' is not HOST:PORT"));
         }
@@ -75,7 +83,9 @@ pub fn decide(own: &Presence, answers: &[Option<Presence>]) -> Decision {
     let answered: Vec<(&String, &Presence)> =
         own.seeds.iter().zip(answers).filter_map(|(seed, answer)| Some((seed, answer.as_ref()?))).collect();
     let own_address = answered.iter().find(|(_, a)| a.boot_id == own.boot_id).map(|(seed, _)| *seed);
-    if let Some((seed, _)) = answered.iter().find(|(_, a)| a.node_id == own.node_id && a.boot_id != own.boot_id) {
+    if let Some((seed, _)) =
+        answered.iter().find(|(_, a)| a.node_id == own.node_id && a.boot_id != own.boot_id)
+    {
         return Decision::Refuse(format!(
             "the broker at {seed} has the node id {} of this one; start one of them with another --node-id",
             own.node_id
@@ -126,10 +136,8 @@ pub fn decide(own: &Presence, answers: &[Option<Presence>]) -> Decision {
             own.seeds.join(",")
         ));
     }
-    let mut founders: Vec<Founder> = answered
-        .iter()
-        .map(|(seed, a)| Founder { node_id: a.node_id, address: (*seed).clone() })
-        .collect();
+    let mut founders: Vec<Founder> =
+        answered.iter().map(|(seed, a)| Founder { node_id: a.node_id, address: (*seed).clone() }).collect();
     founders.sort_by_key(|f| f.node_id);
     if let Some(pair) = founders.windows(2).find(|pair| pair[0].node_id == pair[1].node_id) {
         return Decision::Refuse(format!(
@@ -139,9 +147,10 @@ pub fn decide(own: &Presence, answers: &[Option<Presence>]) -> Decision {
     }
     match founders.first() {
         Some(first) if &first.address == own_address => Decision::Found(founders),
-        Some(first) => {
-            Decision::Wait(format!("the seeds are complete; node {} at {} forms the cluster", first.node_id, first.address))
-        }
+        Some(first) => Decision::Wait(format!(
+            "the seeds are complete; node {} at {} forms the cluster",
+            first.node_id, first.address
+        )),
         None => Decision::Wait("there are no seeds".to_string()),
     }
 }

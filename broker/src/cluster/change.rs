@@ -69,7 +69,8 @@ pub struct Done {
 
 impl Intent {
     fn encode(&self, hops: u8) -> Result<Bytes, TopicError> {
-        let json = serde_json::to_vec(self).map_err(|e| failed(ErrorCode::UNKNOWN_SERVER_ERROR, e.to_string()))?;
+        let json =
+            serde_json::to_vec(self).map_err(|e| failed(ErrorCode::UNKNOWN_SERVER_ERROR, e.to_string()))?;
         let mut body = BytesMut::with_capacity(1 + json.len());
         body.put_u8(hops);
         body.put_slice(&json);
@@ -127,7 +128,8 @@ impl Intent {
 impl Registration {
     fn plan(&self, image: &MetadataImage) -> Result<Vec<Command>, Refused> {
         let id = self.id;
-        let refused = |sentence: String| Err(Refused::new(ErrorCode::DUPLICATE_BROKER_REGISTRATION, sentence));
+        let refused =
+            |sentence: String| Err(Refused::new(ErrorCode::DUPLICATE_BROKER_REGISTRATION, sentence));
         let Ok(directory_id) = self.directory_id.parse() else {
             return refused(format!("'{}' is no directory id", self.directory_id));
         };
@@ -169,7 +171,10 @@ fn failed(code: ErrorCode, message: impl Into<String>) -> TopicError {
 /// Has the metadata changed, wherever that happens. What was changed is in this node's metadata when it returns.
 pub async fn change(node: &Node, intent: Intent) -> Result<Done, TopicError> {
     let stopping = |_| failed(ErrorCode::NOT_CONTROLLER, "the broker is stopping");
-    node.controller().run(move |shard| async move { carry_out(&shard, intent, HOPS_MAX).await }).await.map_err(stopping)?
+    node.controller()
+        .run(move |shard| async move { carry_out(&shard, intent, HOPS_MAX).await })
+        .await
+        .map_err(stopping)?
 }
 
 async fn carry_out(shard: &Rc<Shard>, intent: Intent, hops: u8) -> Result<Done, TopicError> {
@@ -216,8 +221,9 @@ async fn pass_on(shard: &Rc<Shard>, intent: &Intent, hops: u8, turn: usize) -> R
             ErrorCode::REQUEST_TIMED_OUT,
             "the leader of the metadata went away before it answered; the change may have happened",
         )),
-        Ok(Answered { code: 0, body }) => serde_json::from_slice(&body)
-            .map_err(|e| failed(ErrorCode::UNKNOWN_SERVER_ERROR, format!("an answer that cannot be read: {e}"))),
+        Ok(Answered { code: 0, body }) => serde_json::from_slice(&body).map_err(|e| {
+            failed(ErrorCode::UNKNOWN_SERVER_ERROR, format!("an answer that cannot be read: {e}"))
+        }),
         Ok(Answered { code, body }) => Err(failed(ErrorCode(code), String::from_utf8_lossy(&body))),
     }
 }
@@ -228,7 +234,8 @@ pub async fn answer(node: &Node, body: &[u8]) -> Answered {
         None => Err(failed(ErrorCode::INVALID_REQUEST, "a change that this version does not know")),
         Some((hops, intent)) => {
             let stopping = |_| failed(ErrorCode::NOT_CONTROLLER, "the broker is stopping");
-            let run = node.controller().run(move |shard| async move { carry_out(&shard, intent, hops).await });
+            let run =
+                node.controller().run(move |shard| async move { carry_out(&shard, intent, hops).await });
             run.await.map_err(stopping).and_then(|outcome| outcome)
         }
     };

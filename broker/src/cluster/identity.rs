@@ -90,7 +90,9 @@ pub struct Identity {
 pub enum IdentityError {
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: io::Error },
-    #[error("{path} is damaged ({what}); restore it from a copy, or give the node an empty data directory and another --node-id")]
+    #[error(
+        "{path} is damaged ({what}); restore it from a copy, or give the node an empty data directory and another --node-id"
+    )]
     Damaged { path: PathBuf, what: &'static str },
 }
 
@@ -127,7 +129,8 @@ impl Identity {
         let mut founders = Vec::new();
         while let Some(founder) = value("founder") {
             let (id, address) = founder.split_once(' ').ok_or("founder")?;
-            founders.push(Founder { node_id: id.parse().map_err(|_| "founder")?, address: address.to_string() });
+            founders
+                .push(Founder { node_id: id.parse().map_err(|_| "founder")?, address: address.to_string() });
         }
         if founders.is_empty() || founders.len() > FOUNDERS_MAX {
             return Err("founder");

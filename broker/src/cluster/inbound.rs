@@ -158,7 +158,8 @@ async fn serve_request(
         return answers.send(refused).await.map_err(|_| LinkError::Closed);
     }
     unanswered.set(unanswered.get() + 1);
-    let (shard, peer, answers, unanswered) = (shard.clone(), peer.clone(), answers.clone(), unanswered.clone());
+    let (shard, peer, answers, unanswered) =
+        (shard.clone(), peer.clone(), answers.clone(), unanswered.clone());
     tokio::task::spawn_local(async move {
         let answered = carry_out(&shard, &peer, request).await;
         unanswered.set(unanswered.get() - 1);

@@ -62,7 +62,10 @@ pub async fn find_cluster(
         (Some(advertised), _) => advertised.clone(),
         (None, Some(seed)) => seed,
         (None, None) if options.rpc.ip().is_unspecified() => {
-            bail!("--rpc {} names no address that others could connect to; add --advertise-rpc HOST:PORT", options.rpc)
+            bail!(
+                "--rpc {} names no address that others could connect to; add --advertise-rpc HOST:PORT",
+                options.rpc
+            )
         }
         (None, None) => options.rpc.to_string(),
     };
@@ -92,10 +95,11 @@ fn refuse_data_of_one(data_dir: &Path) -> anyhow::Result<()> {
 async fn ask_until_decided(own: &Presence) -> anyhow::Result<(ClusterId, Vec<Founder>, Option<String>)> {
     let mut told = String::new();
     loop {
-        let answers = join_all(own.seeds.iter().map(|seed| async {
-            timeout(ASK_TIME_MAX, who_is(own, seed)).await.ok().and_then(Result::ok)
-        }))
-        .await;
+        let answers =
+            join_all(own.seeds.iter().map(|seed| async {
+                timeout(ASK_TIME_MAX, who_is(own, seed)).await.ok().and_then(Result::ok)
+            }))
+            .await;
         match decide(own, &answers) {
             Decision::Wait(sentence) => {
                 if sentence != told {
@@ -133,9 +137,7 @@ async fn who_is(own: &Presence, seed: &str) -> Result<Presence, LinkError> {
     let question = Request { id: 1, kind: requests::WHO, body: Bytes::new() };
     write_frame(&writes, &Frame::Request(question), VERSION_MIN).await?;
     match reader.next_frame(&mut reads, PRESENCE_BYTES_MAX).await? {
-        Frame::Answer(answer) => {
-            Ok(serde_json::from_slice(&answer.body).map_err(std::io::Error::other)?)
-        }
+        Frame::Answer(answer) => Ok(serde_json::from_slice(&answer.body).map_err(std::io::Error::other)?),
         _ => Err(LinkError::Unexpected("something other than an answer")),
     }
 }

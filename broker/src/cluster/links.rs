@@ -12,9 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use flumen_peer::{
-    BODY_MAX, Frame, HELLO_BODY_MAX, LEADS_MAX, Lead, RaftFrame, Request, negotiate,
-};
+use flumen_peer::{BODY_MAX, Frame, HELLO_BODY_MAX, LEADS_MAX, Lead, RaftFrame, Request, negotiate};
 use flumen_raft::{Body, Message};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};

@@ -78,7 +78,9 @@ pub async fn accept(rpc: Arc<Rpc>, listener: TcpListener) {
             let _permit = permit;
             match timeout(GREETING_TIME_MAX, greet(&rpc, stream)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error @ LinkError::Frame(_))) => tracing::warn!(%from, %error, "connection to the port for brokers closed"),
+                Ok(Err(error @ LinkError::Frame(_))) => {
+                    tracing::warn!(%from, %error, "connection to the port for brokers closed")
+                }
                 Ok(Err(error)) => tracing::debug!(%from, %error, "connection to the port for brokers closed"),
                 Err(_) => tracing::debug!(%from, "it did not say who it is in time"),
             }
@@ -97,7 +99,9 @@ async fn greet(rpc: &Rpc, stream: TcpStream) -> Result<(), LinkError> {
         return tell_who(rpc, &mut reader, &mut reads, &writes).await;
     }
     // One that is not ready hears nothing: whoever is a member tries again.
-    let Some(node) = rpc.node.get() else { return Err(LinkError::Unexpected("a member, before there is a node")) };
+    let Some(node) = rpc.node.get() else {
+        return Err(LinkError::Unexpected("a member, before there is a node"));
+    };
     match admit(node, &theirs) {
         Err(refusal) => {
             tracing::warn!(node = node_id_of(theirs.node_id), address = %theirs.address, %refusal, "a broker was refused");
@@ -118,7 +122,10 @@ async fn greet(rpc: &Rpc, stream: TcpStream) -> Result<(), LinkError> {
 /// Whether a broker may come in. It counts as connected from here on.
 fn admit(node: &Node, theirs: &Hello) -> Result<(inbound::Sender, Hello), Refusal> {
     let Some(cluster) = &node.cluster else {
-        return Err(Refusal { code: RefusalCode::OtherCluster, sentence: "this broker is alone".to_string() });
+        return Err(Refusal {
+            code: RefusalCode::OtherCluster,
+            sentence: "this broker is alone".to_string(),
+        });
     };
     let image = node.image.load();
     let ours = cluster.hello(0, image.finalized_version);

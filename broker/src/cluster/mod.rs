@@ -18,6 +18,7 @@
 
 pub mod bootstrap;
 pub mod change;
+pub mod forward;
 pub mod identity;
 mod inbound;
 pub mod joining;
@@ -25,7 +26,7 @@ pub mod leaders;
 pub mod links;
 pub mod listener;
 pub mod members;
-mod news;
+pub mod news;
 pub mod requests;
 mod wire;
 

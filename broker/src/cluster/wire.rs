@@ -85,7 +85,11 @@ impl FrameReader {
         }
     }
 
-    pub async fn next_frame(&mut self, reads: &mut OwnedReadHalf, body_max: usize) -> Result<Frame, LinkError> {
+    pub async fn next_frame(
+        &mut self,
+        reads: &mut OwnedReadHalf,
+        body_max: usize,
+    ) -> Result<Frame, LinkError> {
         Ok(Frame::decode(self.next(reads, body_max).await?)?)
     }
 }
