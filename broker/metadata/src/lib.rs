@@ -1,7 +1,7 @@
 //! Cluster metadata as a deterministic state machine, and the pure half of the admin requests.
 //!
 //! Owns: [`MetadataImage`] and the [`Command`]s that change it (with their binary form), the tables of topic and
-//! broker configurations, and functions that turn a decoded admin request into an answer and the commands to
+//! broker configurations, placement and the plans of moves, and functions that turn a decoded admin request into an answer and the commands to
 //! commit first.
 //!
 //! Invariants
@@ -15,6 +15,7 @@
 
 pub mod admin;
 mod assignment;
+pub mod balance;
 pub mod broker_config;
 pub mod broker_table;
 mod codec;
@@ -24,6 +25,7 @@ pub mod group_table;
 mod image;
 mod nodes;
 pub mod placement;
+pub mod reassignment;
 mod snapshot;
 pub mod topic_config;
 pub mod topic_name;

@@ -135,7 +135,7 @@ impl Live<'_> {
         brokers
     }
 
-    fn describe(&self, info: &PartitionInfo, image: &MetadataImage) -> Described {
+    pub(crate) fn describe(&self, info: &PartitionInfo, image: &MetadataImage) -> Described {
         let status = (self.status)(info.group_id);
         let replicas = info.holders();
         // A damaged log is as good as a node that is down; clients keep asking until it is mended.
@@ -157,12 +157,12 @@ impl Live<'_> {
 }
 
 /// A partition as clients are told of it.
-struct Described {
+pub(crate) struct Described {
     /// -1 when nobody who runs leads it.
-    leader_id: i32,
+    pub(crate) leader_id: i32,
     leader_epoch: i32,
     replicas: Vec<BrokerId>,
-    in_sync: Vec<BrokerId>,
+    pub(crate) in_sync: Vec<BrokerId>,
     offline: Vec<BrokerId>,
 }
 
@@ -192,6 +192,8 @@ fn index_of(position: usize) -> i32 {
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests_cluster;
 #[cfg(test)]
 mod tests_configs;
 #[cfg(test)]
