@@ -15,6 +15,8 @@ mod fetch;
 mod outputs;
 mod pending;
 mod replica;
+#[cfg(test)]
+mod replica_tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;

@@ -14,6 +14,7 @@ use flumen_storage::{Beginning, HardState, Lane, Lsn, Payload, ReadError, StageE
 
 use super::Partition;
 use crate::coordinator::OFFSETS_TOPIC;
+use crate::export::STATE_TOPIC;
 
 /// Read at a time for a replica that is behind: what a few messages carry.
 const READ_BYTES_MAX: usize = 1 << 20;
@@ -262,16 +263,15 @@ impl Partition {
         }
         if served && !now.may_serve {
             shard.coordinators.remove(self.group_id);
+        }
+        // Exports run where their state is led.
+        if served != now.may_serve && &*self.topic == STATE_TOPIC {
             shard.node.exports.metadata_changed();
         }
-        if now.may_serve && !served && !self.alone.get() {
-            if &*self.topic == OFFSETS_TOPIC {
-                // In a turn of its own: reading begins with this partition, which is in the middle of something.
-                let group_id = self.group_id;
-                tokio::task::spawn_local(async move { drop(shard.coordinators.of(&shard, group_id)) });
-            } else {
-                shard.node.exports.metadata_changed();
-            }
+        if now.may_serve && !served && !self.alone.get() && &*self.topic == OFFSETS_TOPIC {
+            // In a turn of its own: reading begins with this partition, which is in the middle of something.
+            let group_id = self.group_id;
+            tokio::task::spawn_local(async move { drop(shard.coordinators.of(&shard, group_id)) });
         }
     }
 

@@ -75,7 +75,7 @@ impl Partition {
     }
 
     /// Whether it may answer for the partition.
-    pub(super) fn check_serves(&self) -> Result<(), FetchError> {
+    pub(crate) fn check_serves(&self) -> Result<(), FetchError> {
         match (self.alone.get() || self.serves.get(), self.is_leader()) {
             (true, _) => Ok(()),
             (false, true) => Err(FetchError::NotYet),
