@@ -63,7 +63,7 @@ pub async fn broker(State(node): Shared, Path(id): Path<String>) -> Result<Json<
         .with_fix("flumen cluster brokers"))
 }
 
-fn this_broker(node: &Node) -> Value {
+pub(crate) fn this_broker(node: &Node) -> Value {
     let image = node.image.load();
     let shards: Vec<Value> = node
         .shards

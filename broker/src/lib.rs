@@ -22,6 +22,7 @@ mod metrics_text;
 pub mod net;
 pub mod node;
 pub mod partition;
+pub mod peers;
 pub mod server;
 pub mod shard;
 pub mod topic_admin;

@@ -19,8 +19,10 @@ use flumen_protocol::record_batch;
 
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::marks::Marks;
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
+use crate::restore::RestoredSegment;
 use crate::ring::Class;
 use crate::segment_index::IndexEntry;
 use crate::segment_name::{Compacted, SegmentName};
@@ -46,6 +48,22 @@ fn first_run_bytes(id: GroupId) -> u64 {
     FLUSH_RUN_BYTES / 2 + (share * (FLUSH_RUN_BYTES / 2) >> 32)
 }
 
+/// What `GroupLog::stage_with` takes of a membership: far above what 32 members of each kind need.
+pub const MEMBERSHIP_BYTES_MAX: usize = 4 << 10;
+
+/// vote u64, commit u64, and with a membership: its index u64, and it.
+fn hard_state_payload(hard_state: HardState, membership: Option<&(u64, Bytes)>) -> Vec<u8> {
+    let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
+    let mut payload = Vec::with_capacity(16);
+    payload.extend_from_slice(&vote.to_le_bytes());
+    payload.extend_from_slice(&hard_state.commit.to_le_bytes());
+    if let Some((index, members)) = membership {
+        payload.extend_from_slice(&index.to_le_bytes());
+        payload.extend_from_slice(members);
+    }
+    payload
+}
+
 /// Index positions are 32 bits wide.
 const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 
@@ -61,6 +79,8 @@ pub(crate) struct Segment {
     pub index: Option<Rc<RefCell<Vec<IndexEntry>>>>,
     /// Length of the file, as far as it is known to be longer than `bytes`: zeros that later appends write over.
     pub reserved: u64,
+    /// Raft index of its first batch; 0: unknown.
+    pub first_index: u64,
 }
 
 impl Segment {
@@ -77,6 +97,7 @@ impl Segment {
             first_timestamp: None,
             index: None,
             reserved: 0,
+            first_index: 0,
         }
     }
 
@@ -112,9 +133,17 @@ pub(crate) struct Inner {
     /// How often segments were cut: who began to read before that must not believe what it sees behind.
     pub cuts: u64,
     /// Segments that the cut left without a place in the log; removed when it is durable.
-    pub cut_files: Vec<i64>,
-    /// (index, log end before it) of entries recovered above the commit index.
-    recovered_tail: Vec<(u64, i64)>,
+    pub cut_files: Vec<SegmentName>,
+    /// How often the log began anew, and the producers that it began with, until they are in a file.
+    pub begun: u64,
+    pub begun_with: Option<(i64, Vec<u8>)>,
+    /// The commit of this run with which it began anew last; 0: it did not.
+    pub anew_lsn: Lsn,
+    pub marks: Marks,
+    /// See `GroupLog::stage_with`.
+    pub membership: Option<(u64, Bytes)>,
+    /// Entries up to here are committed, as far as the log was told or can tell.
+    pub committed_index: u64,
     /// Lane of its next entries, and the newest commit in it that has something of this group.
     pub lane: Lane,
     pub last_lsn: Lsn,
@@ -188,7 +217,12 @@ impl Group {
                 cut_by: None,
                 cuts: 0,
                 cut_files: Vec::new(),
-                recovered_tail: Vec::new(),
+                begun: 0,
+                begun_with: None,
+                anew_lsn: 0,
+                marks: Marks::default(),
+                membership: None,
+                committed_index: 0,
                 last_lsn: 0,
                 log_start_by: (Lane::Durable, 0),
                 touched: [None; 2],
@@ -236,10 +270,15 @@ impl Group {
             inner.flushed_end = recovered.log_end_offset;
             inner.epochs = restored.epochs;
             inner.snapshot_offset = restored.snapshot_offset;
-            inner.recovered_tail = restored.above_commit;
-            inner.counted_base = restored.segments.last().map_or(0, |(name, _)| name.base);
-            inner.segments =
-                restored.segments.iter().map(|(name, bytes)| Segment::of(*name, *bytes)).collect();
+            inner.marks = restored.marks;
+            inner.membership = restored.membership;
+            inner.committed_index = restored.committed_index.max(inner.hard_state.commit);
+            inner.counted_base = restored.segments.last().map_or(0, |segment| segment.name.base);
+            let segment = |found: &RestoredSegment| Segment {
+                first_index: found.first_index,
+                ..Segment::of(found.name, found.bytes)
+            };
+            inner.segments = restored.segments.iter().map(segment).collect();
             for entry in restored.warm {
                 shard.cache_push(group.id, entry.bytes.len());
                 inner.tail.push_flushed(entry);
@@ -334,6 +373,10 @@ impl Group {
             active_bytes: active.map_or(0, |segment| segment.bytes),
             log_start: inner.log_start,
             epochs: inner.epochs.clone(),
+            committed_index: inner.committed_index,
+            anew_lsn: inner.anew_lsn,
+            membership: inner.membership.clone(),
+            marks: inner.marks.up_to(inner.flushed_index),
         }
     }
 
@@ -359,21 +402,13 @@ impl Inner {
         }
     }
 
-    /// Offset at which the entry at `index` begins, for replacing it.
-    fn offset_of(&self, index: u64) -> Option<i64> {
-        if let Some(entry) = self.tail.get(index) {
-            return Some(entry.base_offset);
-        }
-        self.recovered_tail.iter().find(|(known, _)| *known == index).map(|(_, offset)| *offset)
-    }
-
     /// May leave the WAL. The high watermark counts records: whether an entry without any that stands right at it is
     /// committed, only the hard state says.
     pub fn is_committed(&self, entry: &TailEntry) -> bool {
         if entry.is_batch() {
             entry.next_offset <= self.high_watermark
         } else {
-            entry.base_offset < self.high_watermark || entry.index <= self.hard_state.commit
+            entry.base_offset < self.high_watermark || entry.index <= self.committed_index
         }
     }
 
@@ -424,6 +459,17 @@ impl GroupLog {
     /// Puts entries and hard state into the commit that is filling, and entries into the tail. They are safe once
     /// `durable_lsn` of the returned lane reaches the returned LSN. All or nothing: an error has changed nothing.
     pub fn stage(&self, hard_state: Option<HardState>, entries: &[Entry]) -> Result<(Lane, Lsn), StageError> {
+        self.stage_with(hard_state, None, entries)
+    }
+
+    /// As `stage`. `membership`: who the members are, in at most `MEMBERSHIP_BYTES_MAX` bytes of the caller's, and the index of
+    /// the entry that made it so; part of the hard state, with which it must come.
+    pub fn stage_with(
+        &self,
+        hard_state: Option<HardState>,
+        membership: Option<(u64, Bytes)>,
+        entries: &[Entry],
+    ) -> Result<(Lane, Lsn), StageError> {
         let shard = &self.shard;
         if shard.is_poisoned() || shard.closing.get() {
             return Err(StageError::Poisoned);
@@ -437,7 +483,14 @@ impl GroupLog {
         let mut inner = self.group.inner.borrow_mut();
         let inner = &mut *inner;
         let lane = self.next_lane(inner);
-        let cut = self.admit(inner, shard.wal(lane), hard_state.is_some(), entries)?;
+        assert!(
+            membership
+                .as_ref()
+                .is_none_or(|(_, bytes)| hard_state.is_some() && bytes.len() <= MEMBERSHIP_BYTES_MAX),
+            "a membership is small, and comes with a hard state"
+        );
+        let hard_payload = hard_state.map(|hard_state| hard_state_payload(hard_state, membership.as_ref()));
+        let cut = self.admit(inner, shard.wal(lane), hard_payload.as_ref().map(Vec::len), entries)?;
         if hard_state.is_none() && entries.is_empty() {
             return Ok((inner.lane, inner.last_lsn));
         }
@@ -477,6 +530,10 @@ impl GroupLog {
                 add(&shard.counters.bytes_appended, bytes.len() as u64);
                 add(&shard.counters.batches_appended, 1);
             }
+            if kind == CONTROL || entry.term != inner.last_term {
+                let control = (kind == CONTROL).then_some(bytes);
+                inner.marks.note(entry.index, entry.term, inner.log_end, control, inner.committed_index);
+            }
             shard.cache_push(self.group.id, bytes.len());
             add(&shard.unflushed_bytes, bytes.len() as u64);
             inner.tail.push(TailEntry {
@@ -494,11 +551,7 @@ impl GroupLog {
             inner.log_end = next_offset;
         }
         // Behind the entries: cut off in between, the entries are there and nothing that depends on them.
-        if let Some(hard_state) = hard_state {
-            let mut payload = [0; 16];
-            let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
-            payload[..8].copy_from_slice(&vote.to_le_bytes());
-            payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
+        if let (Some(hard_state), Some(payload)) = (hard_state, hard_payload) {
             let record = RecordHeader {
                 kind: HARD_STATE,
                 group: self.group.id,
@@ -511,6 +564,8 @@ impl GroupLog {
             lsn = at;
             inner.touch(self.group.id, wal, file_seq);
             inner.hard_state = hard_state;
+            inner.committed_index = inner.committed_index.max(hard_state.commit);
+            inner.membership = membership.or(inner.membership.take());
         }
         inner.meta_dirty = true;
         inner.last_lsn = lsn;
@@ -528,7 +583,7 @@ impl GroupLog {
 
     /// Where the next record goes. An entry must not be safe before the one it follows: the os lane, which waits for no
     /// disk, has to wait until the durable one is done with this partition.
-    fn next_lane(&self, inner: &Inner) -> Lane {
+    pub(crate) fn next_lane(&self, inner: &Inner) -> Lane {
         let want = inner.config.durability.lane();
         let done = inner.last_lsn <= self.shard.durable_lsn(inner.lane);
         if want == Lane::Durable || done { want } else { inner.lane }
@@ -536,7 +591,7 @@ impl GroupLog {
 
     /// To be called right before a record is appended. The durable lane can be told to wait for what it follows in the
     /// other one, so a partition is as safe as its topic asks from the first record on.
-    fn enter_lane(&self, inner: &mut Inner, lane: Lane) -> &Wal {
+    pub(crate) fn enter_lane(&self, inner: &mut Inner, lane: Lane) -> &Wal {
         if lane != inner.lane {
             match lane {
                 Lane::Os => self.shard.use_os_lane(),
@@ -554,12 +609,12 @@ impl GroupLog {
         &self,
         inner: &Inner,
         wal: &Wal,
-        has_hard_state: bool,
+        hard_state_bytes: Option<usize>,
         entries: &[Entry],
     ) -> Result<Option<(u64, i64)>, StageError> {
         let (mut total, mut largest, mut count) = (0, 0, entries.len());
-        if has_hard_state {
-            (total, largest, count) = (16, 16, count + 1);
+        if let Some(bytes) = hard_state_bytes {
+            (total, largest, count) = (bytes, bytes, count + 1);
         }
         let mut cut = None;
         let mut offset = inner.log_end;
@@ -567,7 +622,10 @@ impl GroupLog {
         for (at, entry) in entries.iter().enumerate() {
             let gap = |reason| StageError::Gap { index: entry.index, reason };
             if at == 0 && entry.index <= inner.last_index {
-                offset = inner.offset_of(entry.index).ok_or(gap("the entry it replaces is committed"))?;
+                if entry.index <= inner.committed_index {
+                    return Err(gap("the entry it replaces is committed"));
+                }
+                offset = self.offset_of(inner, entry.index)?;
                 cut = Some((entry.index, offset));
                 next_index = entry.index;
             }
@@ -615,12 +673,12 @@ impl GroupLog {
         let (removed, unflushed) = inner.tail.truncate(index);
         shard.cache_bytes.set(shard.cache_bytes.get().saturating_sub(removed));
         shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
-        inner.recovered_tail.retain(|(known, _)| *known < index);
+        inner.marks.truncate(index, offset);
         inner.epochs.truncate_end(offset);
         inner.producers_whole &= !self.group.producers.borrow_mut().truncate(offset);
         inner.last_index = index - 1;
         inner.log_end = offset;
-        inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
+        inner.last_term = inner.marks.term_at(index - 1).unwrap_or(inner.flushed_term);
         if index <= inner.flushed_index {
             crate::flush::cut_segments(shard, &self.group, inner, (index, offset, place));
         }
@@ -681,6 +739,11 @@ impl GroupLog {
         }
     }
 
+    /// It serves no more, until the next start; what it has stays as it is.
+    pub fn refuse(&self, reason: &str) {
+        self.group.note_damage(reason.to_owned());
+    }
+
     /// Why it refuses to serve, if it does.
     pub fn damage(&self) -> Option<&str> {
         self.group.damage.get().map(String::as_str)
@@ -715,6 +778,13 @@ impl GroupLog {
         self.inner().size_bytes()
     }
 
+    /// Entries up to `index` are committed: none of them is ever replaced. With `set_high_watermark`, which counts records, it
+    /// says this of entries without any, too.
+    pub fn set_committed(&self, index: u64) {
+        let mut inner = self.group.inner.borrow_mut();
+        inner.committed_index = inner.committed_index.max(index.min(inner.last_index));
+    }
+
     /// Entries below `offset` are committed and may leave the WAL.
     pub fn set_high_watermark(&self, offset: i64) {
         let ripe = {
@@ -723,7 +793,6 @@ impl GroupLog {
                 return;
             }
             inner.high_watermark = offset.min(inner.log_end);
-            inner.recovered_tail.retain(|(_, at)| *at >= offset);
             inner.tail.unflushed_bytes() >= inner.next_run_bytes
         };
         if ripe {

@@ -16,7 +16,10 @@ pub type Position = (u64, u32);
 #[derive(Debug, Clone)]
 pub enum Action {
     State(Box<GroupState>),
-    Hard(HardState),
+    /// With the membership, where one came with it.
+    Hard(HardState, Option<(u64, Bytes)>),
+    /// The log begins with this state and these producers; nothing before it counts.
+    Beginning(Box<GroupState>, Bytes),
     LogStart(i64),
     Entry {
         index: u64,
@@ -60,12 +63,13 @@ pub fn replay(
 ) -> Result<Option<Replayed>, String> {
     let mut newest = base;
     for (position, action) in records {
-        if let Action::State(state) = action
+        if let Action::State(state) | Action::Beginning(state, _) = action
             && newest.as_ref().is_none_or(|(_, at)| position > at)
         {
             newest = Some(((**state).clone(), *position));
         }
     }
+    let begins_at = beginning(newest.as_ref().map(|(state, _)| &*state), records);
     let deleted = records.iter().any(|(_, action)| matches!(action, Action::Delete));
     let Some((mut state, base_at)) = newest else {
         if deleted || records.is_empty() {
@@ -85,14 +89,16 @@ pub fn replay(
     // The last entry that came before the ones it follows, and its term. Those were in a file that is gone, and all that
     // was not in segments by then is written again further on, unless it was replaced before.
     let mut ahead: Option<(u64, u64)> = None;
-    for (position, action) in records {
+    for (position, action) in records.iter().filter(|(position, _)| *position >= begins_at) {
         match action {
             Action::State(_) | Action::Delete => {}
+            Action::Beginning(_, snapshot) => producers = Some(snapshot.clone()),
             Action::Producers(snapshot) => producers = Some(snapshot.clone()),
             Action::LogStart(_) if mutant::is(Mutant::ForgetsLogStart) => {}
-            Action::Hard(hard) => {
+            Action::Hard(hard, membership) => {
                 if *position > base_at {
                     state.hard_state = *hard;
+                    state.membership = membership.clone().or(state.membership.take());
                 }
             }
             Action::LogStart(offset) => state.log_start = state.log_start.max(*offset),
@@ -114,7 +120,10 @@ pub fn replay(
                     entries.clear();
                     state.flushed_index = index - 1;
                     state.flushed_end = offset;
-                    state.flushed_term = state.epochs.epoch_before(offset).unwrap_or(0);
+                    state.marks.truncate(index, offset);
+                    let epoch = state.epochs.epoch_before(offset).unwrap_or(0);
+                    state.flushed_term =
+                        state.marks.term_at(index - 1).filter(|term| *term > 0).unwrap_or(epoch);
                     state.epochs.truncate_end(offset);
                     cut = Some(cut.map_or(offset, |at: i64| at.min(offset)));
                 }
@@ -173,7 +182,22 @@ pub fn replay(
             state.epochs.assign(header.leader_epoch, header.base_offset);
         }
     }
+    for entry in &entries {
+        let control = (!entry.is_batch).then_some(&entry.payload);
+        state.marks.note(entry.index, entry.term, entry.offset, control, state.flushed_index);
+    }
     Ok(Some(Replayed { state, entries: entries.into(), producers, cut, deleted }))
+}
+
+/// Where the log began anew last: what stands before that does not count. A state that was written since says so too, as the
+/// record itself may have been in a file that is gone while older ones of the other lane are still there.
+fn beginning(newest: Option<&GroupState>, records: &[(Position, Action)]) -> Position {
+    let recorded = records.iter().filter_map(|(position, action)| match action {
+        Action::Beginning(..) => Some(*position),
+        Action::State(state) => Some((state.anew_lsn, 0)),
+        _ => None,
+    });
+    recorded.chain(newest.map(|state| (state.anew_lsn, 0))).max().unwrap_or((0, 0))
 }
 
 #[cfg(test)]
@@ -217,7 +241,7 @@ mod tests {
             entry(1, 1, 0, 0),
             entry(2, 1, 0, 3),
             entry(3, 1, 3, 2),
-            Action::Hard(HardState { term: 2, vote: 1, commit: 2 }),
+            Action::Hard(HardState { term: 2, vote: 1, commit: 2 }, None),
             entry(3, 2, 3, 1),
             entry(4, 2, 4, 1),
             // Written again; cut short before 4.
@@ -239,7 +263,7 @@ mod tests {
             fresh(),
             entry(2, 1, 0, 3),
             entry(3, 1, 3, 2),
-            Action::Hard(HardState { term: 1, vote: 1, commit: 2 }),
+            Action::Hard(HardState { term: 1, vote: 1, commit: 2 }, None),
             Action::State(Box::new(state.clone())),
             entry(4, 1, 5, 1),
         ]);

@@ -15,6 +15,7 @@ use flumen_protocol::record_batch::{self, BatchHeader};
 use crate::flush::{position_of, snapshots, write_snapshot};
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::marks::{Marks, Numbering};
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{LogEntry, Replayed};
@@ -33,11 +34,21 @@ const PIECE_BYTES: usize = 1 << 20;
 /// What `attach` needs beyond the public part of a recovered group.
 #[derive(Debug, Default)]
 pub(crate) struct Restored {
-    pub segments: Vec<(SegmentName, u64)>,
+    pub segments: Vec<RestoredSegment>,
     pub epochs: LeaderEpochs,
     pub snapshot_offset: i64,
-    pub above_commit: Vec<(u64, i64)>,
+    pub marks: Marks,
+    pub membership: Option<(u64, Bytes)>,
+    pub committed_index: u64,
     pub warm: Vec<TailEntry>,
+}
+
+#[derive(Debug)]
+pub(crate) struct RestoredSegment {
+    pub name: SegmentName,
+    pub bytes: u64,
+    /// Raft index of its first batch; 0: unknown.
+    pub first_index: u64,
 }
 
 #[derive(Debug)]
@@ -179,13 +190,15 @@ struct Index {
     in_file: Option<usize>,
 }
 
-/// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good.
+/// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good. `numbering` is where the
+/// segment begins, and afterwards where it ends.
 fn load_index(
     files: &FileSystem,
     dir: &Path,
     name: SegmentName,
     bytes: u64,
     end: i64,
+    numbering: &mut Numbering<'_>,
 ) -> Result<Index, RestoreError> {
     let base = name.base;
     if name.holes_to().is_some_and(|named| named != end) {
@@ -206,6 +219,12 @@ fn load_index(
     let (position, offset, max) =
         last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
     let mut builder = IndexBuilder::resume(max, position);
+    let at_start = numbering.next();
+    if name.compacted.is_some() {
+        numbering.resume(0);
+    } else if let Some(last) = last.filter(|last| last.raft_index > 0 || last.position > 0) {
+        numbering.resume(last.raft_index);
+    }
     if whole || mutant::is(Mutant::TrustsIndex) {
         let exact = raw.len() == INDEX_HEADER_BYTES + entries.len() * INDEX_ENTRY_BYTES;
         let in_file = exact.then_some(entries.len());
@@ -213,28 +232,34 @@ fn load_index(
     }
     let path = dir.join(name.log_file());
     let mut term = 0;
-    let walk =
-        |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
-            scan(files, (dir, name), bytes, from, |header, position, _| {
-                *term = u32::try_from(header.leader_epoch).unwrap_or(0);
-                let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
-                entries.extend(builder.batch(header.base_offset, position, *term, 0, timestamp));
-                Ok(())
-            })
-        };
-    let mut reached = walk((position, offset), &mut builder, &mut entries, &mut term);
+    let walk = |from: (u64, i64),
+                builder: &mut IndexBuilder,
+                entries: &mut Vec<IndexEntry>,
+                numbering: &mut Numbering<'_>,
+                term: &mut u32| {
+        scan(files, (dir, name), bytes, from, |header, position, _| {
+            *term = u32::try_from(header.leader_epoch).unwrap_or(0);
+            let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
+            // Of a compacted one, nobody knows the indexes any more.
+            let index = if name.compacted.is_some() { 0 } else { numbering.batch(header.base_offset) };
+            entries.extend(builder.batch(header.base_offset, position, *term, index, timestamp));
+            Ok(())
+        })
+    };
+    let mut reached = walk((position, offset), &mut builder, &mut entries, numbering, &mut term);
     if position > 0 && !matches!(reached, Ok(reached) if reached == end) {
         // The index led to the wrong place; the segment itself decides.
         entries.clear();
         builder = IndexBuilder::new();
-        reached = walk((0, base), &mut builder, &mut entries, &mut term);
+        numbering.resume(if name.compacted.is_some() { 0 } else { at_start });
+        reached = walk((0, base), &mut builder, &mut entries, numbering, &mut term);
     }
     let reached = reached?;
     if reached != end && name.compacted.is_none() {
         let reason = format!("{}: ends at offset {reached}, not at {end}", path.display());
         return Err(RestoreError::Damaged(reason));
     }
-    entries.extend(builder.end(end, bytes, term, 0));
+    entries.extend(builder.end(end, bytes, term, numbering.next()));
     Ok(Index { entries, builder, rebuilt: true, in_file: None })
 }
 
@@ -512,11 +537,25 @@ pub(crate) fn restore(
     }
     // What is counted must be there, batch after batch; whole indexes say so without reading the segments.
     let mut last_index = None;
+    let marks = state.marks.clone();
+    let mut numbering = Numbering::new(&marks, None);
+    let mut first_indexes: Vec<u64> = Vec::with_capacity(segments.len());
     for at in 0..segments.len() {
         let (base, bytes) = segments[at];
         let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
         let name = on_disk.name(base);
-        let index = load_index(files, dir, name, bytes, end)?;
+        numbering.meet(base);
+        let known = marks.next_batch(numbering.next());
+        let index = load_index(files, dir, name, bytes, end, &mut numbering)?;
+        let own =
+            index.entries.first().filter(|entry| entry.position == 0).map_or(0, |entry| entry.raft_index);
+        first_indexes.push(if name.compacted.is_some() {
+            0
+        } else if own > 0 {
+            own
+        } else {
+            known
+        });
         if index.rebuilt {
             write_index(files, dir, name, &index.entries).map_err(io)?;
         }
@@ -524,6 +563,13 @@ pub(crate) fn restore(
             last_index = Some((base, index));
         }
     }
+    // Segments that were counted to another end than the state's say nothing of indexes.
+    if numbering.next() > 0
+        && marks.up_to(state.flushed_index).next_batch(numbering.next()) != state.flushed_index + 1
+    {
+        first_indexes.fill(0);
+    }
+    begin_where_known(&mut state, &segments, &first_indexes, &on_disk);
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
     let mut names_changed = false;
     let producers = restore_producers(
@@ -600,11 +646,7 @@ pub(crate) fn restore(
     if first > state.log_start {
         return damaged(format!("the segment with offset {} is missing", state.log_start));
     }
-    let above_commit = entries
-        .iter()
-        .filter(|entry| entry.index > state.hard_state.commit)
-        .map(|entry| (entry.index, entry.offset))
-        .collect();
+    state.committed_index = state.committed_index.min(last_index);
     let warm = warm(&entries, warm_bytes);
     let active = segments.last().copied();
     state.flushed_index = last_index;
@@ -613,10 +655,26 @@ pub(crate) fn restore(
     (state.active_base, state.active_bytes) = active.unwrap_or((-1, 0));
     state.epochs.truncate_end(log_end);
     state.epochs.truncate_start(state.log_start);
-    let segments = segments.iter().map(|(base, bytes)| (on_disk.name(*base), *bytes)).collect();
+    // Those that were begun here begin with an entry that was replayed.
+    let first_index = |at: usize, base: i64| {
+        let replayed = || entries.iter().find(|entry| entry.is_batch && entry.offset == base);
+        first_indexes.get(at).copied().unwrap_or_else(|| replayed().map_or(0, |entry| entry.index))
+    };
+    let segments = segments.iter().enumerate().map(|(at, (base, bytes))| RestoredSegment {
+        name: on_disk.name(*base),
+        bytes: *bytes,
+        first_index: first_index(at, *base),
+    });
+    let restored = Restored {
+        segments: segments.collect(),
+        epochs: state.epochs.clone(),
+        snapshot_offset: log_end,
+        marks: state.marks.clone(),
+        membership: state.membership.clone(),
+        committed_index: state.committed_index,
+        warm,
+    };
     afterwards.extend(on_disk.leftovers.into_iter().map(Afterwards::Remove));
-    let restored =
-        Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
     let names_changed = names_changed || !written.is_empty();
     Ok(Outcome {
         state,
@@ -631,6 +689,33 @@ pub(crate) fn restore(
         changed,
         names_changed,
     })
+}
+
+/// Lets the log begin, for other replicas, no earlier than all that follows is there, whole, and has indexes.
+fn begin_where_known(
+    state: &mut GroupState,
+    segments: &[(i64, u64)],
+    first_indexes: &[u64],
+    on_disk: &OnDisk,
+) {
+    let before = state.marks.before();
+    let end_of = |at: usize| segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
+    let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
+    let mut from = before.offset.max(first);
+    for (at, (base, _)) in segments.iter().enumerate() {
+        let unknown =
+            on_disk.compacted.contains_key(base) || (first_indexes[at] == 0 && *base >= before.offset);
+        if unknown && end_of(at) > before.offset {
+            from = from.max(end_of(at));
+        }
+    }
+    if from == before.offset {
+        return;
+    }
+    match segments.iter().position(|segment| segment.0 == from).filter(|at| first_indexes[*at] > 0) {
+        Some(at) => state.marks.raise(first_indexes[at] - 1, from),
+        None => state.marks.raise(state.flushed_index, state.flushed_end),
+    }
 }
 
 /// The newest entries, copied out of the WAL's pages, as far as the budget goes.

@@ -21,6 +21,12 @@ const KIND_RAFT: u8 = 4;
 const KIND_CATCH_UP: u8 = 5;
 const KIND_REQUEST: u8 = 6;
 const KIND_ANSWER: u8 = 7;
+const KIND_LEADS: u8 = 8;
+
+/// Groups in one frame of who leads what; whoever leads more sends several.
+pub const LEADS_MAX: usize = 1 << 16;
+/// Group and epoch.
+const LEAD_BYTES_MIN: usize = 2;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {
@@ -55,6 +61,14 @@ pub enum Frame {
     /// A request of metadata that only the leader can answer, or of one broker to another.
     Request(Request),
     Answer(Answer),
+    /// Groups that the sender leads, and in which epoch.
+    Leads(Vec<Lead>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lead {
+    pub group: u64,
+    pub epoch: u64,
 }
 
 /// How far a follower that is far behind has come; for throttling, and for people who wait.
@@ -185,6 +199,16 @@ impl Frame {
                 out.payload(&answer.body);
                 (KIND_ANSWER, version)
             }
+            Frame::Leads(leads) => {
+                debug_assert!(leads.len() <= LEADS_MAX);
+                out.number(leads.len() as u64);
+                let mut group = 0;
+                for lead in leads {
+                    out.step(&mut group, lead.group);
+                    out.number(lead.epoch);
+                }
+                (KIND_LEADS, version)
+            }
         };
         seal(kind, version, out.finish())
     }
@@ -213,6 +237,15 @@ impl Frame {
                 code: reader.u16()? as i16,
                 body: reader.payload()?,
             }),
+            KIND_LEADS => {
+                let count = reader.count("the number of groups", LEADS_MAX as u64, LEAD_BYTES_MIN)?;
+                let mut leads = Vec::with_capacity(count);
+                let mut group = 0;
+                for _ in 0..count {
+                    leads.push(Lead { group: reader.step(&mut group)?, epoch: reader.number()? });
+                }
+                Frame::Leads(leads)
+            }
             _ => return Err(DecodeError::Unknown("the kind of a frame")),
         };
         reader.end()?;

@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use admit::NotAdmitted;
 pub use manager::start;
+pub use state_log::STATE_TOPIC;
 
 /// Exports appear to Kafka tools as consumer groups with this prefix.
 const GROUP_PREFIX: &str = "export.";

@@ -68,6 +68,10 @@ impl Source for TopicSource {
                 log_start_offset: start,
                 last_stable_offset: end,
             }),
+            // This replica is behind the one that was exported from before; it will come to where that was.
+            Some(Err(FetchError::NotLeader)) => {
+                Ok(SourceRead { batches: Vec::new(), last_stable_offset: from, log_start_offset: 0 })
+            }
             Some(Err(error)) => Err(SourceError::Broker(error.to_string())),
         }
     }

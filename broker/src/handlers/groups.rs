@@ -9,7 +9,6 @@ use flumen_groups::{
     GroupRequest, GroupResponse, OffsetFetchGroup, OffsetFetchPartition, OffsetFetchResult, OffsetFetchTopic,
     coordinator_partition,
 };
-use flumen_metadata::Command;
 use flumen_protocol::error_code::ErrorCode;
 use kafka_protocol::messages::delete_groups_response::DeletableGroupResult;
 use kafka_protocol::messages::describe_groups_response::DescribedGroup;
@@ -30,6 +29,7 @@ use kafka_protocol::messages::{
 };
 use kafka_protocol::protocol::StrBytes;
 
+use crate::cluster::change::{Intent, change};
 use crate::coordinator::OFFSETS_TOPIC;
 use flumen_sink::exporter::{ResetError, ResetTo};
 
@@ -61,26 +61,7 @@ async fn home_of(shard: &Rc<Shard>, group: &str) -> Result<u64, ErrorCode> {
 }
 
 async fn create_offsets_topic(shard: &Rc<Shard>) -> Result<(), ErrorCode> {
-    let id = uuid::Uuid::new_v4();
-    let up = shard.node.is_up();
-    let created = shard
-        .node
-        .controller()
-        .run(move |s| async move {
-            let plan = |image: &flumen_metadata::MetadataImage, config: &flumen_metadata::BrokerConfig| {
-                // Another connection may have been first.
-                let commands: Vec<Command> = if image.topics.contains_key(OFFSETS_TOPIC) {
-                    Vec::new()
-                } else {
-                    flumen_metadata::admin::plan_offsets_topic(image, config, &up, id)
-                };
-                ((), commands)
-            };
-            s.controller().change(plan).await.1.map(|_| ())
-        })
-        .await
-        .map_err(|_| ErrorCode::COORDINATOR_NOT_AVAILABLE)?;
-    created.map_err(|error| {
+    change(&shard.node, Intent::CreateOffsetsTopic).await.map(drop).map_err(|error| {
         tracing::warn!(%error, "cannot create {OFFSETS_TOPIC}");
         ErrorCode::COORDINATOR_NOT_AVAILABLE
     })

@@ -1,0 +1,41 @@
+//! What one broker asks of another, in frames of kind `Request` and `Answer`.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+/// Who are you? JSON of a `bootstrap::Presence` both ways. Answered to anybody who speaks the protocol.
+pub const WHO: u16 = 1;
+/// A request of a Kafka client, as it came, for the leader of the metadata; the answer is the client's.
+pub const KAFKA: u16 = 2;
+/// JSON of a `change::Intent`; the answer is a `change::Done`, or a code and a sentence.
+pub const CHANGE: u16 = 3;
+/// The metadata as a snapshot file holds it.
+pub const METADATA: u16 = 4;
+/// What a broker knows of itself, for the admin API.
+pub const STATUS: u16 = 5;
+
+/// What is asked; a request of a Kafka client that is larger is not about metadata.
+pub const REQUEST_BYTES_MAX: usize = 8 << 20;
+/// Asked over one connection and not answered.
+pub const UNANSWERED_MAX: usize = 256;
+/// After so long whoever asked has given up.
+pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// Why there is no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AskError {
+    /// Nothing was asked: no connection, or no room.
+    #[error("the broker is not connected")]
+    NotSent,
+    /// Asked, and the answer will not come. What was asked for may have happened.
+    #[error("the broker went away before it answered")]
+    Lost,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answered {
+    /// An error code of Kafka's, 0 for none.
+    pub code: i16,
+    pub body: Bytes,
+}
