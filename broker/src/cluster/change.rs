@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use flumen_metadata::admin::{self, Refused, TopicToCreate};
-use flumen_metadata::{BrokerConfig, Command, MetadataImage, NodeRecord, NodeState};
+use flumen_metadata::{BrokerConfig, Command, MetadataImage, NodeRecord, NodeState, balance};
 use flumen_protocol::error_code::ErrorCode;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -33,16 +33,49 @@ const HOPS_MAX: u8 = 2;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Intent {
-    CreateTopic { name: String, partitions: i32, replication_factor: i16, configs: BTreeMap<String, String> },
-    AutoCreate { name: String },
+    CreateTopic {
+        name: String,
+        partitions: i32,
+        replication_factor: i16,
+        configs: BTreeMap<String, String>,
+    },
+    AutoCreate {
+        name: String,
+    },
     CreateOffsetsTopic,
-    DeleteTopic { topic: String },
-    CreatePartitions { topic: String, total: i32 },
-    AlterTopic { topic: String, changes: BTreeMap<String, Option<String>> },
-    ProducerIds { count: i64 },
+    DeleteTopic {
+        topic: String,
+    },
+    CreatePartitions {
+        topic: String,
+        total: i32,
+    },
+    AlterTopic {
+        topic: String,
+        changes: BTreeMap<String, Option<String>>,
+    },
+    ProducerIds {
+        count: i64,
+    },
     Register(Registration),
-    SetNodeState { id: i32, state: String },
-    RemoveNode { id: i32 },
+    Maintenance {
+        id: i32,
+        on: bool,
+    },
+    Decommission {
+        id: i32,
+    },
+    RemoveNode {
+        id: i32,
+    },
+    /// The next partitions leave the nodes that leave.
+    Evacuate,
+    /// Raft's members are those of the partition's target.
+    ReplicasReached {
+        topic_id: String,
+        partition: i32,
+        replicas: Vec<i32>,
+    },
 }
 
 /// A node that starts.
@@ -111,18 +144,27 @@ impl Intent {
             Intent::AlterTopic { topic, changes } => admin::plan_topic_configs(image, config, topic, changes),
             Intent::ProducerIds { count } => Ok(vec![Command::AllocateProducerIds { count: *count }]),
             Intent::Register(registration) => registration.plan(image),
-            Intent::SetNodeState { id, state } => {
-                let state = [NodeState::Active, NodeState::Maintenance, NodeState::Decommissioning]
-                    .into_iter()
-                    .find(|s| s.name() == state)
-                    .ok_or_else(|| {
-                        Refused::new(ErrorCode::INVALID_REQUEST, format!("'{state}' is no state of a node"))
-                    })?;
-                Ok(vec![Command::SetNodeState { id: *id, state }])
+            Intent::Maintenance { id, on } => {
+                balance::plan_maintenance(image, *id, *on).map(|command| command.into_iter().collect())
+            }
+            Intent::Decommission { id } => {
+                balance::plan_decommission(image, *id).map(|command| command.into_iter().collect())
+            }
+            Intent::Evacuate => Ok(balance::evacuations(image, up)),
+            Intent::ReplicasReached { topic_id, partition, replicas } => {
+                Ok(plan_reached(image, topic_id, *partition, replicas).into_iter().collect())
             }
             Intent::RemoveNode { id } => Ok(vec![Command::RemoveNode { id: *id }]),
         }
     }
+}
+
+/// Nothing when another target was set meanwhile, or it was told before.
+fn plan_reached(image: &MetadataImage, topic_id: &str, partition: i32, replicas: &[i32]) -> Option<Command> {
+    let topic_id = topic_id.parse().ok()?;
+    let info = image.topic_by_id(&topic_id)?.partitions.get(usize::try_from(partition).ok()?)?;
+    let replicas = info.target.clone().filter(|target| target == replicas)?;
+    Some(Command::ReplicasReached { topic_id, partition, replicas })
 }
 
 impl Registration {

@@ -189,6 +189,7 @@ async fn carry_out(shard: &Rc<Shard>, peer: &Peer, request: Request) -> Answered
             let status = crate::admin_cluster::this_broker(&shard.node);
             Answered { code: 0, body: status.to_string().into() }
         }
+        requests::HAND_OVER => crate::balancer::answer_hand_over(&shard.node, &request.body).await,
         _ => failed(ErrorCode::UNSUPPORTED_VERSION),
     }
 }
