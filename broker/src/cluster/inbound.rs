@@ -49,6 +49,9 @@ pub async fn left(node: &Arc<Node>, sender: Sender) {
 pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, rest: BytesMut, sender: Sender) {
     let shard = shard.clone();
     tokio::task::spawn_local(async move {
+        for other in &shard.node.shards {
+            let _ = other.post(move |shard| shard.links.nudge(sender.node_id)).await;
+        }
         let error = match TcpStream::from_std(stream) {
             Ok(stream) => serve(&shard, stream, rest, sender).await,
             Err(error) => error.into(),

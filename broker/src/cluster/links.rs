@@ -80,6 +80,15 @@ impl Links {
         self.links.borrow().values().filter(|link| link.connected.get()).map(|link| link.node_id).collect()
     }
 
+    /// A node is there: no more waiting before the next attempt to connect to it.
+    pub fn nudge(&self, node_id: i32) {
+        if let Some(link) = self.links.borrow().get(&node_id)
+            && !link.connected.get()
+        {
+            link.wake.notify_one();
+        }
+    }
+
     /// Tells everybody who is connected that this node leads these groups.
     pub fn tell(&self, leads: &[(u64, i32)]) {
         for link in self.links.borrow().values().filter(|link| link.connected.get()) {
