@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use flumen_metadata::admin::{self, Refused, TopicToCreate};
+use flumen_metadata::balance;
 use flumen_metadata::{BrokerConfig, Command, MetadataImage, NodeRecord, NodeState};
 use flumen_protocol::error_code::ErrorCode;
 use serde::{Deserialize, Serialize};
@@ -33,16 +34,49 @@ const HOPS_MAX: u8 = 2;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Intent {
-    CreateTopic { name: String, partitions: i32, replication_factor: i16, configs: BTreeMap<String, String> },
-    AutoCreate { name: String },
+    CreateTopic {
+        name: String,
+        partitions: i32,
+        replication_factor: i16,
+        configs: BTreeMap<String, String>,
+    },
+    AutoCreate {
+        name: String,
+    },
     CreateOffsetsTopic,
-    DeleteTopic { topic: String },
-    CreatePartitions { topic: String, total: i32 },
-    AlterTopic { topic: String, changes: BTreeMap<String, Option<String>> },
-    ProducerIds { count: i64 },
+    DeleteTopic {
+        topic: String,
+    },
+    CreatePartitions {
+        topic: String,
+        total: i32,
+    },
+    AlterTopic {
+        topic: String,
+        changes: BTreeMap<String, Option<String>>,
+    },
+    ProducerIds {
+        count: i64,
+    },
     Register(Registration),
-    SetNodeState { id: i32, state: String },
-    RemoveNode { id: i32 },
+    /// A node keeps its replicas and leads nothing, or does everything again.
+    Maintenance {
+        id: i32,
+        on: bool,
+    },
+    /// A node gives its replicas to others.
+    Decommission {
+        id: i32,
+    },
+    RemoveNode {
+        id: i32,
+    },
+    /// The leader of a partition sees that its members are those of the target.
+    ReplicasReached {
+        topic_id: String,
+        partition: i32,
+        replicas: Vec<i32>,
+    },
 }
 
 /// A node that starts.
@@ -111,14 +145,24 @@ impl Intent {
             Intent::AlterTopic { topic, changes } => admin::plan_topic_configs(image, config, topic, changes),
             Intent::ProducerIds { count } => Ok(vec![Command::AllocateProducerIds { count: *count }]),
             Intent::Register(registration) => registration.plan(image),
-            Intent::SetNodeState { id, state } => {
-                let state = [NodeState::Active, NodeState::Maintenance, NodeState::Decommissioning]
-                    .into_iter()
-                    .find(|s| s.name() == state)
-                    .ok_or_else(|| {
-                        Refused::new(ErrorCode::INVALID_REQUEST, format!("'{state}' is no state of a node"))
-                    })?;
-                Ok(vec![Command::SetNodeState { id: *id, state }])
+            Intent::Maintenance { id, on } => {
+                balance::plan_maintenance(image, *id, *on).map(|command| command.into_iter().collect())
+            }
+            Intent::Decommission { id } => {
+                balance::plan_decommission(image, *id).map(|command| command.into_iter().collect())
+            }
+            Intent::ReplicasReached { topic_id, partition, replicas } => {
+                let topic_id = topic_id.parse().map_err(|_| {
+                    Refused::new(ErrorCode::INVALID_REQUEST, format!("'{topic_id}' is no topic id"))
+                })?;
+                // Two leaders may have seen it, one after the other.
+                let moving = image.topic_by_id(&topic_id).is_some_and(|topic| {
+                    let info = usize::try_from(*partition).ok().and_then(|at| topic.partitions.get(at));
+                    info.is_some_and(|info| info.target.as_ref() == Some(replicas))
+                });
+                let reached =
+                    Command::ReplicasReached { topic_id, partition: *partition, replicas: replicas.clone() };
+                Ok(moving.then_some(reached).into_iter().collect())
             }
             Intent::RemoveNode { id } => Ok(vec![Command::RemoveNode { id: *id }]),
         }

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::requests::{self, Answered};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
-use super::{change, node_id_of};
+use super::{change, hand_over, node_id_of};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -188,6 +188,7 @@ async fn carry_out(shard: &Rc<Shard>, peer: &Peer, request: Request) -> Answered
         }
         requests::CHANGE => change::answer(&shard.node, &request.body).await,
         requests::METADATA => change::answer_metadata(&shard.node).await,
+        requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
         requests::STATUS => {
             let status = crate::admin_cluster::this_broker(&shard.node);
             Answered { code: 0, body: status.to_string().into() }

@@ -15,6 +15,9 @@ pub const METADATA: u16 = 4;
 /// What a broker knows of itself, for the admin API.
 pub const STATUS: u16 = 5;
 
+/// Group and Raft number of the replica that is to lead it, 8 bytes each; code 0 when the leader tries to hand over.
+pub const HAND_OVER: u16 = 6;
+
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;
 /// Asked over one connection and not answered.
