@@ -114,7 +114,8 @@ async fn hear(
             Frame::Leads(leads) => {
                 for lead in leads {
                     let epoch = i32::try_from(lead.epoch).map_err(|_| LinkError::Unexpected("an epoch"))?;
-                    shard.node.leaders.hear(lead.group, sender.node_id, epoch);
+                    let lagging = lead.lagging.into_iter().filter_map(node_id_of).collect();
+                    shard.node.leaders.hear(lead.group, sender.node_id, epoch, lagging);
                 }
             }
             Frame::Request(request) => serve_request(shard, peer, request, &answers, &unanswered).await?,
