@@ -52,7 +52,8 @@ impl Load {
 
     /// `kafka` may name several brokers.
     pub fn start_at(kafka: &str, topic: &str, compacted: bool, pause: Duration) -> anyhow::Result<Load> {
-        let settings = [("batch.size", "60000"), ("linger.ms", "3")];
+        // What a broker that stands still has been sent is sent again to another one after the time-out, not before.
+        let settings = [("batch.size", "60000"), ("linger.ms", "3"), ("socket.timeout.ms", "4000")];
         let sender = Sender::new(kafka, &settings)?;
         let switch = Arc::new(Switch::default());
         let reports = sender.shared_reports();
