@@ -11,7 +11,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_metadata::admin::{LeaderTransfer, Refused};
 use flumen_metadata::balance;
 use flumen_metadata::reassignment::{GroupView, Step, Waiting, next_step};
@@ -22,8 +21,8 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::cluster::change::{Intent, change};
+use crate::cluster::hand_over::hand_over;
 use crate::cluster::node_id_of;
-use crate::cluster::requests::{self, Answered};
 use crate::node::Node;
 use crate::partition::{Partition, raft_id};
 use crate::shard::Shard;
@@ -165,38 +164,17 @@ pub async fn balance(shard: &Rc<Shard>, home: &mut Instant) {
     let mut transfers = with_live(node, |live| balance::leader_transfers(&image, live));
     transfers.retain(|transfer| goes_home || !active(transfer.from));
     for transfer in &transfers {
-        if let Err(refused) = ask_to_hand_over(shard, transfer).await {
-            tracing::debug!(topic = transfer.topic, partition = transfer.partition, %refused, "a leader did not hand over");
+        if let Err(error) = hand_over(node, transfer).await {
+            tracing::debug!(topic = transfer.topic, partition = transfer.partition, %error, "a leader did not hand over");
         }
     }
 }
 
-/// Asks a leader, wherever it is, to hand over; whether it did shows later.
-async fn ask_to_hand_over(shard: &Rc<Shard>, transfer: &LeaderTransfer) -> Result<(), Refused> {
-    let (group_id, to) = (transfer.group_id, transfer.to);
-    let answered = if transfer.from == shard.node.config.node_id {
-        hand_over(&shard.node, group_id, to).await
-    } else {
-        let mut body = BytesMut::with_capacity(12);
-        body.put_u64(group_id);
-        body.put_i32(to);
-        let asked = shard.links.ask(transfer.from, requests::HAND_OVER, body.freeze()).await;
-        asked.map_err(|error| Refused::new(ErrorCode::NOT_LEADER_OR_FOLLOWER, error.to_string()))?
-    };
-    match answered.code {
-        0 => Ok(()),
-        code => Err(Refused::new(ErrorCode(code), String::from_utf8_lossy(&answered.body))),
-    }
-}
-
-/// As [`ask_to_hand_over`], and waits until the other one leads.
-pub async fn transfer(
-    shard: &Rc<Shard>,
-    transfer: &LeaderTransfer,
-    deadline: Instant,
-) -> Result<(), Refused> {
-    ask_to_hand_over(shard, transfer).await?;
-    while shard.node.leaders.get(transfer.group_id).is_none_or(|(leader, _)| leader != transfer.to) {
+/// Has a leader hand over, and waits until the other one leads.
+pub async fn transfer(node: &Node, transfer: &LeaderTransfer, deadline: Instant) -> Result<(), Refused> {
+    let refused = |code| Refused::new(code, "The leader could not hand over.");
+    hand_over(node, transfer).await.map_err(refused)?;
+    while node.leaders.get(transfer.group_id).is_none_or(|(leader, _)| leader != transfer.to) {
         if Instant::now() >= deadline {
             let message = "The leader has been asked to hand over, and has not done so yet.";
             return Err(Refused::new(ErrorCode::REQUEST_TIMED_OUT, message));
@@ -204,29 +182,4 @@ pub async fn transfer(
         tokio::time::sleep(HAND_OVER_LOOK).await;
     }
     Ok(())
-}
-
-/// Another node asks this one to hand over.
-pub async fn answer_hand_over(node: &Node, mut body: &[u8]) -> Answered {
-    if body.len() != 12 {
-        return Answered { code: ErrorCode::INVALID_REQUEST.0, body: Bytes::new() };
-    }
-    let (group_id, to) = (body.get_u64(), body.get_i32());
-    hand_over(node, group_id, to).await
-}
-
-async fn hand_over(node: &Node, group_id: u64, to: i32) -> Answered {
-    let home = &node.shards[node.shard_of(group_id)];
-    let done = home
-        .run(move |shard| async move {
-            let partition = shard.partition(group_id).filter(|partition| partition.serves());
-            let partition = partition.ok_or_else(|| "this node does not lead the partition".to_string())?;
-            partition.transfer_leader(raft_id(to)).map_err(|error| error.to_string())
-        })
-        .await;
-    match done {
-        Ok(Ok(())) => Answered { code: 0, body: Bytes::new() },
-        Ok(Err(reason)) => Answered { code: ErrorCode::NOT_LEADER_OR_FOLLOWER.0, body: reason.into() },
-        Err(_) => Answered { code: ErrorCode::BROKER_NOT_AVAILABLE.0, body: Bytes::new() },
-    }
 }

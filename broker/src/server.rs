@@ -125,8 +125,12 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         if let Some((cluster, rpc)) = &member {
             rpc.serve(node.clone());
             for shard in &node.shards {
-                shard.post(|shard| drop(tokio::task::spawn_local(news::tell(shard.clone())))).await?;
+                let watch =
+                    |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::watch(shard.clone())));
+                shard.post(watch).await?;
             }
+            let tell = |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::tell(shard.clone())));
+            node.controller().post(tell).await?;
             register(&node, cluster).await?;
         }
         drop_orphans(&node, &data_dir).await?;

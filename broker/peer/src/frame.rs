@@ -2,6 +2,8 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 
+use flumen_raft::MEMBERS_MAX;
+
 use crate::hello::{Hello, Refusal};
 use crate::raft_frame::RaftFrame;
 use crate::wire::{DecodeError, Reader, Writer};
@@ -25,8 +27,8 @@ const KIND_LEADS: u8 = 8;
 
 /// Groups in one frame of who leads what; whoever leads more sends several.
 pub const LEADS_MAX: usize = 1 << 16;
-/// Group and epoch.
-const LEAD_BYTES_MIN: usize = 2;
+/// Group, epoch and a count.
+const LEAD_BYTES_MIN: usize = 3;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {
@@ -65,10 +67,12 @@ pub enum Frame {
     Leads(Vec<Lead>),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lead {
     pub group: u64,
     pub epoch: u64,
+    /// Replicas that lack more than what is just on its way to them; none, usually.
+    pub lagging: Vec<u64>,
 }
 
 /// How far a follower that is far behind has come; for throttling, and for people who wait.
@@ -206,6 +210,8 @@ impl Frame {
                 for lead in leads {
                     out.step(&mut group, lead.group);
                     out.number(lead.epoch);
+                    out.number(lead.lagging.len() as u64);
+                    lead.lagging.iter().for_each(|id| out.number(*id));
                 }
                 (KIND_LEADS, version)
             }
@@ -242,7 +248,10 @@ impl Frame {
                 let mut leads = Vec::with_capacity(count);
                 let mut group = 0;
                 for _ in 0..count {
-                    leads.push(Lead { group: reader.step(&mut group)?, epoch: reader.number()? });
+                    let (group, epoch) = (reader.step(&mut group)?, reader.number()?);
+                    let count = reader.count("the number of replicas", MEMBERS_MAX as u64, 1)?;
+                    let lagging = (0..count).map(|_| reader.number()).collect::<Result<_, _>>()?;
+                    leads.push(Lead { group, epoch, lagging });
                 }
                 Frame::Leads(leads)
             }

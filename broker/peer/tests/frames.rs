@@ -109,7 +109,10 @@ fn other_frames_come_back_as_they_were() {
     let catch_up = CatchUp { group: 9, state: CatchUpState::Done, index: 1 << 40, end_index: u64::MAX };
     let Frame::CatchUp(catch_up_back) = back(&Frame::CatchUp(catch_up)) else { panic!() };
     assert_eq!(catch_up_back, catch_up);
-    let leads = vec![Lead { group: 9, epoch: 1 }, Lead { group: 7, epoch: 1 << 31 }];
+    let leads = vec![
+        Lead { group: 9, epoch: 1, lagging: vec![] },
+        Lead { group: 7, epoch: 1 << 31, lagging: vec![2, 300] },
+    ];
     let Frame::Leads(leads_back) = back(&Frame::Leads(leads.clone())) else { panic!() };
     assert_eq!(leads_back, leads);
     let request = Request { id: 77, kind: 19, body: Bytes::from(vec![1; 5000]) };

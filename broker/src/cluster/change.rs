@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use flumen_metadata::admin::{self, Refused, TopicToCreate};
-use flumen_metadata::{BrokerConfig, Command, MetadataImage, NodeRecord, NodeState, balance};
+use flumen_metadata::balance;
+use flumen_metadata::{BrokerConfig, Command, MetadataImage, NodeRecord, NodeState};
 use flumen_protocol::error_code::ErrorCode;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -58,10 +59,12 @@ pub enum Intent {
         count: i64,
     },
     Register(Registration),
+    /// A node keeps its replicas and leads nothing, or does everything again.
     Maintenance {
         id: i32,
         on: bool,
     },
+    /// A node gives its replicas to others.
     Decommission {
         id: i32,
     },
@@ -70,7 +73,7 @@ pub enum Intent {
     },
     /// The next partitions leave the nodes that leave.
     Evacuate,
-    /// Raft's members are those of the partition's target.
+    /// The leader of a partition sees that its members are those of the target.
     ReplicasReached {
         topic_id: String,
         partition: i32,
@@ -152,19 +155,21 @@ impl Intent {
             }
             Intent::Evacuate => Ok(balance::evacuations(image, up)),
             Intent::ReplicasReached { topic_id, partition, replicas } => {
-                Ok(plan_reached(image, topic_id, *partition, replicas).into_iter().collect())
+                let topic_id = topic_id.parse().map_err(|_| {
+                    Refused::new(ErrorCode::INVALID_REQUEST, format!("'{topic_id}' is no topic id"))
+                })?;
+                // Two leaders may have seen it, one after the other.
+                let moving = image.topic_by_id(&topic_id).is_some_and(|topic| {
+                    let info = usize::try_from(*partition).ok().and_then(|at| topic.partitions.get(at));
+                    info.is_some_and(|info| info.target.as_ref() == Some(replicas))
+                });
+                let reached =
+                    Command::ReplicasReached { topic_id, partition: *partition, replicas: replicas.clone() };
+                Ok(moving.then_some(reached).into_iter().collect())
             }
             Intent::RemoveNode { id } => Ok(vec![Command::RemoveNode { id: *id }]),
         }
     }
-}
-
-/// Nothing when another target was set meanwhile, or it was told before.
-fn plan_reached(image: &MetadataImage, topic_id: &str, partition: i32, replicas: &[i32]) -> Option<Command> {
-    let topic_id = topic_id.parse().ok()?;
-    let info = image.topic_by_id(&topic_id)?.partitions.get(usize::try_from(partition).ok()?)?;
-    let replicas = info.target.clone().filter(|target| target == replicas)?;
-    Some(Command::ReplicasReached { topic_id, partition, replicas })
 }
 
 impl Registration {

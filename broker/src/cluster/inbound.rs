@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::requests::{self, Answered};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
-use super::{change, node_id_of};
+use super::{change, hand_over, node_id_of};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -49,6 +49,9 @@ pub async fn left(node: &Arc<Node>, sender: Sender) {
 pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, rest: BytesMut, sender: Sender) {
     let shard = shard.clone();
     tokio::task::spawn_local(async move {
+        for other in &shard.node.shards {
+            let _ = other.post(move |shard| shard.links.nudge(sender.node_id)).await;
+        }
         let error = match TcpStream::from_std(stream) {
             Ok(stream) => serve(&shard, stream, rest, sender).await,
             Err(error) => error.into(),
@@ -111,7 +114,8 @@ async fn hear(
             Frame::Leads(leads) => {
                 for lead in leads {
                     let epoch = i32::try_from(lead.epoch).map_err(|_| LinkError::Unexpected("an epoch"))?;
-                    shard.node.leaders.hear(lead.group, sender.node_id, epoch);
+                    let lagging = lead.lagging.into_iter().filter_map(node_id_of).collect();
+                    shard.node.leaders.hear(lead.group, sender.node_id, epoch, lagging);
                 }
             }
             Frame::Request(request) => serve_request(shard, peer, request, &answers, &unanswered).await?,
@@ -185,11 +189,11 @@ async fn carry_out(shard: &Rc<Shard>, peer: &Peer, request: Request) -> Answered
         }
         requests::CHANGE => change::answer(&shard.node, &request.body).await,
         requests::METADATA => change::answer_metadata(&shard.node).await,
+        requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
         requests::STATUS => {
             let status = crate::admin_cluster::this_broker(&shard.node);
             Answered { code: 0, body: status.to_string().into() }
         }
-        requests::HAND_OVER => crate::balancer::answer_hand_over(&shard.node, &request.body).await,
         _ => failed(ErrorCode::UNSUPPORTED_VERSION),
     }
 }

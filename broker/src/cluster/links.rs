@@ -19,6 +19,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
+use super::leaders::Led;
 use super::node_id_of;
 use super::requests::{ANSWER_TIME_MAX, Answered, AskError, REQUEST_BYTES_MAX, UNANSWERED_MAX};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
@@ -39,7 +40,7 @@ pub struct Link {
     requests: RefCell<VecDeque<Request>>,
     asked: RefCell<HashMap<u64, oneshot::Sender<Answered>>>,
     next_id: Cell<u64>,
-    untold: RefCell<BTreeMap<u64, i32>>,
+    untold: RefCell<BTreeMap<u64, Led>>,
     /// Something is to be sent, or the link is to end.
     wake: Notify,
     ended: Cell<bool>,
@@ -80,10 +81,19 @@ impl Links {
         self.links.borrow().values().filter(|link| link.connected.get()).map(|link| link.node_id).collect()
     }
 
+    /// A node is there: no more waiting before the next attempt to connect to it.
+    pub fn nudge(&self, node_id: i32) {
+        if let Some(link) = self.links.borrow().get(&node_id)
+            && !link.connected.get()
+        {
+            link.wake.notify_one();
+        }
+    }
+
     /// Tells everybody who is connected that this node leads these groups.
-    pub fn tell(&self, leads: &[(u64, i32)]) {
+    pub fn tell(&self, leads: &[Led]) {
         for link in self.links.borrow().values().filter(|link| link.connected.get()) {
-            link.untold.borrow_mut().extend(leads.iter().copied());
+            link.untold.borrow_mut().extend(leads.iter().map(|led| (led.group_id, led.clone())));
             link.wake.notify_one();
         }
     }
@@ -205,7 +215,8 @@ async fn speak(shard: &Rc<Shard>, link: &Rc<Link>, connection: Connection) -> Li
     link.connected.set(true);
     tracing::info!(node = link.node_id, shard = shard.id, "connected to a broker");
     if shard.id == crate::node::CONTROLLER_SHARD {
-        link.untold.borrow_mut().extend(shard.node.leaders.led_here());
+        let led = shard.node.leaders.led_here().into_iter();
+        link.untold.borrow_mut().extend(led.map(|led| (led.group_id, led)));
     }
     let outcome = tokio::select! {
         outcome = send(shard, link, &writes, version) => outcome,
@@ -269,7 +280,10 @@ fn collect_control(link: &Link, version: u16, batch: &mut VecDeque<Bytes>) {
     let untold = std::mem::take(&mut *link.untold.borrow_mut());
     let leads: Vec<Lead> = untold
         .into_iter()
-        .filter_map(|(group, epoch)| Some(Lead { group, epoch: u64::try_from(epoch).ok()? }))
+        .filter_map(|(group, led)| {
+            let lagging = led.lagging.into_iter().map(raft_id).collect();
+            Some(Lead { group, epoch: u64::try_from(led.epoch).ok()?, lagging })
+        })
         .collect();
     for part in leads.chunks(LEADS_MAX) {
         batch.extend(Frame::Leads(part.to_vec()).encode(version));

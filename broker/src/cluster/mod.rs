@@ -19,6 +19,7 @@
 pub mod bootstrap;
 pub mod change;
 pub mod forward;
+pub mod hand_over;
 pub mod identity;
 mod inbound;
 pub mod joining;

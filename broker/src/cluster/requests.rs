@@ -15,7 +15,7 @@ pub const METADATA: u16 = 4;
 /// What a broker knows of itself, for the admin API.
 pub const STATUS: u16 = 5;
 
-/// The leader of a group is to hand over: group id u64, node id i32, big endian.
+/// Group and Raft number of the replica that is to lead it, 8 bytes each; code 0 when the leader tries to hand over.
 pub const HAND_OVER: u16 = 6;
 
 /// What is asked; a request of a Kafka client that is larger is not about metadata.

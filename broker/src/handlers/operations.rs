@@ -67,7 +67,7 @@ pub async fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError
     let mut plan = with_live(node, |live| admin::elect_leaders(&asked, version, &image, live));
     let deadline = Instant::now() + request_time(asked.timeout_ms);
     for transfer in std::mem::take(&mut plan.transfers) {
-        if let Err(refused) = balancer::transfer(request.shard, &transfer, deadline).await {
+        if let Err(refused) = balancer::transfer(node, &transfer, deadline).await {
             plan.refuse(&transfer, &refused);
         }
     }
