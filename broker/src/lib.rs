@@ -9,6 +9,7 @@ pub mod admin_http;
 pub mod cli;
 pub mod cluster;
 mod cluster_health;
+mod cluster_view;
 pub mod controller;
 pub mod coordinator;
 pub mod disk_space;
