@@ -219,7 +219,7 @@ async fn route(request: &Request<'_>) -> Result<Answer, RequestError> {
         ApiKey::DescribeGroups => handlers::groups::describe(request).await,
         ApiKey::DeleteGroups => handlers::groups::delete(request).await,
         ApiKey::DescribeQuorum => handlers::operations::describe_quorum(request).await,
-        ApiKey::ElectLeaders => handlers::operations::elect_leaders(request),
+        ApiKey::ElectLeaders => handlers::operations::elect_leaders(request).await,
         ApiKey::AlterPartitionReassignments => {
             handlers::operations::alter_partition_reassignments(request).await
         }

@@ -6,6 +6,7 @@
 
 mod admin_cluster;
 pub mod admin_http;
+mod balancer;
 pub mod cli;
 pub mod cluster;
 mod cluster_health;

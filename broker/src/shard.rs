@@ -20,6 +20,7 @@ use flumen_storage::{GroupLog, LANES, Lane, Lsn, RecoveredGroup, ShardStore};
 use slab::Slab;
 use tokio::sync::{Notify, mpsc};
 
+use crate::balancer;
 use crate::cluster::links::Links;
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
@@ -108,6 +109,7 @@ impl Shard {
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
         tokio::task::spawn_local(self.clone().keep_forced());
+        tokio::task::spawn_local(balancer::keep_moving(self.clone()));
         tokio::task::spawn_local(self.clone().publish_store_stats());
         while let Some(message) = mailbox.recv().await {
             match message {

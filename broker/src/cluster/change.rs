@@ -71,6 +71,8 @@ pub enum Intent {
     RemoveNode {
         id: i32,
     },
+    /// The next partitions leave the nodes that leave.
+    Evacuate,
     /// The leader of a partition sees that its members are those of the target.
     ReplicasReached {
         topic_id: String,
@@ -151,6 +153,7 @@ impl Intent {
             Intent::Decommission { id } => {
                 balance::plan_decommission(image, *id).map(|command| command.into_iter().collect())
             }
+            Intent::Evacuate => Ok(balance::evacuations(image, up)),
             Intent::ReplicasReached { topic_id, partition, replicas } => {
                 let topic_id = topic_id.parse().map_err(|_| {
                     Refused::new(ErrorCode::INVALID_REQUEST, format!("'{topic_id}' is no topic id"))

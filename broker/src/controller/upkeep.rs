@@ -1,4 +1,5 @@
-//! What the leader of the metadata does by itself, in turns: the id of the cluster, and who has a vote about its metadata.
+//! What the leader of the metadata does by itself, in turns: the id of the cluster, who has a vote about its metadata, and
+//! where replicas and leaders go (`balancer`).
 //!
 //! Each turn looks at what is there and does the next step; nothing is remembered, so that another leader goes on.
 
@@ -10,6 +11,7 @@ use flumen_metadata::Command;
 use flumen_raft::{ProposeError, Status, Target};
 
 use super::Controller;
+use crate::balancer;
 use crate::cluster::identity::FOUNDERS_MAX;
 use crate::cluster::node_id_of;
 use crate::partition::raft_id;
@@ -20,6 +22,7 @@ const CAUGHT_UP_ENTRIES_MAX: u64 = 1000;
 
 impl Controller {
     pub(super) async fn keep_up(self: Rc<Self>) {
+        let mut home = tokio::time::Instant::now();
         while !self.shard.is_stopping() {
             tokio::time::sleep(TURN_INTERVAL).await;
             if !self.leads() {
@@ -28,6 +31,7 @@ impl Controller {
             self.name_cluster().await;
             self.finalize_version().await;
             self.look_after_members();
+            balancer::balance(&self.shard, &mut home).await;
         }
     }
 
