@@ -167,7 +167,8 @@ impl Controller {
         if applied >= 0 {
             controller.replay().await?;
         }
-        tracing::info!(snapshot_end = applied, to = controller.applied.get(), "metadata loaded");
+        let replayed = controller.applied.get() - applied;
+        tracing::info!(snapshot_end = applied, replayed, "metadata loaded");
         shard.set_controller(controller.clone());
         controller.publish();
         controller.open_all().await?;

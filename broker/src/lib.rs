@@ -10,6 +10,7 @@ mod balancer;
 pub mod cli;
 pub mod cluster;
 mod cluster_health;
+mod cluster_view;
 pub mod controller;
 pub mod coordinator;
 pub mod disk_space;

@@ -191,7 +191,7 @@ async fn carry_out(shard: &Rc<Shard>, peer: &Peer, request: Request) -> Answered
         requests::METADATA => change::answer_metadata(&shard.node).await,
         requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
         requests::STATUS => {
-            let status = crate::admin_cluster::this_broker(&shard.node);
+            let status = crate::cluster_view::own_status(&shard.node).await;
             Answered { code: 0, body: status.to_string().into() }
         }
         _ => failed(ErrorCode::UNSUPPORTED_VERSION),
