@@ -32,11 +32,21 @@ fn exporting(cluster: &Cluster) -> usize {
 
 #[test]
 fn the_table_is_exact_whoever_dies() {
+    exports_exactly(3);
+}
+
+/// The node that exports reads partitions that only other nodes have.
+#[test]
+fn partitions_without_a_replica_on_the_exporting_node_are_exported_too() {
+    exports_exactly(1);
+}
+
+fn exports_exactly(replication_factor: i16) {
     let dir = tempfile::tempdir().unwrap();
     let clickhouse = ClickHouse::start_own(dir.path(), free_port()).unwrap();
     let url = format!("clickhouse.url={}", clickhouse.url);
     let mut cluster = Cluster::start(dir.path(), 3, &[&url, "default.replication.factor=3"]).unwrap();
-    cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();
+    cluster.create_topic(TOPIC, PARTITIONS, replication_factor, &json!({})).unwrap();
     let export =
         json!({ "auto_create": true, "columns": "id UInt64", "target_lag_ms": 50, "flush_rows": 500 });
     cluster.any().unwrap().call("PUT", &format!("/v1/exports/{TOPIC}"), Some(&export)).unwrap();
@@ -53,10 +63,16 @@ fn the_table_is_exact_whoever_dies() {
         let victim = if round == 1 { cluster.leader_of(TOPIC, 0).unwrap() } else { exporting(&cluster) };
         cluster.nodes[victim].kill_9();
         sent = send(&mut sender, sent);
+        if replication_factor == 1 {
+            // Nobody else has what lies there.
+            cluster.nodes[victim].restart().unwrap();
+        }
         sender.flush().unwrap();
-        cluster.until("rows without the dead node", || (rows() > before).then_some(())).unwrap();
+        cluster.until("rows after the death of a node", || (rows() > before).then_some(())).unwrap();
         println!("round {round}: node {} killed, {sent} sent, {} rows", victim + 1, rows());
-        cluster.nodes[victim].restart().unwrap();
+        if replication_factor > 1 {
+            cluster.nodes[victim].restart().unwrap();
+        }
     }
     let reports = sender.reports();
     assert_eq!((reports.places.len() as u64, reports.failed.len()), (sent, 0));
