@@ -184,6 +184,11 @@ impl GroupLog {
             };
             let before = out.next;
             let done = read_segment(&self.shard, &self.group, place, anchor, &mut out).await?;
+            // Gone meanwhile.
+            if out.next == before && out.entries.is_empty() && low <= self.before().0 {
+                let inner = self.group.inner.borrow();
+                return Err(ReadError::OutOfRange { start: inner.marks.before().offset, end: inner.log_end });
+            }
             if done || out.next == before {
                 return Ok(out.entries);
             }
@@ -258,6 +263,10 @@ async fn read_segment(
             return Err(ReadError::Io(io::ErrorKind::Interrupted.into()));
         }
         let inner = group.inner.borrow();
+        if out.next <= inner.marks.before().index {
+            // It went meanwhile; what is left of the marks does not tell what it was.
+            return Ok(false);
+        }
         let mut counter = Counter { numbering: Numbering::new(&inner.marks, next), anchor };
         let mut walk = Walk::with_holes(&piece, offset, place.name.holes_to());
         let mut short = None;

@@ -250,7 +250,9 @@ pub(crate) struct Numbering<'a> {
 
 impl<'a> Numbering<'a> {
     pub fn new(marks: &'a Marks, next: Option<u64>) -> Self {
-        Self { marks, next }
+        let mut numbering = Self { marks, next: None };
+        numbering.resume(next.unwrap_or(0));
+        numbering
     }
 
     /// The next entry stands at `offset`: where the log begins, its index is known.

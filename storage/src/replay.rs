@@ -52,6 +52,8 @@ pub struct Replayed {
     pub entries: Vec<LogEntry>,
     /// The newest producer snapshot.
     pub producers: Option<Bytes>,
+    /// The log began anew at this offset, with these.
+    pub began: Option<(i64, Bytes)>,
     /// Segments are to be cut at this offset before anything is added.
     pub cut: Option<i64>,
     pub deleted: bool,
@@ -82,11 +84,19 @@ pub fn replay(
     };
     if deleted {
         // From its deletion on nobody keeps its records together.
-        return Ok(Some(Replayed { state, entries: Vec::new(), producers: None, cut: None, deleted }));
+        return Ok(Some(Replayed {
+            state,
+            entries: Vec::new(),
+            producers: None,
+            began: None,
+            cut: None,
+            deleted,
+        }));
     }
     let mut entries: VecDeque<LogEntry> = VecDeque::new();
     let mut cut = None;
     let mut producers = None;
+    let mut began = None;
     let mut begins_after: Option<(u64, i64)> = None;
     // The last entry that came before the ones it follows, and its term. Those were in a file that is gone, and all that
     // was not in segments by then is written again further on, unless it was replaced before.
@@ -94,7 +104,10 @@ pub fn replay(
     for (position, action) in records.iter().filter(|(position, _)| *position >= begins_at) {
         match action {
             Action::State(_) | Action::Delete => {}
-            Action::Beginning(_, snapshot) => producers = Some(snapshot.clone()),
+            Action::Beginning(state, snapshot) => {
+                producers = Some(snapshot.clone());
+                began = Some((state.flushed_end, snapshot.clone()));
+            }
             Action::Producers(snapshot) => producers = Some(snapshot.clone()),
             Action::LogStart(..) if mutant::is(Mutant::ForgetsLogStart) => {}
             Action::Hard(hard, membership) => {
@@ -194,7 +207,7 @@ pub fn replay(
     if let Some((index, offset)) = begins_after.filter(|(_, offset)| *offset <= state.log_start) {
         state.marks.raise(index, offset);
     }
-    Ok(Some(Replayed { state, entries: entries.into(), producers, cut, deleted }))
+    Ok(Some(Replayed { state, entries: entries.into(), producers, began, cut, deleted }))
 }
 
 /// Where the log began anew last: what stands before that does not count. A state that was written since says so too, as the

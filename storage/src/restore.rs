@@ -486,7 +486,7 @@ pub(crate) fn restore(
 ) -> Result<Outcome, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
-    let Replayed { mut state, entries, producers: wal_snapshot, cut, .. } = replayed;
+    let Replayed { mut state, entries, producers: wal_snapshot, began, cut, .. } = replayed;
     let mut afterwards = Vec::new();
     let on_disk = OnDisk::of(&found.listed, dir);
     let mut segments: Vec<(i64, u64)> = on_disk
@@ -575,6 +575,13 @@ pub(crate) fn restore(
         &mut names_changed,
     )?;
     let mut written = Vec::new();
+    // In none of its segments; a later snapshot goes with what Raft cuts.
+    if let Some((offset, producers)) = began {
+        let path = dir.join(format!("{offset:020}.snapshot"));
+        files.write(&path, &producers).map_err(io)?;
+        written.push(path);
+        names_changed = true;
+    }
     let last_term =
         after_batches.checked_sub(1).and_then(|last| marks.term_at(last)).unwrap_or(state.flushed_term);
     let mut last = (u32::try_from(last_term).unwrap_or(0), after_batches);

@@ -322,7 +322,8 @@ fn replace(world: &mut World, id: GroupId) {
 fn begin_anew(world: &mut World, id: GroupId) {
     let Some(slot) = world.slots.get(&id) else { return };
     let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
-    let (commit, last) = (slot.commit.max(slot.settled), state.last_index());
+    let last = state.last_index();
+    let commit = slot.commit.max(slot.settled.min(last));
     let (committed_end, term) = (state.end_of(commit).max(state.log_start), term_of(state));
     let (membership, durable) = (state.membership.clone(), slot.config.durability == Durability::Durable);
     let index = commit + 1 + world.random.below(last - commit + 20);
@@ -381,32 +382,40 @@ fn begin_anew(world: &mut World, id: GroupId) {
 
 /// A replica is behind and is sent some entries.
 async fn read_entries(world: &Shared, id: GroupId) {
-    let (log, low, high, max_bytes, before) = {
+    let (log, low, high, max_bytes, before, commit) = {
         let mut world = world.borrow_mut();
         let Some(slot) = world.slots.get(&id) else { return };
         let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
-        let (first, last, before) = (log.before().0 + 1, state.last_index(), state.before);
+        let (first, last, before, commit) =
+            (log.before().0 + 1, state.last_index(), state.before, slot.commit);
         if first > last {
             return;
         }
         let low = first + world.random.below(last - first + 1);
         let high = low + 1 + world.random.below(last - low + 1);
-        (log, low, high, 1 + world.random.below(60_000) as usize, before)
+        (log, low, high, 1 + world.random.below(60_000) as usize, before, commit)
     };
     let found = log.read_entries(low, high, max_bytes).await;
     let mut world = world.borrow_mut();
     let Some(slot) = world.slots.get(&id) else { return };
     let Some(state) = slot.model.log().filter(|state| state.before == before) else { return };
     let verdict = match found {
+        // They were replaced meanwhile, by fewer.
+        Ok(found) if found.is_empty() && low > commit => Ok(()),
         Ok(found)
             if found.is_empty() || found[0].index != low || found.last().is_some_and(|e| e.index >= high) =>
         {
-            Err(Mismatch::Wrong(format!("asked for entries {low} to {high}, got {}", found.len())))
+            let what = format!(
+                "asked for entries {low} to {high}, got {}; they begin after {:?}",
+                found.len(),
+                log.before()
+            );
+            Err(Mismatch::Wrong(what))
         }
         // Others may have been replaced meanwhile.
         Ok(found) => found
             .iter()
-            .filter(|entry| entry.index <= slot.commit)
+            .filter(|entry| entry.index <= commit)
             .try_for_each(|entry| check::same_entry(state, entry)),
         // Compaction or retention took them meanwhile, or a cut.
         Err(ReadError::OutOfRange { .. }) if log.before().0 >= low => Ok(()),
