@@ -49,7 +49,12 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         .route("/v1/cluster/health_overview", get(admin_cluster::health))
         .route("/v1/cluster/partitions", get(admin_cluster::partitions))
         .route("/v1/brokers", get(admin_cluster::brokers))
-        .route("/v1/brokers/{id}", get(admin_cluster::broker))
+        .route(
+            "/v1/brokers/{id}",
+            get(admin_cluster::broker)
+                .post(admin_cluster::broker_action)
+                .delete(admin_cluster::remove_broker),
+        )
         .route("/version", get(version))
         .route("/metrics", get(metrics))
         .route("/public_metrics", get(metrics))
@@ -194,14 +199,14 @@ async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Resul
         .enumerate()
         .map(|(index, p)| {
             let g = node.gauges_of(p.group_id);
-            let damaged = g.damaged.load(Ordering::Relaxed) != 0;
+            let status = topic_admin::status_of(&node, p.group_id);
             json!({
-                "partition": index, "leader": image.node.id, "replicas": p.replicas,
-                "leader_epoch": g.leader_epoch.load(Ordering::Relaxed),
+                "partition": index, "leader": status.leader_id, "replicas": p.replicas,
+                "leader_epoch": status.leader_epoch,
                 "log_start_offset": g.log_start_offset.load(Ordering::Relaxed),
                 "high_watermark": g.high_watermark.load(Ordering::Relaxed),
                 "size_bytes": g.size_bytes.load(Ordering::Relaxed),
-                "health": if damaged { "damaged" } else { "ok" },
+                "health": if status.damaged { "damaged" } else { "ok" },
             })
         })
         .collect();

@@ -6,9 +6,11 @@
 
 mod admin_cluster;
 pub mod admin_http;
+mod balancer;
 pub mod cli;
 pub mod cluster;
 mod cluster_health;
+mod cluster_view;
 pub mod controller;
 pub mod coordinator;
 pub mod disk_space;

@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use flumen_metadata::{BrokerConfig, Command, MetadataImage};
+use flumen_metadata::{BrokerConfig, MetadataImage};
 use flumen_protocol::error_code::ErrorCode;
 
+use crate::cluster::Cluster;
+use crate::cluster::change::{Intent, change};
 use crate::cluster::leaders::LeaderTable;
-use crate::controller::ControlError;
 use crate::disk_space::DiskSpace;
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
@@ -36,6 +37,8 @@ pub struct Node {
     pub disk: Arc<DiskSpace>,
     pub started: Instant,
     pub leaders: LeaderTable,
+    /// None: alone.
+    pub cluster: Option<Arc<Cluster>>,
     gauges: RwLock<HashMap<u64, Arc<PartitionGauges>>>,
     producer_ids: Mutex<Range<i64>>,
     producer_id_refill: tokio::sync::Mutex<()>,
@@ -48,6 +51,7 @@ impl Node {
         image: MetadataImage,
         shards: Vec<ShardHandle>,
         exports: Exports,
+        cluster: Option<Arc<Cluster>>,
     ) -> Node {
         let metrics = shards.iter().map(|_| Arc::new(ShardMetrics::default())).collect();
         Node {
@@ -59,6 +63,7 @@ impl Node {
             disk: Arc::default(),
             started: Instant::now(),
             leaders: LeaderTable::new(config.node_id),
+            cluster,
             gauges: RwLock::default(),
             producer_ids: Mutex::new(0..0),
             producer_id_refill: tokio::sync::Mutex::default(),
@@ -94,8 +99,8 @@ impl Node {
 
     /// Whether a node runs, as far as this one can tell at the time of the question.
     pub fn is_up(&self) -> impl Fn(i32) -> bool + Send + 'static {
-        let own = self.config.node_id;
-        move |id| id == own
+        let (own, cluster) = (self.config.node_id, self.cluster.clone());
+        move |id| id == own || cluster.as_ref().is_some_and(|c| c.members.is_up(id))
     }
 
     /// The shard with the fewest connections; the first of equals.
@@ -113,23 +118,9 @@ impl Node {
             if !self.producer_ids.lock().expect("no panic under this lock").is_empty() {
                 continue;
             }
-            let node = self.clone();
-            let applied = self
-                .controller()
-                .run(move |shard| async move {
-                    let _ = node;
-                    shard
-                        .controller()
-                        .commit(vec![Command::AllocateProducerIds { count: PRODUCER_ID_BLOCK }])
-                        .await
-                })
-                .await
-                .map_err(|_| ErrorCode::COORDINATOR_NOT_AVAILABLE)?
-                .map_err(|e: ControlError| e.code())?;
-            let start = applied
-                .iter()
-                .find_map(|a| a.producer_id_start)
-                .ok_or(ErrorCode::COORDINATOR_NOT_AVAILABLE)?;
+            let done =
+                change(self, Intent::ProducerIds { count: PRODUCER_ID_BLOCK }).await.map_err(|e| e.code)?;
+            let start = done.producer_id_start.ok_or(ErrorCode::COORDINATOR_NOT_AVAILABLE)?;
             *self.producer_ids.lock().expect("no panic under this lock") = start..start + PRODUCER_ID_BLOCK;
         }
     }

@@ -20,6 +20,8 @@ use flumen_storage::{GroupLog, LANES, Lane, Lsn, RecoveredGroup, ShardStore};
 use slab::Slab;
 use tokio::sync::{Notify, mpsc};
 
+use crate::balancer;
+use crate::cluster::links::Links;
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
 use crate::handlers::produce::ProduceLine;
@@ -58,6 +60,8 @@ pub struct Shard {
     somebody_woke: Notify,
     /// Messages for other brokers.
     pub outbox: Outbox,
+    /// Connections to other brokers.
+    pub links: Links,
     /// Per lane: (log position, group, raft output number) staged and not yet durable, in staging order.
     staged: [RefCell<VecDeque<(Lsn, u64, u64)>>; 2],
     controller: OnceCell<Rc<Controller>>,
@@ -86,6 +90,7 @@ impl Shard {
             awake: RefCell::default(),
             somebody_woke: Notify::new(),
             outbox: Outbox::default(),
+            links: Links::default(),
             staged: Default::default(),
             controller: OnceCell::new(),
             stopping: Cell::new(false),
@@ -104,6 +109,7 @@ impl Shard {
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
         tokio::task::spawn_local(self.clone().keep_forced());
+        tokio::task::spawn_local(balancer::keep_moving(self.clone()));
         tokio::task::spawn_local(self.clone().publish_store_stats());
         while let Some(message) = mailbox.recv().await {
             match message {

@@ -17,10 +17,20 @@ const STRIPES: usize = 16;
 /// Groups whose news wait to be told. More than that at once happens at start, and then everything is told anyway.
 const UNTOLD_MAX: usize = 1 << 16;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Known {
     leader_id: i32,
     epoch: i32,
+    /// Replicas that are behind, as the leader says.
+    lagging: Vec<i32>,
+}
+
+/// A group that this node leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Led {
+    pub group_id: u64,
+    pub epoch: i32,
+    pub lagging: Vec<i32>,
 }
 
 pub struct LeaderTable {
@@ -40,8 +50,8 @@ struct Untold {
 /// What there is to tell others.
 #[derive(Debug, PartialEq, Eq)]
 pub enum News {
-    /// These groups, led by this node in these epochs.
-    Of(Vec<(u64, i32)>),
+    /// These groups, led by this node.
+    Of(Vec<Led>),
     /// More than was kept: everything has to be told.
     Everything,
 }
@@ -59,7 +69,7 @@ impl LeaderTable {
     pub fn note(&self, group_id: u64, leader_id: i32, epoch: i32) {
         let changed = {
             let mut known = self.stripe(group_id).write().expect("no panic under this lock");
-            let before = known.get(&group_id).copied();
+            let before = known.get(&group_id);
             let gave_up =
                 leader_id == -1 && before.is_some_and(|b| b.leader_id == self.own_id && b.epoch <= epoch);
             let newer = match before {
@@ -71,8 +81,9 @@ impl LeaderTable {
             let epoch = if leader_id == -1 && !gave_up { before.map_or(epoch, |b| b.epoch) } else { epoch };
             let leader_id =
                 if leader_id == -1 && !gave_up { before.map_or(-1, |b| b.leader_id) } else { leader_id };
-            let now = Known { leader_id, epoch };
-            if (newer || gave_up) && before != Some(now) {
+            let now = Known { leader_id, epoch, lagging: Vec::new() };
+            let same = before.is_some_and(|b| (b.leader_id, b.epoch) == (leader_id, epoch));
+            if (newer || gave_up) && !same {
                 known.insert(group_id, now);
                 leader_id == self.own_id
             } else {
@@ -80,16 +91,45 @@ impl LeaderTable {
             }
         };
         if changed {
-            self.untold.lock().expect("no panic under this lock").add(group_id);
-            self.news.notify_one();
+            self.tell(group_id);
         }
     }
 
     /// Another node says that it leads this group in this epoch.
-    pub fn hear(&self, group_id: u64, leader_id: i32, epoch: i32) {
+    pub fn hear(&self, group_id: u64, leader_id: i32, epoch: i32, lagging: Vec<i32>) {
         if leader_id >= 0 && leader_id != self.own_id {
             self.note(group_id, leader_id, epoch);
+            self.set_lagging(group_id, leader_id, epoch, lagging);
         }
+    }
+
+    /// What the leader sees of its replicas; true when that is new.
+    fn set_lagging(&self, group_id: u64, leader_id: i32, epoch: i32, lagging: Vec<i32>) -> bool {
+        let mut known = self.stripe(group_id).write().expect("no panic under this lock");
+        match known.get_mut(&group_id) {
+            Some(k) if (k.leader_id, k.epoch) == (leader_id, epoch) && k.lagging != lagging => {
+                k.lagging = lagging;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// These replicas of a group that this node leads in this epoch are behind.
+    pub fn note_lagging(&self, group_id: u64, epoch: i32, lagging: Vec<i32>) {
+        if self.set_lagging(group_id, self.own_id, epoch, lagging) {
+            self.tell(group_id);
+        }
+    }
+
+    fn tell(&self, group_id: u64) {
+        self.untold.lock().expect("no panic under this lock").add(group_id);
+        self.news.notify_one();
+    }
+
+    pub fn lagging(&self, group_id: u64) -> Vec<i32> {
+        let known = self.stripe(group_id).read().expect("no panic under this lock");
+        known.get(&group_id).map(|k| k.lagging.clone()).unwrap_or_default()
     }
 
     /// Leader (-1 when there is none) and epoch.
@@ -107,14 +147,19 @@ impl LeaderTable {
     }
 
     /// Everything that this node leads, by group.
-    pub fn led_here(&self) -> Vec<(u64, i32)> {
+    pub fn led_here(&self) -> Vec<Led> {
         let mut led = Vec::new();
         for stripe in &self.stripes {
             let known = stripe.read().expect("no panic under this lock");
-            led.extend(known.iter().filter(|(_, k)| k.leader_id == self.own_id).map(|(g, k)| (*g, k.epoch)));
+            led.extend(known.iter().filter_map(|(group, k)| self.as_led(*group, k)));
         }
-        led.sort_unstable();
+        led.sort_unstable_by_key(|l| l.group_id);
         led
+    }
+
+    fn as_led(&self, group_id: u64, known: &Known) -> Option<Led> {
+        let led = || Led { group_id, epoch: known.epoch, lagging: known.lagging.clone() };
+        (known.leader_id == self.own_id).then(led)
     }
 
     /// What has changed since the last call.
@@ -124,8 +169,8 @@ impl LeaderTable {
             return News::Everything;
         }
         let led = untold.groups.into_iter().filter_map(|group| {
-            let (leader_id, epoch) = self.get(group)?;
-            (leader_id == self.own_id).then_some((group, epoch))
+            let known = self.stripe(group).read().expect("no panic under this lock");
+            self.as_led(group, known.get(&group)?)
         });
         News::Of(led.collect())
     }
@@ -153,23 +198,27 @@ mod tests {
         assert_eq!(table.get(5), None);
         table.note(5, -1, 1);
         assert_eq!(table.get(5), Some((-1, 1)));
-        table.hear(5, 2, 3);
-        table.hear(5, 3, 2);
+        table.hear(5, 2, 3, vec![]);
+        table.hear(5, 3, 2, vec![]);
         assert_eq!(table.get(5), Some((2, 3)));
         // The same epoch cannot have another leader, and a candidate does not know better.
-        table.hear(5, 3, 3);
+        table.hear(5, 3, 3, vec![]);
         table.note(5, -1, 3);
         table.note(5, -1, 4);
         assert_eq!(table.get(5), Some((2, 3)));
         table.note(5, 1, 4);
         assert_eq!(table.get(5), Some((1, 4)));
         // Nobody else knows better than this node that it leads, nor that it ceased to.
-        table.hear(5, 1, 9);
+        table.hear(5, 1, 9, vec![]);
         assert_eq!(table.get(5), Some((1, 4)));
         table.note(5, -1, 4);
         assert_eq!(table.get(5), Some((-1, 4)));
-        table.hear(5, 2, 5);
+        table.hear(5, 2, 5, vec![]);
         assert_eq!(table.get(5), Some((2, 5)));
+    }
+
+    fn led(group_id: u64, epoch: i32) -> Led {
+        Led { group_id, epoch, lagging: vec![] }
     }
 
     #[test]
@@ -179,11 +228,25 @@ mod tests {
         table.note(8, 2, 1);
         table.note(9, 1, 2);
         table.note(9, 1, 3);
-        assert_eq!(table.take_news(), News::Of(vec![(7, 1), (9, 3)]));
+        assert_eq!(table.take_news(), News::Of(vec![led(7, 1), led(9, 3)]));
         assert_eq!(table.take_news(), News::Of(vec![]));
         table.note(7, 1, 1);
         assert_eq!(table.take_news(), News::Of(vec![]), "nothing new");
-        assert_eq!(table.led_here(), [(7, 1), (9, 3)]);
+        assert_eq!(table.led_here(), [led(7, 1), led(9, 3)]);
+        // Who is behind is told, too, and forgotten with the leadership.
+        table.note_lagging(9, 3, vec![2]);
+        table.note_lagging(9, 2, vec![4]);
+        assert_eq!(table.take_news(), News::Of(vec![Led { lagging: vec![2], ..led(9, 3) }]));
+        table.note_lagging(9, 3, vec![2]);
+        assert_eq!(table.take_news(), News::Of(vec![]));
+        assert_eq!(table.lagging(9), [2]);
+        table.hear(9, 2, 4, vec![1]);
+        assert_eq!(table.lagging(9), [1]);
+        table.hear(9, 2, 3, vec![5]);
+        assert_eq!(table.lagging(9), [1], "old news");
+        table.note(9, 1, 5);
+        assert_eq!(table.lagging(9), [0; 0]);
+        table.take_news();
         for group in 0..=UNTOLD_MAX as u64 {
             table.note(100 + group, 1, 1);
         }

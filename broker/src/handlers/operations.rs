@@ -1,7 +1,9 @@
 //! What operators' tools ask: the metadata quorum, elections, reassignments, config resources, producers, quotas,
 //! credentials. Rules are in `flumen_metadata::admin`.
 
-use flumen_metadata::admin::{self, QuorumReplica, QuorumState, Refused};
+use std::time::Duration;
+
+use flumen_metadata::admin::{self, QuorumReplica, QuorumState};
 use flumen_metadata::topic_name;
 use flumen_protocol::error_code::ErrorCode;
 use kafka_protocol::messages::describe_producers_response::{
@@ -15,7 +17,11 @@ use kafka_protocol::messages::{
 };
 use kafka_protocol::protocol::StrBytes;
 
+use tokio::time::Instant;
+
 use super::offsets::at_home;
+use crate::balancer;
+use crate::cluster::requests::ANSWER_TIME_MAX;
 use crate::controller::METADATA_GROUP;
 use crate::dispatch::{Answer, Request, RequestError};
 use crate::node::now_ms;
@@ -53,17 +59,24 @@ pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestErr
     request.answer(&admin::describe_quorum(&asked, request.header.api_version, &image, &quorum))
 }
 
-pub fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError> {
+pub async fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: ElectLeadersRequest = request.decode()?;
     let node = &request.shard.node;
     let image = node.image.load();
     let version = request.header.api_version;
     let mut plan = with_live(node, |live| admin::elect_leaders(&asked, version, &image, live));
+    let deadline = Instant::now() + request_time(asked.timeout_ms);
     for transfer in std::mem::take(&mut plan.transfers) {
-        let message = "This broker cannot hand over the leadership of a partition.";
-        plan.refuse(&transfer, &Refused::new(ErrorCode::PREFERRED_LEADER_NOT_AVAILABLE, message));
+        if let Err(refused) = balancer::transfer(node, &transfer, deadline).await {
+            plan.refuse(&transfer, &refused);
+        }
     }
     request.answer(&plan.response)
+}
+
+/// What a client is ready to wait; another broker may have passed its request on, and waits no longer than this.
+fn request_time(timeout_ms: i32) -> Duration {
+    Duration::from_millis(u64::try_from(timeout_ms).unwrap_or(0)).min(ANSWER_TIME_MAX / 2)
 }
 
 pub async fn alter_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {

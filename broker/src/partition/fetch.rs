@@ -162,8 +162,13 @@ impl Partition {
             let start = self.log_start_offset();
             return Err(FetchError::OutOfRange { offset, start, end: high_watermark });
         }
+        self.cut_below(target).await
+    }
+
+    /// Lets the log of this replica, whether it leads or not, begin at an offset up to the high watermark.
+    pub async fn cut_below(&self, offset: i64) -> Result<i64, FetchError> {
         // What an export still needs stays; the caller sees how far it went.
-        let target = target.min(self.hold_offset.get());
+        let target = offset.min(self.hold_offset.get()).min(self.high_watermark());
         if target > self.log_start_offset() {
             // Answered when no crash can bring them back.
             self.log.delete_below(target).await.map_err(|e| FetchError::Storage(e.to_string()))?;

@@ -126,6 +126,11 @@ impl Partition {
         if behind >= status.last_index { i64::MAX } else { self.log.end_of(behind).unwrap_or(0) }
     }
 
+    /// All have everything, and nothing happens.
+    pub fn is_asleep(&self) -> bool {
+        self.state.borrow().raft.is_asleep()
+    }
+
     /// Another broker is gone; true when this partition has a replica there.
     pub fn on_node_down(&self, raft_id: u64) -> bool {
         self.damage().is_none() && self.state.borrow_mut().raft.on_node_down(raft_id)

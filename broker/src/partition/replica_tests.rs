@@ -47,7 +47,7 @@ fn start(id: i32, path: &Path) -> Broker {
     let info = NodeInfo { id, host: "localhost".to_owned(), port: 9092, rack: None };
     let (handle, mailbox) = ShardHandle::new();
     let (exports, _) = Exports::new();
-    let node = Node::new(config, path.to_owned(), MetadataImage::empty(info), vec![handle], exports);
+    let node = Node::new(config, path.to_owned(), MetadataImage::empty(info), vec![handle], exports, None);
     let node = Arc::new(node);
     let (stop, stopped) = oneshot::channel();
     let (for_thread, path) = (node.clone(), path.to_owned());
