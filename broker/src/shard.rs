@@ -21,6 +21,7 @@ use slab::Slab;
 use tokio::sync::{Notify, mpsc};
 
 use crate::balancer;
+use crate::cluster::floors;
 use crate::cluster::links::Links;
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
@@ -58,6 +59,8 @@ pub struct Shard {
     slots: RefCell<Slab<Rc<Partition>>>,
     awake: RefCell<AwakeSet>,
     somebody_woke: Notify,
+    /// A client deleted records, and followers should hear of it.
+    pub floors_changed: Notify,
     /// Messages for other brokers.
     pub outbox: Outbox,
     /// Connections to other brokers.
@@ -89,6 +92,7 @@ impl Shard {
             slots: RefCell::default(),
             awake: RefCell::default(),
             somebody_woke: Notify::new(),
+            floors_changed: Notify::new(),
             outbox: Outbox::default(),
             links: Links::default(),
             staged: Default::default(),
@@ -106,6 +110,9 @@ impl Shard {
             tokio::task::spawn_local(self.clone().watch_durability(lane));
         }
         tokio::task::spawn_local(self.clone().keep_ticking());
+        if self.node.cluster.is_some() {
+            tokio::task::spawn_local(floors::keep_told(self.clone()));
+        }
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
         tokio::task::spawn_local(self.clone().keep_forced());

@@ -23,6 +23,8 @@ pub const APPEND: u16 = 7;
 pub const READ: u16 = 8;
 /// Everything below is exported: group id u64, offset i64.
 pub const LET_GO: u16 = 9;
+/// Where logs begin, and below which offsets all replicas have them; see `floors`.
+pub const FLOORS: u16 = 10;
 
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;

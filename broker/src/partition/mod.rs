@@ -32,6 +32,7 @@ pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
+use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
 use crate::shard::Shard;
 use pending::Pending;
@@ -71,6 +72,10 @@ pub struct Partition {
     /// Where Raft believes that the log begins.
     told_before: Cell<u64>,
     refused_to_offer: Cell<bool>,
+    /// As the leader said: all replicas have everything below.
+    everywhere_known: Cell<i64>,
+    /// What followers were told last.
+    told_floor: Cell<Option<Floor>>,
     /// A new group's first replica stands for election in the next ticks.
     ticks_to_stand: Cell<u8>,
     /// The highest raft output number known to be durable, collected before raft is told once.
@@ -160,6 +165,8 @@ impl Partition {
             committed: Cell::new(None),
             told_before: Cell::new(0),
             refused_to_offer: Cell::new(false),
+            everywhere_known: Cell::new(0),
+            told_floor: Cell::new(None),
             ticks_to_stand: Cell::new(if eager { replica::STAND_TICKS } else { 0 }),
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),

@@ -6,6 +6,7 @@ use flumen_raft::{Body, Message, ProposeError, Status, StepError, Target};
 
 use super::Partition;
 use super::fetch::FetchError;
+use crate::cluster::floors::Floor;
 
 /// A new group's first replica stands for election in the first of so many ticks and again in the last, as the others may
 /// have heard of the group later.
@@ -111,6 +112,43 @@ impl Partition {
         self.state.borrow().raft.status()
     }
 
+    /// Kafka ids of the other members, where this one leads them.
+    pub(crate) fn followers(&self) -> Vec<i32> {
+        let others = self.state.borrow().raft.membership().others(self.node_id);
+        others.into_iter().filter_map(|id| i32::try_from(id).ok()?.checked_sub(1)).collect()
+    }
+
+    /// What followers should hear, with the leader's epoch; `None` where there is nothing new, unless it is asked for.
+    pub(crate) fn floor_to_tell(&self, again: bool) -> Option<(i32, Floor)> {
+        if self.alone.get() || !self.serves.get() || self.damage().is_some() {
+            return None;
+        }
+        let everywhere = if self.config.borrow().compacts() { self.everywhere() } else { 0 };
+        let floor =
+            Floor { log_start: self.log_start_offset(), everywhere: everywhere.min(self.high_watermark()) };
+        let is_new = self.told_floor.replace(Some(floor)) != Some(floor);
+        (is_new || again).then(|| (self.leader_epoch(), floor))
+    }
+
+    /// The leader of this epoch says so. Nothing that is not committed here goes, nor what an export has not settled.
+    pub(crate) fn hear_floor(&self, epoch: i32, floor: Floor) {
+        if self.alone.get() || self.is_leader() || epoch != self.leader_epoch() || self.damage().is_some() {
+            return;
+        }
+        self.everywhere_known.set(self.everywhere_known.get().max(floor.everywhere));
+        let to = floor.log_start.min(self.high_watermark()).min(self.hold_offset.get());
+        if to > self.log_start_offset() {
+            match self.log.advance_log_start(to) {
+                Ok(_) => self.note_log_start(),
+                // Told again.
+                Err(error) => {
+                    tracing::debug!(topic = %self.topic, partition = self.index, %error, "the log start stays");
+                }
+            }
+            self.publish_gauges();
+        }
+    }
+
     /// All replicas have what lies below this offset, as far as is known here. Compaction loses the indexes by which others
     /// could be sent it.
     pub(super) fn everywhere(&self) -> i64 {
@@ -119,7 +157,7 @@ impl Partition {
         }
         if !self.serves.get() {
             // Only a leader hears how far the others are.
-            return 0;
+            return self.everywhere_known.get();
         }
         let status = self.raft_status();
         let behind = status.peers.iter().map(|peer| peer.matched_index).min().unwrap_or(0);

@@ -315,6 +315,34 @@ fn three_replicas_have_one_log() {
 }
 
 #[test]
+fn records_that_a_client_deletes_go_on_every_replica() {
+    with_three(|three| async move {
+        for _ in 0..10 {
+            produce(&three, b"value", None).await;
+        }
+        three.agree(0).await;
+        let leader = three.leader().await;
+        let delete = |shard: Rc<Shard>| async move {
+            let partition = shard.partition(GROUP).unwrap();
+            partition.delete_records(7).await.map_err(|error| error.code())
+        };
+        for (at, broker) in three.up().iter().enumerate().filter(|(at, _)| *at != leader) {
+            let refused = broker.node.shards[0].run(delete).await.unwrap();
+            assert_eq!(refused, Err(ErrorCode::NOT_LEADER_OR_FOLLOWER), "node {at}");
+        }
+        assert_eq!(three.at(leader).node.shards[0].run(delete).await.unwrap(), Ok(7));
+        let (epoch, floor) = three.at(leader).run(|p| p.floor_to_tell(false).unwrap()).await;
+        assert_eq!(three.at(leader).run(|p| p.floor_to_tell(false)).await, None, "it is not new");
+        for broker in three.up() {
+            broker.run(move |p| p.hear_floor(epoch - 1, floor)).await;
+            broker.run(move |p| p.hear_floor(epoch, floor)).await;
+            assert_eq!(broker.run(|p| p.log_start_offset()).await, 7);
+        }
+        three.agree(7).await;
+    });
+}
+
+#[test]
 fn a_killed_leader_is_replaced_and_comes_back() {
     with_three(|three| async move {
         for n in 0..20 {
