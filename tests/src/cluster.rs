@@ -1,8 +1,8 @@
 //! Several brokers that are one cluster, each a process on loopback, and what must be equal on all of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use rdkafka::config::ClientConfig;
@@ -10,9 +10,13 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::{Value, json};
 
 use crate::flumen::Flumen;
+use crate::kafka::{ends_of, read_all};
+use crate::load::Load;
 use crate::process::free_port;
+use crate::witness::{Witness, judge};
 
 const POLL: Duration = Duration::from_millis(50);
+const PROGRESS_RECORDS: usize = 300;
 /// A batch's base offset and length, before the length counts.
 const BATCH_PREFIX_BYTES: usize = 12;
 /// Where a batch has its last record's distance from the first.
@@ -159,11 +163,61 @@ impl Cluster {
         bail!("{what} never came")
     }
 
+    /// Waits until so many more records were acknowledged: it shows that the cluster serves.
+    pub fn progress(&self, load: &Load, what: &str) -> anyhow::Result<()> {
+        let target = load.acknowledged_count() + PROGRESS_RECORDS;
+        let began = Instant::now();
+        self.until(what, || (load.acknowledged_count() >= target).then_some(()))?;
+        println!("{what}: {PROGRESS_RECORDS} records after {:.1?}", began.elapsed());
+        Ok(())
+    }
+
+    /// Ends the load, stops the cluster, and compares everything with everything: what was acknowledged, what the group was
+    /// given, what is stored, and the bytes of all replicas.
+    pub fn check(
+        &mut self,
+        topic: &str,
+        partitions: i32,
+        replicas: usize,
+        load: &mut Load,
+        witnesses: &mut [Witness],
+    ) -> anyhow::Result<()> {
+        load.finish()?;
+        let acknowledged = load.acknowledged();
+        let ends = ends_of(&self.kafka(), topic, partitions)?;
+        ensure!(
+            ends.iter().sum::<i64>() == acknowledged.len() as i64,
+            "{} acknowledged, {ends:?}",
+            acknowledged.len()
+        );
+        let stored = read_all(&self.kafka(), topic, &ends)?;
+        let seen = |witnesses: &[Witness]| -> usize {
+            let polled = witnesses.iter().flat_map(Witness::polled);
+            polled.map(|polled| polled.place).collect::<BTreeSet<_>>().len()
+        };
+        self.until("the group to have everything", || (seen(witnesses) >= acknowledged.len()).then_some(()))?;
+        for witness in witnesses.iter_mut() {
+            witness.finish()?;
+        }
+        judge(topic, &acknowledged, witnesses, &stored)?;
+        self.await_caught_up(topic, &ends)?;
+        self.stop_all()?;
+        let compared = self.compare_replicas(topic, &ends, replicas)?;
+        println!("{} records, {compared} batches compared", acknowledged.len());
+        Ok(())
+    }
+
     /// Waits until all replicas of a topic know these high watermarks.
     pub fn await_caught_up(&self, topic: &str, ends: &[i64]) -> anyhow::Result<()> {
-        for node in self.nodes.iter().filter(|node| node.is_running()) {
-            self.until(&format!("{} to have all of {topic}", node.kafka), || {
-                (node.end_offsets(topic).ok()? == ends).then_some(())
+        for (id, node) in (1i64..).zip(&self.nodes).filter(|(_, node)| node.is_running()) {
+            self.until(&format!("node {id} to have all of {topic}"), || {
+                let described = node.get(&format!("/v1/topics/{topic}")).ok()?;
+                let has = |(partition, end): (&Value, &i64)| {
+                    let replicas = partition["replicas"].as_array().into_iter().flatten();
+                    let holds = replicas.filter_map(Value::as_i64).any(|replica| replica == id);
+                    !holds || partition["high_watermark"].as_i64() == Some(*end)
+                };
+                described["partition_list"].as_array()?.iter().zip(ends).all(has).then_some(())
             })?;
         }
         Ok(())

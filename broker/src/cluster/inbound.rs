@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::requests::{self, Answered};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
-use super::{change, hand_over, node_id_of};
+use super::{change, hand_over, node_id_of, remote_log};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -202,6 +202,9 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
             }
         }
         requests::METADATA => change::answer_metadata(&shard.node).await,
+        requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
+        requests::READ => remote_log::answer_read(&shard.node, request.body).await,
+        requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
         requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
         requests::STATUS => {
             let status = crate::cluster_view::own_status(&shard.node).await;

@@ -29,6 +29,7 @@ pub mod links;
 pub mod listener;
 pub mod members;
 pub mod news;
+pub mod remote_log;
 pub mod requests;
 mod wire;
 

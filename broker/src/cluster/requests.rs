@@ -17,6 +17,12 @@ pub const STATUS: u16 = 5;
 
 /// Group and Raft number of the replica that is to lead it, 8 bytes each; code 0 when the leader tries to hand over.
 pub const HAND_OVER: u16 = 6;
+/// A batch of the broker's own for a log that another one leads: group id u64, batch; the answer is its offset, i64.
+pub const APPEND: u16 = 7;
+/// Group id u64, offset i64, bytes u32; the answer is high watermark i64, log start i64, batches.
+pub const READ: u16 = 8;
+/// Everything below is exported: group id u64, offset i64.
+pub const LET_GO: u16 = 9;
 
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;

@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use admit::NotAdmitted;
 pub use manager::start;
+pub(crate) use source::append;
 pub use state_log::STATE_TOPIC;
 
 /// Exports appear to Kafka tools as consumer groups with this prefix.
