@@ -123,6 +123,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             move |s| async move { Controller::start(&s, &for_controller).await },
         )
         .await?;
+        // What is wrong with a cluster can be asked while a majority of it is missing.
+        tokio::spawn(admin_http::serve(node.clone(), admin));
         if let Some((cluster, rpc)) = &member {
             rpc.serve(node.clone());
             for shard in &node.shards {
@@ -142,7 +144,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         // Whoever reads the ready line may ask for a clean stop at once.
         let stop = StopSignals::listen()?;
         tokio::spawn(listener::accept(node.clone(), kafka));
-        tokio::spawn(admin_http::serve(node.clone(), admin));
+        node.set_ready();
         println!(
             "flumen ready kafka={kafka_address} admin={admin_address} took={}ms",
             started.elapsed().as_millis()
