@@ -31,8 +31,17 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// So many nodes with empty directories, all at once; returns when all are ready.
+    /// Founds a cluster of so many nodes with empty directories, all at once; returns when all are ready.
     pub fn start(dir: &Path, nodes: usize, settings: &[&str]) -> anyhow::Result<Cluster> {
+        Cluster::start_with(dir, nodes, settings, Vec::new())
+    }
+
+    pub fn start_with(
+        dir: &Path,
+        nodes: usize,
+        settings: &[&str],
+        environment: Vec<(&'static str, String)>,
+    ) -> anyhow::Result<Cluster> {
         let rpc: Vec<String> = (0..nodes).map(|_| format!("127.0.0.1:{}", free_port())).collect();
         let mut cluster = Cluster {
             nodes: Vec::new(),
@@ -41,7 +50,8 @@ impl Cluster {
             settings: settings.iter().map(ToString::to_string).collect(),
         };
         for (at, rpc) in rpc.iter().enumerate() {
-            let node = cluster.idle(at, rpc);
+            let mut node = cluster.idle(at, rpc);
+            node.environment.clone_from(&environment);
             cluster.nodes.push(node);
         }
         cluster.restart_all()?;

@@ -25,6 +25,7 @@ pub mod identity;
 mod inbound;
 pub mod joining;
 pub mod leaders;
+pub mod leaving;
 pub mod links;
 pub mod listener;
 pub mod members;
@@ -83,13 +84,18 @@ impl Cluster {
         }
     }
 
+    /// Whether a node is one of the cluster. A founder that is not in the metadata has not come yet, or was removed; the
+    /// former only while not all have come.
+    pub fn knows(&self, image: &MetadataImage, node_id: i32) -> bool {
+        let young = image.nodes.len() < self.identity.founders.len();
+        image.nodes.contains_key(&node_id)
+            || (young && self.identity.founders.iter().any(|f| f.node_id == node_id))
+    }
+
     /// Where the other nodes are, as far as is known: from the metadata, and before that from the founding.
     pub fn addresses(&self, image: &MetadataImage) -> BTreeMap<i32, String> {
         let mut addresses: BTreeMap<i32, String> = BTreeMap::new();
-        // A founder that is not in the metadata has not come yet, or was removed; the former only while it is young.
-        let young = image.nodes.len() < self.identity.founders.len();
-        let known = |id: &i32| young || image.nodes.contains_key(id);
-        let founders = self.identity.founders.iter().filter(|f| known(&f.node_id));
+        let founders = self.identity.founders.iter().filter(|f| self.knows(image, f.node_id));
         addresses.extend(founders.map(|f| (f.node_id, f.address.clone())));
         addresses.extend(image.nodes.values().map(|n| (n.id, n.rpc_address.clone())));
         addresses.remove(&self.identity.node_id);

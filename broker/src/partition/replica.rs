@@ -164,6 +164,11 @@ impl Partition {
         if behind >= status.last_index { i64::MAX } else { self.log.end_of(behind).unwrap_or(0) }
     }
 
+    /// The end of the log behind the entry of this index, where that is still known.
+    pub fn end_of_entry(&self, index: u64) -> Option<i64> {
+        self.log.end_of(index)
+    }
+
     /// All have everything, and nothing happens.
     pub fn is_asleep(&self) -> bool {
         self.state.borrow().raft.is_asleep()
