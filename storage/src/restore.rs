@@ -316,7 +316,7 @@ fn restore_producers(
     files: &FileSystem,
     dir: &Path,
     listed: &[DirEntry],
-    candidates: [Option<&Bytes>; 2],
+    candidates: [Option<&Bytes>; 3],
     (on_disk, segments): (&OnDisk, &[(i64, u64)]),
     flushed_end: i64,
     entries: &[LogEntry],
@@ -567,7 +567,8 @@ pub(crate) fn restore(
         files,
         dir,
         &found.listed,
-        [found.snapshot.as_ref(), wal_snapshot.as_ref()],
+        // A later one may be of entries that were replaced.
+        [found.snapshot.as_ref(), wal_snapshot.as_ref(), began.as_ref().map(|(_, producers)| producers)],
         (&on_disk, &segments),
         state.flushed_end,
         &entries,

@@ -24,6 +24,7 @@ pub mod hand_over;
 pub mod identity;
 mod inbound;
 pub mod joining;
+pub mod joins;
 pub mod leaders;
 pub mod leaving;
 pub mod links;

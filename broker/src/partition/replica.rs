@@ -2,7 +2,7 @@
 //!
 //! Nothing here waits. What Raft answers is carried out by `Partition::advance`.
 
-use flumen_raft::{Body, Message, ProposeError, Status, StepError, Target};
+use flumen_raft::{Body, Membership, Message, ProposeError, Status, StepError, Target};
 
 use super::Partition;
 use super::fetch::FetchError;
@@ -28,7 +28,11 @@ impl Partition {
     /// What another replica says. A message that makes no sense is dropped, and so is one that there is no room for: Raft
     /// says it again.
     pub fn step(&self, from: u64, message: Message) {
-        if self.damage().is_some() || message.from != from || !self.has_room_for(&message) {
+        if self.damage().is_some()
+            || self.joining.get()
+            || message.from != from
+            || !self.has_room_for(&message)
+        {
             return;
         }
         let outcome = self.state.borrow_mut().raft.step(message);
@@ -44,7 +48,7 @@ impl Partition {
 
     /// Time passes for Raft; false when the group sleeps. `advance` has to follow.
     pub fn tick(&self) -> bool {
-        if self.damage().is_some() {
+        if self.damage().is_some() || self.joining.get() {
             return false;
         }
         let mut state = self.state.borrow_mut();
@@ -112,6 +116,48 @@ impl Partition {
         self.state.borrow().raft.status()
     }
 
+    pub(crate) fn is_joining(&self) -> bool {
+        self.joining.get() && self.damage().is_none()
+    }
+
+    /// Who the members are, and the index of the entry that made it so.
+    pub(crate) fn members(&self) -> (u64, Membership) {
+        let raft = &self.state.borrow().raft;
+        (raft.membership_index(), raft.membership().clone())
+    }
+
+    /// The leader of the group has told a new replica who the members are. As long as it is none of them it goes on asking.
+    /// One that is said to vote has lost what it had promised to keep, and never takes part.
+    pub(crate) fn join(&self, index: u64, membership: Membership) {
+        if !self.is_joining() || !membership.contains(self.node_id) {
+            return;
+        }
+        if membership.is_voter(self.node_id) {
+            self.refuse("it votes in its group, and its log is gone: move the replica away from this broker, and back");
+            return;
+        }
+        let stored = flumen_storage::HardState::default();
+        let started = super::group_that_joins(&self.log, self.node_id, self.group_id, index, &membership);
+        let staged = self.log.stage_with(Some(stored), Some((index, membership.encode())), &[]);
+        match (started, staged) {
+            (Ok(group), Ok(_)) => self.state.borrow_mut().raft = group,
+            // The log has no room now: it asks again.
+            (Ok(_), Err(error)) => {
+                tracing::warn!(topic = %self.topic, partition = self.index, %error, "a new replica has to wait");
+                return;
+            }
+            (Err(error), _) => return self.refuse(&format!("its Raft group cannot start: {error}")),
+        }
+        self.joining.set(false);
+        self.advance();
+        self.stay_awake();
+    }
+
+    /// The number of the log in the store.
+    pub(crate) fn store_id(&self) -> u64 {
+        self.log.group_id()
+    }
+
     /// Kafka ids of the other members, where this one leads them.
     pub(crate) fn followers(&self) -> Vec<i32> {
         let others = self.state.borrow().raft.membership().others(self.node_id);
@@ -176,14 +222,14 @@ impl Partition {
 
     /// Another broker is gone; true when this partition has a replica there.
     pub fn on_node_down(&self, raft_id: u64) -> bool {
-        self.damage().is_none() && self.state.borrow_mut().raft.on_node_down(raft_id)
+        self.damage().is_none() && !self.joining.get() && self.state.borrow_mut().raft.on_node_down(raft_id)
     }
 
     /// Sees to it that the group is ticked for as long as it does not sleep. A group of one needs no time.
     pub(crate) fn stay_awake(&self) {
         let awake = {
             let raft = &self.state.borrow().raft;
-            !raft.is_asleep() && !raft.membership().is_alone(self.node_id)
+            !self.joining.get() && !raft.is_asleep() && !raft.membership().is_alone(self.node_id)
         };
         if awake && let Some(shard) = self.shard.upgrade() {
             shard.wake(self.slot.get());
