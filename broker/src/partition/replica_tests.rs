@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use super::{AppendError, Completion, Origin, Partition, PartitionSpec, ProduceInFlight};
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
-use crate::node::Node;
+use crate::node::{Node, now_ms};
 use crate::shard::{Shard, group_of};
 
 const GROUP: u64 = 7;
@@ -233,7 +233,8 @@ async fn content(broker: &Broker, from: i64) -> Vec<u8> {
 
 fn batch(value: &[u8], producer: Option<(i64, i32)>) -> BytesMut {
     let mut builder = BatchBuilder::new();
-    builder.append(1_000, None, Some(value), &[]);
+    // Of now: a producer of long ago is forgotten.
+    builder.append(now_ms(), None, Some(value), &[]);
     if let Some((id, sequence)) = producer {
         builder.producer(id, 0, sequence);
     }
@@ -266,7 +267,7 @@ async fn send(
                 false => Completion::ProduceHere(in_flight.clone(), 0),
             };
             let appended =
-                partition.append(records, Origin::Client, 1_000, Some(completion)).map_err(|(e, _)| e)?;
+                partition.append(records, Origin::Client, now_ms(), Some(completion)).map_err(|(e, _)| e)?;
             in_flight.set(0, |r| r.base_offset = appended.base_offset);
             in_flight.submitted();
             Ok(answer)
