@@ -43,7 +43,7 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         )
         .route("/v1/exports/{topic}/status", get(export_status))
         .route("/v1/status/ready", get(ready))
-        .route("/v1/status/live", get(ready))
+        .route("/v1/status/live", get(live))
         .route("/v1/cluster", get(admin_cluster::cluster))
         .route("/v1/cluster/health", get(admin_cluster::health))
         .route("/v1/cluster/health_overview", get(admin_cluster::health))
@@ -152,9 +152,18 @@ async fn not_found(uri: axum::http::Uri) -> Problem {
     Problem::not_found(format!("there is nothing at {}", uri.path()))
 }
 
-async fn ready(State(node): Shared) -> Json<Value> {
-    let image = node.image.load();
-    Json(json!({ "status": "ready", "cluster_id": image.cluster_id, "node_id": image.node.id }))
+fn status(node: &Node) -> Json<Value> {
+    let (image, status) = (node.image.load(), if node.is_ready() { "ready" } else { "starting" });
+    Json(json!({ "status": status, "cluster_id": image.cluster_id, "node_id": image.node.id }))
+}
+
+async fn live(State(node): Shared) -> Json<Value> {
+    status(&node)
+}
+
+async fn ready(State(node): Shared) -> (StatusCode, Json<Value>) {
+    let code = if node.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, status(&node))
 }
 
 async fn version() -> Json<Value> {

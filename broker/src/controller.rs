@@ -108,11 +108,15 @@ impl Controller {
             None => vec![node.config.node_id],
             Some(cluster) => cluster.identity.founders.iter().map(|f| f.node_id).collect(),
         };
+        let mut config = TopicConfig::metadata_log();
+        if failpoint::small() {
+            config.segment_bytes = 8 << 10;
+        }
         let spec = PartitionSpec {
             topic: METADATA_TOPIC.into(),
             index: 0,
             group_id: METADATA_GROUP,
-            config: TopicConfig::metadata_log(),
+            config,
             replicas: voters,
             exported: false,
         };

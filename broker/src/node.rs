@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -36,6 +37,7 @@ pub struct Node {
     pub exports: Exports,
     pub disk: Arc<DiskSpace>,
     pub started: Instant,
+    ready: AtomicBool,
     pub leaders: LeaderTable,
     /// None: alone.
     pub cluster: Option<Arc<Cluster>>,
@@ -62,6 +64,7 @@ impl Node {
             exports,
             disk: Arc::default(),
             started: Instant::now(),
+            ready: AtomicBool::new(false),
             leaders: LeaderTable::new(config.node_id),
             cluster,
             gauges: RwLock::default(),
@@ -79,6 +82,15 @@ impl Node {
     /// A partition's home never changes while the process runs.
     pub fn shard_of(&self, group_id: u64) -> usize {
         (group_id % self.shards.len() as u64) as usize
+    }
+
+    /// Serves Kafka's clients.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    pub fn set_ready(&self) {
+        self.ready.store(true, Ordering::Relaxed);
     }
 
     pub fn controller(&self) -> &ShardHandle {

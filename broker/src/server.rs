@@ -4,7 +4,7 @@
 //! Start: configuration -> data directory (lock, format) -> ports (so that a port in use fails before
 //! anything else is touched) -> cluster, if there is one -> recovery -> shards -> metadata -> partitions -> registered with
 //! the cluster -> exports -> accept.
-//! Stop: no new connections -> exports -> shards flush and close their logs -> exit 0.
+//! Stop: no new connections -> exports -> leaderships go to other nodes -> shards flush and close their logs -> exit 0.
 
 use std::net::SocketAddr;
 use std::panic::resume_unwind;
@@ -26,6 +26,7 @@ use crate::cluster::bootstrap::{Presence, State, check_seeds};
 use crate::cluster::change::{Intent, Registration, change};
 use crate::cluster::identity::Identity;
 use crate::cluster::joining::find_cluster;
+use crate::cluster::leaving::hand_over_everything;
 use crate::cluster::listener::Rpc;
 use crate::cluster::members::Members;
 use crate::cluster::{self, Cluster, new_boot_id, news};
@@ -34,7 +35,7 @@ use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
 use crate::net::listener;
 use crate::node::{CONTROLLER_SHARD, Node};
-use crate::shard::Shard;
+use crate::shard::{Shard, group_of};
 
 /// What the command line says.
 #[derive(Clone, Debug)]
@@ -82,7 +83,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             scope.spawn(|| data_dir.recover(warm_bytes)).join().unwrap_or_else(|panic| resume_unwind(panic))
         })?;
         let recovered: RecoveredGroups =
-            Arc::new(Mutex::new(recovered.into_iter().map(|g| (g.group_id, g)).collect()));
+            Arc::new(Mutex::new(recovered.into_iter().map(|g| (group_of(g.group_id), g)).collect()));
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,
@@ -122,6 +123,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             move |s| async move { Controller::start(&s, &for_controller).await },
         )
         .await?;
+        // What is wrong with a cluster can be asked while a majority of it is missing.
+        tokio::spawn(admin_http::serve(node.clone(), admin));
         if let Some((cluster, rpc)) = &member {
             rpc.serve(node.clone());
             for shard in &node.shards {
@@ -141,7 +144,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         // Whoever reads the ready line may ask for a clean stop at once.
         let stop = StopSignals::listen()?;
         tokio::spawn(listener::accept(node.clone(), kafka));
-        tokio::spawn(admin_http::serve(node.clone(), admin));
+        node.set_ready();
         println!(
             "flumen ready kafka={kafka_address} admin={admin_address} took={}ms",
             started.elapsed().as_millis()
@@ -151,6 +154,9 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         stop.wait().await;
         tracing::info!("stopping");
         node.exports.stop().await;
+        if node.cluster.is_some() {
+            hand_over_everything(&node).await;
+        }
         for shard in 0..shard_count {
             let stopped = tokio::time::timeout(
                 SHUTDOWN_GRACE,
@@ -275,7 +281,11 @@ async fn register(node: &Arc<Node>, cluster: &Cluster) -> anyhow::Result<()> {
             Ok(done) => break done,
             Err(error) if error.code == ErrorCode::DUPLICATE_BROKER_REGISTRATION => bail!(error.message),
             Err(error) => {
-                tracing::warn!(%error, "not registered yet: a majority of the founding nodes has to run")
+                let refused = node.controller().run(|shard| async move { shard.links.refusal() }).await?;
+                if let Some(sentence) = refused {
+                    bail!(sentence);
+                }
+                tracing::warn!(%error, "not registered yet: a majority of the founding nodes has to run");
             }
         }
     };

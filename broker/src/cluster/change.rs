@@ -275,10 +275,13 @@ async fn pass_on(shard: &Rc<Shard>, intent: &Intent, hops: u8, turn: usize) -> R
     }
 }
 
-/// What another node asked for.
-pub async fn answer(node: &Node, body: &[u8]) -> Answered {
+/// What another node asked for. One that the cluster does not know may only ask to be registered.
+pub async fn answer(node: &Node, body: &[u8], known: bool) -> Answered {
     let outcome = match Intent::decode(body) {
         None => Err(failed(ErrorCode::INVALID_REQUEST, "a change that this version does not know")),
+        Some((_, intent)) if !known && !matches!(intent, Intent::Register(_)) => {
+            Err(failed(ErrorCode::CLUSTER_AUTHORIZATION_FAILED, "the node is not registered"))
+        }
         Some((hops, intent)) => {
             let stopping = |_| failed(ErrorCode::NOT_CONTROLLER, "the broker is stopping");
             let run =

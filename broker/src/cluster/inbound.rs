@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::requests::{self, Answered};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
-use super::{change, hand_over, node_id_of, remote_log};
+use super::{change, floors, hand_over, joins, node_id_of, remote_log};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -118,7 +118,9 @@ async fn hear(
                     shard.node.leaders.hear(lead.group, sender.node_id, epoch, lagging);
                 }
             }
-            Frame::Request(request) => serve_request(shard, peer, request, &answers, &unanswered).await?,
+            Frame::Request(request) => {
+                serve_request(shard, sender, peer, request, &answers, &unanswered).await?
+            }
             Frame::Hello(_) => return Err(LinkError::Unexpected("a hello")),
             Frame::Refusal(_) => return Err(LinkError::Unexpected("a refusal")),
             Frame::Answer(_) => return Err(LinkError::Unexpected("an answer")),
@@ -126,10 +128,18 @@ async fn hear(
     }
 }
 
+/// One that is not registered yet may ask to be, and nothing else; one that was removed has no say any more.
+fn is_known(node: &Node, node_id: i32) -> bool {
+    node.cluster.as_ref().is_some_and(|cluster| cluster.knows(&node.image.load(), node_id))
+}
+
 async fn deliver(shard: &Rc<Shard>, sender: Sender, raft: &RaftFrame) -> Result<(), LinkError> {
     let node = &shard.node;
     if node_id_of(raft.from) != Some(sender.node_id) || raft.to != node.raft_id() {
         return Err(LinkError::Unexpected("messages of other nodes"));
+    }
+    if !is_known(node, sender.node_id) {
+        return Ok(());
     }
     let mut elsewhere: Vec<Vec<(u64, Message)>> = vec![Vec::new(); node.shards.len()];
     for item in raft.items() {
@@ -151,6 +161,7 @@ async fn deliver(shard: &Rc<Shard>, sender: Sender, raft: &RaftFrame) -> Result<
 
 async fn serve_request(
     shard: &Rc<Shard>,
+    sender: Sender,
     peer: &Rc<Peer>,
     request: Request,
     answers: &mpsc::Sender<Answer>,
@@ -165,7 +176,7 @@ async fn serve_request(
     let (shard, peer, answers, unanswered) =
         (shard.clone(), peer.clone(), answers.clone(), unanswered.clone());
     tokio::task::spawn_local(async move {
-        let answered = carry_out(&shard, &peer, request).await;
+        let answered = carry_out(&shard, sender, &peer, request).await;
         unanswered.set(unanswered.get() - 1);
         // The asker may be gone.
         let _ = answers.send(Answer { id, code: answered.code, body: answered.body }).await;
@@ -173,9 +184,12 @@ async fn serve_request(
     Ok(())
 }
 
-async fn carry_out(shard: &Rc<Shard>, peer: &Peer, request: Request) -> Answered {
+async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Request) -> Answered {
     let failed = |code: ErrorCode| Answered { code: code.0, body: Bytes::new() };
+    let known = is_known(&shard.node, sender.node_id);
     match request.kind {
+        requests::CHANGE => change::answer(&shard.node, &request.body, known).await,
+        _ if !known => failed(ErrorCode::CLUSTER_AUTHORIZATION_FAILED),
         requests::KAFKA => {
             match dispatch::handle(shard, peer, BytesMut::from(&request.body[..])).await {
                 Ok(dispatch::Answer::Ready(segments)) => Answered { code: 0, body: segments.concat().into() },
@@ -187,11 +201,12 @@ async fn carry_out(shard: &Rc<Shard>, peer: &Peer, request: Request) -> Answered
                 }
             }
         }
-        requests::CHANGE => change::answer(&shard.node, &request.body).await,
         requests::METADATA => change::answer_metadata(&shard.node).await,
         requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
+        requests::MEMBERS => joins::answer(&shard.node, request.body).await,
+        requests::FLOORS => floors::answer(&shard.node, request.body).await,
         requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
         requests::STATUS => {
             let status = crate::cluster_view::own_status(&shard.node).await;

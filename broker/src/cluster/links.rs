@@ -46,6 +46,8 @@ pub struct Link {
     ended: Cell<bool>,
     /// Why the last attempt failed, so that it is logged once.
     failure: RefCell<String>,
+    /// The last attempt failed as the other node does not want this one.
+    refused: Cell<bool>,
 }
 
 #[derive(Default)]
@@ -90,6 +92,13 @@ impl Links {
         }
     }
 
+    /// Why this node is not wanted, when every node of the cluster says so.
+    pub fn refusal(&self) -> Option<String> {
+        let links = self.links.borrow();
+        let all = !links.is_empty() && links.values().all(|link| link.refused.get());
+        links.values().next().filter(|_| all).map(|link| link.failure.borrow().clone())
+    }
+
     /// Tells everybody who is connected that this node leads these groups.
     pub fn tell(&self, leads: &[Led]) {
         for link in self.links.borrow().values().filter(|link| link.connected.get()) {
@@ -118,6 +127,7 @@ impl Link {
             wake: Notify::new(),
             ended: Cell::new(false),
             failure: RefCell::default(),
+            refused: Cell::new(false),
         }
     }
 
@@ -158,13 +168,16 @@ async fn keep(shard: Rc<Shard>, link: Rc<Link>) {
             Ok(Ok(connection)) => {
                 back_off = BACK_OFF_MIN;
                 link.failure.borrow_mut().clear();
+                link.refused.set(false);
                 let error = speak(&shard, &link, connection).await;
                 link.disconnect();
                 tracing::info!(node = link.node_id, shard = shard.id, %error, "connection to a broker ended");
                 shard.on_node_down(raft_id(link.node_id));
             }
-            Ok(Err(error)) => note_failure(&link, error.to_string()),
-            Err(_) => note_failure(&link, format!("no answer within {} s", CONNECT_TIME_MAX.as_secs())),
+            Ok(Err(error)) => note_failure(&link, error.to_string(), matches!(error, LinkError::Refused(_))),
+            Err(_) => {
+                note_failure(&link, format!("no answer within {} s", CONNECT_TIME_MAX.as_secs()), false)
+            }
         }
         drop(shard.outbox.take(raft_id(link.node_id)));
         if !link.ended.get() {
@@ -174,7 +187,8 @@ async fn keep(shard: Rc<Shard>, link: Rc<Link>) {
     }
 }
 
-fn note_failure(link: &Link, failure: String) {
+fn note_failure(link: &Link, failure: String, refused: bool) {
+    link.refused.set(refused);
     if *link.failure.borrow() != failure {
         tracing::warn!(node = link.node_id, address = %link.address.borrow(), failure, "cannot connect to a broker; trying again");
         link.failure.replace(failure);

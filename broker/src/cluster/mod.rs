@@ -18,12 +18,15 @@
 
 pub mod bootstrap;
 pub mod change;
+pub mod floors;
 pub mod forward;
 pub mod hand_over;
 pub mod identity;
 mod inbound;
 pub mod joining;
+pub mod joins;
 pub mod leaders;
+pub mod leaving;
 pub mod links;
 pub mod listener;
 pub mod members;
@@ -43,7 +46,7 @@ use identity::Identity;
 use members::Members;
 
 /// Of the data directory; a node that cannot read what another writes does not come together with it.
-const DATA_FORMAT: u16 = 2;
+const DATA_FORMAT: u16 = 3;
 
 /// What the command line says of the cluster.
 #[derive(Clone, Debug)]
@@ -82,13 +85,18 @@ impl Cluster {
         }
     }
 
+    /// Whether a node is one of the cluster. A founder that is not in the metadata has not come yet, or was removed; the
+    /// former only while not all have come.
+    pub fn knows(&self, image: &MetadataImage, node_id: i32) -> bool {
+        let young = image.nodes.len() < self.identity.founders.len();
+        image.nodes.contains_key(&node_id)
+            || (young && self.identity.founders.iter().any(|f| f.node_id == node_id))
+    }
+
     /// Where the other nodes are, as far as is known: from the metadata, and before that from the founding.
     pub fn addresses(&self, image: &MetadataImage) -> BTreeMap<i32, String> {
         let mut addresses: BTreeMap<i32, String> = BTreeMap::new();
-        // A founder that is not in the metadata has not come yet, or was removed; the former only while it is young.
-        let young = image.nodes.len() < self.identity.founders.len();
-        let known = |id: &i32| young || image.nodes.contains_key(id);
-        let founders = self.identity.founders.iter().filter(|f| known(&f.node_id));
+        let founders = self.identity.founders.iter().filter(|f| self.knows(image, f.node_id));
         addresses.extend(founders.map(|f| (f.node_id, f.address.clone())));
         addresses.extend(image.nodes.values().map(|n| (n.id, n.rpc_address.clone())));
         addresses.remove(&self.identity.node_id);

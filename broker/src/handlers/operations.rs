@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::offsets::at_home;
 use crate::balancer;
+use crate::cluster::node_id_of;
 use crate::cluster::requests::ANSWER_TIME_MAX;
 use crate::controller::METADATA_GROUP;
 use crate::dispatch::{Answer, Request, RequestError};
@@ -34,20 +35,28 @@ pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestErr
         .controller()
         .run(|shard| async move {
             let log = shard.partition(METADATA_GROUP)?;
-            let (id, now) = (shard.node.config.node_id, now_ms());
-            // A leader has fetched and caught up with itself just now.
-            let this = QuorumReplica {
-                id,
-                log_end_offset: log.log_end_offset(),
-                last_fetch_ms: now,
-                last_caught_up_ms: now,
+            let (own, now) = (shard.node.config.node_id, now_ms());
+            let status = log.raft_status();
+            let up = shard.node.is_up();
+            let replica = |raft_id: u64| {
+                let id = node_id_of(raft_id).unwrap_or(-1);
+                let peer = status.peers.iter().find(|peer| peer.id == raft_id);
+                // What a replica lacks is known by entries; of those that have all the end of the log is the leader's.
+                let has_all = id == own || peer.is_some_and(|p| p.matched_index >= status.last_index);
+                let end = peer.filter(|p| p.matched_index > 0).map(|p| log.end_of_entry(p.matched_index));
+                QuorumReplica {
+                    id,
+                    log_end_offset: if has_all { log.log_end_offset() } else { end.flatten().unwrap_or(-1) },
+                    last_fetch_ms: if up(id) { now } else { -1 },
+                    last_caught_up_ms: if has_all { now } else { -1 },
+                }
             };
             Some(QuorumState {
-                leader_id: id,
+                leader_id: node_id_of(status.leadership.leader_id).unwrap_or(-1),
                 leader_epoch: log.leader_epoch(),
                 high_watermark: log.high_watermark(),
-                voters: vec![this],
-                observers: Vec::new(),
+                voters: status.membership.voters.iter().copied().map(replica).collect(),
+                observers: status.membership.learners.iter().copied().map(replica).collect(),
             })
         })
         .await
