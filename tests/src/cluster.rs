@@ -272,7 +272,9 @@ impl Cluster {
 /// Batches in the segments of a stopped node by their base offset; `None` when it has no replica.
 fn batches_of(data: &Path, partition: &str) -> anyhow::Result<Option<BTreeMap<i64, Vec<u8>>>> {
     let named = |path: &PathBuf| {
-        path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(&format!("{partition}.g")))
+        // One that was given up may wait for its files to go.
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        name.starts_with(&format!("{partition}.g")) && !name.ends_with(".deleted")
     };
     let inside = |dir: &Path| -> anyhow::Result<Vec<PathBuf>> {
         Ok(std::fs::read_dir(dir)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?)
