@@ -3,7 +3,7 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo test test-full crash-test sim lint conformance differential bench-smoke bench-log \
+.PHONY: build engine setup demo demo-cluster test test-full crash-test sim lint conformance differential bench-smoke bench-log \
 	bench-instructions clean
 
 build:
@@ -16,6 +16,11 @@ engine:
 demo: build engine
 	cargo build --release -p flumen-tests --bin flumen-demo
 	DEMO_SECONDS=$(DEMO_SECONDS) target/release/flumen-demo $(if $(KEEP),--keep,)
+
+# Three brokers that are one cluster: the same stream, one node after another killed, then all at once.
+demo-cluster: build engine
+	cargo build --release -p flumen-tests --bin flumen-demo
+	DEMO_SECONDS=$(DEMO_SECONDS) target/release/flumen-demo --nodes 3 $(if $(KEEP),--keep,)
 
 # Real clients for the integration tests: Python and Java ones, kcat.
 setup: engine

@@ -1,6 +1,6 @@
 //! The admin API's view of the cluster: `/v1/cluster`, its health and partitions, `/v1/brokers`.
 //!
-//! Lists everywhere, for one node now: what reads them need not change when there are more.
+//! Any node answers for the whole cluster.
 
 use std::sync::atomic::Ordering;
 
@@ -10,8 +10,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::admin_http::{Problem, Shared};
-use crate::cluster_health;
+use crate::cluster::change::{Intent, change};
+use crate::cluster_view;
 use crate::node::Node;
+use crate::topic_admin::with_live;
 
 pub async fn cluster(State(node): Shared) -> Json<Value> {
     let image = node.image.load_full();
@@ -20,15 +22,15 @@ pub async fn cluster(State(node): Shared) -> Json<Value> {
     let size: u64 =
         partitions.clone().map(|p| node.gauges_of(p.group_id).size_bytes.load(Ordering::Relaxed)).sum();
     Json(json!({
-        "cluster_id": image.cluster_id, "controller_id": image.node.id,
+        "cluster_id": image.cluster_id, "controller_id": with_live(&node, |live| live.controller_id),
         "controller_epoch": image.controller_epoch, "version": env!("CARGO_PKG_VERSION"),
-        "brokers": 1, "topics": own.count(), "partitions": partitions.count(),
+        "brokers": image.brokers().len(), "topics": own.count(), "partitions": partitions.count(),
         "exports": node.exports.views().len(), "size_bytes": size,
     }))
 }
 
 pub async fn health(State(node): Shared) -> Json<Value> {
-    Json(cluster_health::overview(&node).await)
+    Json(cluster_view::overview(&node).await)
 }
 
 #[derive(Deserialize)]
@@ -46,24 +48,57 @@ pub async fn partitions(State(node): Shared, Query(which): Query<Which>) -> Resu
             Problem::not_found(format!("topic '{topic}' does not exist")).with_fix("flumen topic list")
         );
     }
-    let found = cluster_health::partitions(&node, which.topic.as_deref(), which.unhealthy);
+    let found = cluster_view::partitions(&node, which.topic.as_deref(), which.unhealthy);
     Ok(Json(json!({ "partitions": found })))
 }
 
 pub async fn brokers(State(node): Shared) -> Json<Value> {
-    Json(json!([this_broker(&node)]))
+    Json(Value::Array(cluster_view::brokers(&node).await))
+}
+
+fn known(node: &Node, id: &str) -> Result<i32, Problem> {
+    let ids: Vec<i32> = node.image.load().brokers().iter().map(|broker| broker.id).collect();
+    let found = id.parse().ok().filter(|id| ids.contains(id));
+    found.ok_or_else(|| {
+        let detail = match ids[..] {
+            [own] => format!("there is no broker {id}; the only one is {own}"),
+            _ => format!("there is no broker {id}"),
+        };
+        Problem::not_found(detail).with_fix("flumen cluster brokers")
+    })
 }
 
 pub async fn broker(State(node): Shared, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
-    let own = node.image.load().node.id;
-    if id.parse() == Ok(own) {
-        return Ok(Json(this_broker(&node)));
-    }
-    Err(Problem::not_found(format!("there is no broker {id}; the only one is {own}"))
-        .with_fix("flumen cluster brokers"))
+    let id = known(&node, &id)?;
+    let found = cluster_view::brokers(&node).await.into_iter().find(|broker| broker["node_id"] == id);
+    Ok(Json(found.unwrap_or(Value::Null)))
 }
 
-fn this_broker(node: &Node) -> Value {
+/// `POST /v1/brokers/{id}:maintenance`, `:active`, `:decommission`; `DELETE /v1/brokers/{id}` removes one that holds nothing.
+pub async fn broker_action(State(node): Shared, Path(what): Path<String>) -> Result<Json<Value>, Problem> {
+    let (id, action) = what.split_once(':').unwrap_or((&what, ""));
+    let id = known(&node, id)?;
+    let intent = match action {
+        "maintenance" => Intent::Maintenance { id, on: true },
+        "active" => Intent::Maintenance { id, on: false },
+        "decommission" => Intent::Decommission { id },
+        other => {
+            return Err(Problem::not_found(format!("'{other}' is not something a broker can do"))
+                .with_fix("use one of :maintenance, :active, :decommission"));
+        }
+    };
+    change(&node, intent).await?;
+    let state = node.image.load().broker(id).map(|broker| broker.state.name());
+    Ok(Json(json!({ "node_id": id, "membership_status": state })))
+}
+
+pub async fn remove_broker(State(node): Shared, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
+    let id = known(&node, &id)?;
+    change(&node, Intent::RemoveNode { id }).await?;
+    Ok(Json(json!({ "node_id": id, "removed": true })))
+}
+
+pub(crate) fn this_broker(node: &Node) -> Value {
     let image = node.image.load();
     let shards: Vec<Value> = node
         .shards

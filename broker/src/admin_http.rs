@@ -43,13 +43,18 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         )
         .route("/v1/exports/{topic}/status", get(export_status))
         .route("/v1/status/ready", get(ready))
-        .route("/v1/status/live", get(ready))
+        .route("/v1/status/live", get(live))
         .route("/v1/cluster", get(admin_cluster::cluster))
         .route("/v1/cluster/health", get(admin_cluster::health))
         .route("/v1/cluster/health_overview", get(admin_cluster::health))
         .route("/v1/cluster/partitions", get(admin_cluster::partitions))
         .route("/v1/brokers", get(admin_cluster::brokers))
-        .route("/v1/brokers/{id}", get(admin_cluster::broker))
+        .route(
+            "/v1/brokers/{id}",
+            get(admin_cluster::broker)
+                .post(admin_cluster::broker_action)
+                .delete(admin_cluster::remove_broker),
+        )
         .route("/version", get(version))
         .route("/metrics", get(metrics))
         .route("/public_metrics", get(metrics))
@@ -147,9 +152,18 @@ async fn not_found(uri: axum::http::Uri) -> Problem {
     Problem::not_found(format!("there is nothing at {}", uri.path()))
 }
 
-async fn ready(State(node): Shared) -> Json<Value> {
-    let image = node.image.load();
-    Json(json!({ "status": "ready", "cluster_id": image.cluster_id, "node_id": image.node.id }))
+fn status(node: &Node) -> Json<Value> {
+    let (image, status) = (node.image.load(), if node.is_ready() { "ready" } else { "starting" });
+    Json(json!({ "status": status, "cluster_id": image.cluster_id, "node_id": image.node.id }))
+}
+
+async fn live(State(node): Shared) -> Json<Value> {
+    status(&node)
+}
+
+async fn ready(State(node): Shared) -> (StatusCode, Json<Value>) {
+    let code = if node.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, status(&node))
 }
 
 async fn version() -> Json<Value> {
@@ -194,14 +208,14 @@ async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Resul
         .enumerate()
         .map(|(index, p)| {
             let g = node.gauges_of(p.group_id);
-            let damaged = g.damaged.load(Ordering::Relaxed) != 0;
+            let status = topic_admin::status_of(&node, p.group_id);
             json!({
-                "partition": index, "leader": image.node.id, "replicas": p.replicas,
-                "leader_epoch": g.leader_epoch.load(Ordering::Relaxed),
+                "partition": index, "leader": status.leader_id, "replicas": p.replicas,
+                "leader_epoch": status.leader_epoch,
                 "log_start_offset": g.log_start_offset.load(Ordering::Relaxed),
                 "high_watermark": g.high_watermark.load(Ordering::Relaxed),
                 "size_bytes": g.size_bytes.load(Ordering::Relaxed),
-                "health": if damaged { "damaged" } else { "ok" },
+                "health": if status.damaged { "damaged" } else { "ok" },
             })
         })
         .collect();
@@ -265,8 +279,7 @@ async fn create_topic(
             &[Command::CreateTopic {
                 name: name.clone(),
                 id: uuid::Uuid::nil(),
-                partitions,
-                replication_factor: replication,
+                assignments: Vec::new(),
                 configs: configs.clone(),
             }],
         )

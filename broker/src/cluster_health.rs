@@ -1,4 +1,4 @@
-//! What is wrong with the cluster, in sentences that say what to do; and where its partitions are.
+//! What is wrong with this node, in sentences that say what to do. The cluster as a whole is in `cluster_view`.
 //!
 //! The judgement is a pure function of what was looked at (`judge`); looking goes to gauges, the image and, for the reason
 //! of a damage, to the partition's shard. A problem of severity `error` makes the cluster unhealthy; a `warning` mends
@@ -187,55 +187,9 @@ fn judge(seen: &Seen) -> Vec<Problem> {
     problems
 }
 
-/// The whole judgement as JSON, with the names that Redpanda's `health_overview` has for the same things.
-pub async fn overview(node: &Node) -> Value {
-    let seen = look(node).await;
-    let problems = judge(&seen);
-    let errors: Vec<&Problem> = problems.iter().filter(|p| p.severity == Severity::Error).collect();
-    let mut reasons: Vec<&str> = errors.iter().map(|p| p.code).collect();
-    reasons.dedup();
-    let leaderless: Vec<String> =
-        seen.damaged.iter().take(DAMAGED_NAMED_MAX).map(|d| format!("{}/{}", d.topic, d.partition)).collect();
-    json!({
-        "is_healthy": errors.is_empty(),
-        "unhealthy_reasons": reasons,
-        "problems": problems.iter().map(Problem::document).collect::<Vec<_>>(),
-        "controller_id": seen.node_id,
-        "all_nodes": [seen.node_id],
-        "nodes_down": [],
-        "leaderless_count": seen.damaged.len(),
-        "leaderless_partitions": leaderless,
-        "under_replicated_count": 0,
-        "under_replicated_partitions": [],
-    })
-}
-
-/// Every partition with where it is and how it is; `unhealthy` leaves out those that serve.
-pub fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Value> {
-    let image = node.image.load();
-    let mut found = Vec::new();
-    for one in image.topics.values().filter(|t| topic.is_none_or(|name| name == t.name)) {
-        for (index, info) in one.partitions.iter().enumerate() {
-            let gauges = node.gauges_of(info.group_id);
-            let damaged = gauges.damaged.load(Ordering::Relaxed) != 0;
-            if unhealthy && !damaged {
-                continue;
-            }
-            let serving: &[i32] = if damaged { &[] } else { &info.replicas };
-            found.push(json!({
-                "topic": one.name, "partition": index, "internal": one.internal,
-                "leader": if damaged { Value::Null } else { json!(image.node.id) },
-                "leader_epoch": gauges.leader_epoch.load(Ordering::Relaxed),
-                "replicas": info.replicas, "in_sync_replicas": serving,
-                "shard": node.shard_of(info.group_id),
-                "log_start_offset": gauges.log_start_offset.load(Ordering::Relaxed),
-                "high_watermark": gauges.high_watermark.load(Ordering::Relaxed),
-                "size_bytes": gauges.size_bytes.load(Ordering::Relaxed),
-                "health": if damaged { "damaged" } else { "ok" },
-            }));
-        }
-    }
-    found
+/// What this node knows to be wrong with itself.
+pub async fn problems(node: &Node) -> Vec<Problem> {
+    judge(&look(node).await)
 }
 
 #[cfg(test)]

@@ -1,44 +1,54 @@
-//! The one writer of cluster metadata. Lives on shard 0 beside the metadata group (group id 0).
+//! The cluster metadata on this node. Lives on shard 0 beside the metadata group (group id 0).
 //!
-//! A change is planned against the current image, appended to the metadata log as one record batch
-//! (one record per command), and applied when committed; then the image is published to all threads and
-//! the shards create or delete what it names. Answers go out after that, so that a topic that was
+//! A change is planned on the node that leads the group, against its image, appended to the metadata log as one record batch
+//! (one record per command), and applied when committed, here as on every other node (`apply`): the image is published to all
+//! threads and the shards create or delete what it names. Answers go out after that, so that a topic that was
 //! reported created can be written to.
 //!
 //! Invariants
-//! - Changes are planned, committed and applied one at a time (`one_at_a_time`), so a plan never acts
-//!   on an image that another plan has outdated.
+//! - Changes are planned and committed one at a time (`one_at_a_time`), by a leader whose image has everything that the log
+//!   has, so a plan never acts on an image that another plan has outdated.
+//! - A batch of commands is one entry of Raft: it applies as a whole on every node, or on none.
+//! - What a leader appended and did not see committed has an unknown outcome. It is neither repeated nor taken back.
 //! - A snapshot and the metadata log from where it ends give the image; nothing else feeds it. The log is cut only
 //!   below a snapshot that is not the newest, so a damaged newest one loses nothing.
 
+mod apply;
+mod partitions;
+mod upkeep;
+
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use flumen_metadata::{Applied, BrokerConfig, Command, MetadataImage, TopicConfig};
+use bytes::Bytes;
+use flumen_metadata::{Applied, BrokerConfig, Command, MetadataImage, TopicConfig, encode_snapshot_file};
 use flumen_protocol::error_code::ErrorCode;
-use flumen_protocol::record::{self, BatchBuilder};
-use flumen_protocol::record_batch;
+use flumen_protocol::record::BatchBuilder;
 use flumen_storage::{RecoveredGroup, failpoint};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
 
+use crate::cluster::change::{Done, Intent};
+use crate::cluster::identity::ClusterId;
 use crate::metadata_snapshots::{MetadataSnapshots, SnapshotError};
 use crate::node::now_ms;
 use crate::partition::{Completion, Origin, Partition, PartitionSpec};
 use crate::shard::Shard;
+use crate::topic_admin::TopicError;
 
 /// The metadata group's own log, never listed as a topic.
 pub const METADATA_GROUP: u64 = 0;
 pub const METADATA_TOPIC: &str = "__cluster_metadata";
-/// One read while the metadata log is replayed at start.
-const REPLAY_READ_BYTES: usize = 1 << 20;
-/// A metadata record is at most this long once decompressed; our own batches are not compressed.
-const METADATA_BATCH_BYTES_MAX: usize = 16 << 20;
 
 /// A snapshot is written after this many commands: replaying them takes milliseconds, and a snapshot of a large cluster
 /// (some 100 bytes per partition) is worth as many.
 const SNAPSHOT_INTERVAL_COMMANDS: i64 = 1000;
+/// How often a leader that waits for its log to be applied looks whether it still leads.
+const LEADERSHIP_LOOK: Duration = Duration::from_millis(20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -46,7 +56,11 @@ pub enum ControlError {
     Apply(String),
     #[error("the metadata log refused the change: {0}")]
     Append(ErrorCode),
-    #[error("the outcome of a metadata change is unknown: the broker is stopping")]
+    #[error("this node does not lead the metadata")]
+    NotController,
+    #[error(
+        "the outcome of a metadata change is unknown: the broker stopped, or ceased to lead the metadata"
+    )]
     Unknown,
 }
 
@@ -54,6 +68,9 @@ impl ControlError {
     pub fn code(&self) -> ErrorCode {
         match self {
             ControlError::Apply(_) => ErrorCode::INVALID_REQUEST,
+            ControlError::Append(ErrorCode::NOT_LEADER_OR_FOLLOWER) | ControlError::NotController => {
+                ErrorCode::NOT_CONTROLLER
+            }
             ControlError::Append(code) => *code,
             ControlError::Unknown => ErrorCode::REQUEST_TIMED_OUT,
         }
@@ -64,7 +81,15 @@ pub struct Controller {
     shard: Rc<Shard>,
     log: Rc<Partition>,
     image: RefCell<MetadataImage>,
+    /// The image holds everything below this offset. -1: nothing, and a snapshot has to come from another node first.
+    applied: Cell<i64>,
+    applied_more: Notify,
+    /// Batches by base offset that a change of this node waits for, and what they changed, once applied.
+    awaited: RefCell<BTreeMap<i64, Option<Vec<Applied>>>>,
     one_at_a_time: tokio::sync::Mutex<()>,
+    /// Held while partitions are created and deleted.
+    hands_on: tokio::sync::Mutex<()>,
+    recovered: RecoveredGroups,
     snapshots: MetadataSnapshots,
     /// Where the newest snapshot ends.
     snapshot_end: Cell<i64>,
@@ -75,14 +100,24 @@ pub struct Controller {
 pub type RecoveredGroups = Arc<Mutex<HashMap<u64, RecoveredGroup>>>;
 
 impl Controller {
-    /// Opens the metadata group and replays it. Fails when it is damaged: without metadata nothing
-    /// can be served, and guessing would lose topics.
+    /// Opens the metadata group, replays what is known to be committed, and opens the partitions that it names. Fails when
+    /// it is damaged: without metadata nothing can be served, and guessing would lose topics.
     pub async fn start(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result<(), String> {
+        let node = &shard.node;
+        let voters = match &node.cluster {
+            None => vec![node.config.node_id],
+            Some(cluster) => cluster.identity.founders.iter().map(|f| f.node_id).collect(),
+        };
+        let mut config = TopicConfig::metadata_log();
+        if failpoint::small() {
+            config.segment_bytes = 8 << 10;
+        }
         let spec = PartitionSpec {
             topic: METADATA_TOPIC.into(),
             index: 0,
             group_id: METADATA_GROUP,
-            config: TopicConfig::metadata_log(),
+            config,
+            replicas: voters,
             exported: false,
         };
         let found = recovered.lock().expect("no panic under this lock").remove(&METADATA_GROUP);
@@ -96,24 +131,26 @@ impl Controller {
                 "the metadata log is damaged ({reason}); restore {METADATA_TOPIC}-0.g0 from a copy before starting"
             ));
         }
-        let snapshots = MetadataSnapshots::open(&shard.node.data_dir).map_err(|e| e.to_string())?;
-        let empty = (**shard.node.image.load()).clone();
+        let snapshots = MetadataSnapshots::open(&node.data_dir).map_err(|e| e.to_string())?;
+        let empty = (**node.image.load()).clone();
         let newest = snapshots.newest(&empty.node).map_err(|e| e.to_string())?;
-        let (start, end) = (log.log_start_offset(), log.high_watermark());
-        let (snapshot_end, image) = match newest {
+        let (start, end) = (log.log_start_offset(), log.log_end_offset());
+        let (applied, image) = match newest {
             Some((offset, image)) if (start..=end).contains(&offset) => {
-                (offset, image.with_static_configs(&shard.node.config))
+                (offset, image.with_static_configs(&node.config))
             }
+            None if start == 0 => (0, empty),
+            // The others have what this node lacks: its log began anew, and the snapshot did not come any more.
+            _ if node.cluster.is_some() => (-1, empty),
             Some((offset, _)) => {
                 return Err(format!(
                     "the newest metadata snapshot ends at {offset}, but the metadata log holds {start} to {end}: one of them is not of this broker, or lost its end"
                 ));
             }
-            None if start == 0 => (0, empty),
             None => {
                 return Err(format!(
                     "the metadata log begins at {start} and no snapshot reaches it; restore {} from a copy",
-                    shard.node.data_dir.join("metadata").display()
+                    node.data_dir.join("metadata").display()
                 ));
             }
         };
@@ -121,73 +158,112 @@ impl Controller {
             shard: shard.clone(),
             log,
             image: RefCell::new(image),
+            applied: Cell::new(applied),
+            applied_more: Notify::new(),
+            awaited: RefCell::default(),
             one_at_a_time: tokio::sync::Mutex::default(),
+            hands_on: tokio::sync::Mutex::default(),
+            recovered: recovered.clone(),
             snapshots,
-            snapshot_end: Cell::new(snapshot_end),
+            snapshot_end: Cell::new(applied.max(0)),
             snapshot_under_way: Cell::new(false),
         });
-        controller.replay(snapshot_end).await?;
-        tracing::info!(snapshot_end, replayed = end - snapshot_end, "metadata loaded");
+        if applied >= 0 {
+            controller.replay().await?;
+        }
+        let replayed = controller.applied.get() - applied;
+        tracing::info!(snapshot_end = applied, replayed, "metadata loaded");
         shard.set_controller(controller.clone());
-        if fresh {
-            let cluster_id = new_cluster_id();
+        controller.publish();
+        controller.open_all().await?;
+        tokio::task::spawn_local(controller.clone().follow());
+        if node.cluster.is_some() {
+            tokio::task::spawn_local(controller.clone().keep_up());
+        } else if fresh {
+            let cluster_id = ClusterId::random().to_string();
             controller
                 .commit(vec![Command::ClusterCreated { cluster_id }])
                 .await
                 .map_err(|e| e.to_string())?;
         }
-        controller.publish();
         controller.maybe_snapshot();
         Ok(())
     }
 
-    /// Applies the log from `from` on, which is where a snapshot ended: between two batches.
-    async fn replay(&self, from: i64) -> Result<(), String> {
-        let mut offset = from;
-        let end = self.log.high_watermark();
-        while offset < end {
-            let slice = self.log.fetch(offset, REPLAY_READ_BYTES).await.map_err(|e| e.to_string())?;
-            let before = offset;
-            for bytes in &slice.records {
-                for batch in record_batch::batches(bytes) {
-                    let (header, batch) = batch.map_err(|e| e.to_string())?;
-                    offset = header.next_offset();
-                    let mut scratch = Vec::new();
-                    let records = record::decode_records(batch, &mut scratch, METADATA_BATCH_BYTES_MAX)
-                        .map_err(|e| e.to_string())?;
-                    for record in records {
-                        let record = record.map_err(|e| e.to_string())?;
-                        let command =
-                            Command::decode(record.value.unwrap_or(&[])).map_err(|e| e.to_string())?;
-                        self.image
-                            .borrow_mut()
-                            .apply(&command)
-                            .map_err(|e| format!("metadata record {} does not apply: {e}", record.offset))?;
-                    }
-                }
+    /// Leads the metadata, and knows everything that was ever committed to it once it has applied what its log has.
+    pub fn leads(&self) -> bool {
+        self.log.serves()
+    }
+
+    pub fn applied_offset(&self) -> i64 {
+        self.applied.get()
+    }
+
+    /// Returns when the image has everything below `offset`, or at the deadline.
+    pub async fn wait_for(&self, offset: i64, deadline: Instant) {
+        let _ = tokio::time::timeout_at(deadline, self.wait_until_applied(offset)).await;
+    }
+
+    pub async fn wait_until_applied(&self, offset: i64) {
+        loop {
+            let more = self.applied_more.notified();
+            tokio::pin!(more);
+            more.as_mut().enable();
+            if self.applied.get() >= offset {
+                return;
             }
-            if offset == before {
-                return Err(format!("the metadata log ends at {offset} although it should reach {end}"));
+            more.await;
+        }
+    }
+
+    /// Waits until the image has all that this leader's log has.
+    async fn catch_up_with_log(&self) -> Result<(), ControlError> {
+        while self.leads() {
+            let end = self.log.log_end_offset();
+            if self.applied.get() >= end
+                || timeout(LEADERSHIP_LOOK, self.wait_until_applied(end)).await.is_ok()
+            {
+                return Ok(());
             }
         }
-        Ok(())
+        Err(ControlError::NotController)
     }
 
     /// Plans a change against the current image and commits what it needs. `plan` returns its answer
-    /// and the commands; no command, no write.
+    /// and the commands; no command, no write. The answer counts for nothing when the outcome is an error.
     pub async fn change<R>(
         self: &Rc<Self>,
         plan: impl FnOnce(&MetadataImage, &BrokerConfig) -> (R, Vec<Command>),
     ) -> (R, Result<Vec<Applied>, ControlError>) {
         let _turn = self.one_at_a_time.lock().await;
+        let ready = self.catch_up_with_log().await;
         let (answer, commands) = plan(&self.image.borrow(), &self.shard.node.config);
-        let outcome = self.commit_locked(commands).await;
+        let outcome = match ready {
+            Ok(()) => self.commit_locked(commands).await,
+            Err(error) => Err(error),
+        };
         (answer, outcome)
     }
 
     pub async fn commit(self: &Rc<Self>, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
-        let _turn = self.one_at_a_time.lock().await;
-        self.commit_locked(commands).await
+        self.change(|_, _| ((), commands)).await.1
+    }
+
+    /// Plans and commits what an intent asks for.
+    pub async fn carry_out(self: &Rc<Self>, intent: &Intent) -> Result<Done, TopicError> {
+        let up = self.shard.node.is_up();
+        let (refused, outcome) = self
+            .change(|image, config| match intent.plan(image, config, &up, Uuid::new_v4()) {
+                Ok(commands) => (None, commands),
+                Err(refused) => (Some(refused), Vec::new()),
+            })
+            .await;
+        let applied = outcome.map_err(TopicError::from)?;
+        if let Some(refused) = refused {
+            return Err(refused.into());
+        }
+        let producer_id_start = applied.iter().find_map(|a| a.producer_id_start);
+        Ok(Done { producer_id_start, offset: self.applied.get() })
     }
 
     async fn commit_locked(self: &Rc<Self>, commands: Vec<Command>) -> Result<Vec<Applied>, ControlError> {
@@ -196,9 +272,8 @@ impl Controller {
         }
         // Applied to a copy first: a command that does not apply must never reach the log.
         let mut next = self.image.borrow().clone();
-        let mut applied = Vec::with_capacity(commands.len());
         for command in &commands {
-            applied.push(next.apply(command).map_err(|e| ControlError::Apply(e.to_string()))?);
+            next.apply(command).map_err(|e| ControlError::Apply(e.to_string()))?;
         }
         let now = now_ms();
         let mut builder = BatchBuilder::new();
@@ -209,24 +284,21 @@ impl Controller {
         let completion = Completion::Callback(Box::new(move || {
             let _ = done.send(());
         }));
-        self.log
+        let appended = self
+            .log
             .append(builder.build(0), Origin::Broker, now, Some(completion))
             .map_err(|(error, _)| ControlError::Append(error.code()))?;
-        committed.await.map_err(|_| ControlError::Unknown)?;
-        *self.image.borrow_mut() = next;
-        self.publish();
-        self.maybe_snapshot();
-        for change in &applied {
-            self.carry_out(change).await;
+        self.awaited.borrow_mut().insert(appended.base_offset, None);
+        if committed.await.is_ok() {
+            self.wait_until_applied(appended.last_offset + 1).await;
         }
-        self.shard.node.exports.metadata_changed();
-        Ok(applied)
+        let applied = self.awaited.borrow_mut().remove(&appended.base_offset);
+        applied.flatten().ok_or(ControlError::Unknown)
     }
 
-    /// Starts a snapshot when enough has been committed since the last one. Called where the image holds everything
-    /// below the high watermark: at start, and while a change has its turn.
+    /// Starts a snapshot when enough has been applied since the last one.
     fn maybe_snapshot(self: &Rc<Self>) {
-        let end = self.log.high_watermark();
+        let end = self.applied.get();
         let interval = if failpoint::small() { 20 } else { SNAPSHOT_INTERVAL_COMMANDS };
         if end - self.snapshot_end.get() < interval || self.snapshot_under_way.replace(true) {
             return;
@@ -240,7 +312,7 @@ impl Controller {
                 Ok(Ok(not_needed_below)) => {
                     controller.snapshot_end.set(end);
                     if let Some(offset) = not_needed_below
-                        && let Err(error) = controller.log.delete_records(offset).await
+                        && let Err(error) = controller.log.cut_below(offset).await
                     {
                         tracing::warn!(%error, "the metadata log could not be cut; it stays longer than it needs to be");
                     }
@@ -254,113 +326,14 @@ impl Controller {
         });
     }
 
+    /// What another node needs that begins behind where the log does.
+    pub fn snapshot_file(&self) -> Bytes {
+        encode_snapshot_file(self.applied.get(), &self.image.borrow().snapshot()).into()
+    }
+
     fn publish(&self) {
-        self.shard.node.image.store(Arc::new(self.image.borrow().clone()));
+        let mut image = self.image.borrow().clone();
+        image.controller_epoch = self.log.leader_epoch();
+        self.shard.node.image.store(Arc::new(image));
     }
-
-    /// Makes the shards match the new image.
-    async fn carry_out(&self, change: &Applied) {
-        let node = &self.shard.node;
-        for created in &change.created {
-            let Some(spec) = self.spec_of(&created.topic, created.partition) else { continue };
-            let made = node.shards[node.shard_of(spec.group_id)]
-                .run(move |s| async move { s.create(spec).map(|_| ()).map_err(|e| e.to_string()) })
-                .await;
-            if let Ok(Err(error)) = made {
-                // The metadata says that the partition exists; the next start creates it.
-                tracing::error!(topic = %created.topic, partition = created.partition, %error, "cannot create the partition's log");
-            }
-        }
-        for deleted in &change.deleted {
-            let group_id = deleted.group_id;
-            let _ = node.shards[node.shard_of(group_id)]
-                .run(move |s| async move { s.delete(group_id).await })
-                .await;
-        }
-        let mut deleted: Vec<&str> = change.deleted.iter().map(|d| d.topic.as_str()).collect();
-        deleted.dedup();
-        for topic in deleted {
-            for shard in &node.shards {
-                let topic = topic.to_string();
-                let _ = shard.run(move |s| async move { s.coordinators.remove_topic(&topic).await }).await;
-            }
-        }
-        for name in &change.topics_reconfigured {
-            let found = self.image.borrow().topics.get(name).cloned();
-            if let Some(topic) = found {
-                for p in &topic.partitions {
-                    let (group_id, config, exported) =
-                        (p.group_id, topic.effective.clone(), is_exported(&topic));
-                    let _ = node.shards[node.shard_of(group_id)]
-                        .run(move |s| async move {
-                            if let Some(partition) = s.partition(group_id) {
-                                partition.set_config(config, exported);
-                            }
-                        })
-                        .await;
-                }
-            }
-        }
-    }
-
-    fn spec_of(&self, topic: &str, index: i32) -> Option<PartitionSpec> {
-        let image = self.image.borrow();
-        let found = image.topics.get(topic)?;
-        let info = found.partitions.get(usize::try_from(index).ok()?)?;
-        Some(PartitionSpec {
-            topic: topic.into(),
-            index,
-            group_id: info.group_id,
-            config: found.effective.clone(),
-            exported: is_exported(found),
-        })
-    }
-}
-
-/// Whether retention has to wait for ClickHouse.
-fn is_exported(topic: &flumen_metadata::Topic) -> bool {
-    topic.configs.get("flumen.clickhouse.enable").is_some_and(|v| v == "true")
-}
-
-/// Opens every partition of the image that lives on this shard. Returns how many.
-pub fn open_partitions(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result<usize, String> {
-    let image = shard.node.image.load_full();
-    let mut opened = 0;
-    for topic in image.topics.values() {
-        let name: Arc<str> = topic.name.as_str().into();
-        for (index, info) in topic.partitions.iter().enumerate() {
-            if shard.node.shard_of(info.group_id) != shard.id {
-                continue;
-            }
-            let spec = PartitionSpec {
-                topic: name.clone(),
-                index: i32::try_from(index).unwrap_or(i32::MAX),
-                group_id: info.group_id,
-                config: topic.effective.clone(),
-                exported: is_exported(topic),
-            };
-            let found = recovered.lock().expect("no panic under this lock").remove(&info.group_id);
-            match found {
-                Some(group) => drop(shard.attach(spec, group)),
-                // Named by the metadata, absent on disk: the crash came between the two.
-                None => drop(shard.create(spec).map_err(|e| e.to_string())?),
-            }
-            opened += 1;
-        }
-    }
-    Ok(opened)
-}
-
-/// 16 random bytes as Kafka prints them (URL-safe base64 without padding).
-fn new_cluster_id() -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    let bits = uuid::Uuid::new_v4().as_u128();
-    // 22 digits of 6 bits; the last one carries the remaining 2 bits.
-    (0..22)
-        .map(|i| {
-            let shift = 122 - 6 * i;
-            let digit = if shift >= 0 { bits >> shift } else { bits << -shift };
-            char::from(ALPHABET[(digit & 63) as usize])
-        })
-        .collect()
 }

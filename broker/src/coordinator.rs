@@ -63,6 +63,9 @@ impl Coordinators {
         if partition.damage().is_some() {
             return Err(ErrorCode::COORDINATOR_NOT_AVAILABLE);
         }
+        if !partition.serves() {
+            return Err(ErrorCode::NOT_COORDINATOR);
+        }
         let shell = Rc::new(GroupShell {
             partition,
             coordinator: RefCell::new(Coordinator::new(groups_config(&shard.node.config))),
@@ -86,6 +89,8 @@ impl Coordinators {
         if let Some(shell) = self.by_group.borrow_mut().remove(&group_id) {
             shell.removed.set(true);
             shell.deadline_moved.notify_one();
+            // Appends may never come to their end.
+            shell.append_finished.notify_waiters();
             shell.answers.borrow_mut().clear();
         }
     }
@@ -178,7 +183,7 @@ impl GroupShell {
             })
             .collect();
         self.act(outputs);
-        while appends.iter().any(|id| self.open_appends.borrow().contains(id)) {
+        while !self.removed.get() && appends.iter().any(|id| self.open_appends.borrow().contains(id)) {
             self.append_finished.notified().await;
         }
     }

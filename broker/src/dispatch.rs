@@ -15,6 +15,7 @@ use kafka_protocol::messages::ApiKey;
 use kafka_protocol::protocol::{Decodable, Encodable};
 use tokio::sync::oneshot;
 
+use crate::cluster::forward;
 use crate::handlers;
 use crate::net::connection::Peer;
 use crate::shard::Shard;
@@ -146,17 +147,44 @@ pub async fn handle(shard: &Rc<Shard>, peer: &Peer, frame: BytesMut) -> Result<A
         shard.metrics.request(key, started.elapsed());
         return answer;
     }
-    let mut body = frame.freeze();
+    let whole = frame.freeze();
+    let mut body = whole.clone();
     let body = body.split_off(header.body_offset.min(body.len()));
     guard::check_request(key, version, &body).map_err(|e| RequestError::Malformed {
         api_key: key,
         api_version: version,
         reason: e.to_string(),
     })?;
+    if !peer.forwarded && is_for_controller(key) && shard.node.cluster.is_some() {
+        match forward::to_controller(shard, whole).await {
+            Some(Ok(answer)) => return Ok(answer),
+            // Whether it was done is not known: the client has to look.
+            Some(Err(reason)) => {
+                return Err(RequestError::Malformed { api_key: key, api_version: version, reason });
+            }
+            None => {}
+        }
+    }
     let request = Request { shard, peer, header, body };
     let answer = route(&request).await;
     shard.metrics.request(key, started.elapsed());
     answer
+}
+
+/// Requests that only the leader of the metadata answers, whoever is asked.
+fn is_for_controller(key: i16) -> bool {
+    [
+        ApiKey::CreateTopics,
+        ApiKey::DeleteTopics,
+        ApiKey::CreatePartitions,
+        ApiKey::AlterConfigs,
+        ApiKey::IncrementalAlterConfigs,
+        ApiKey::AlterPartitionReassignments,
+        ApiKey::ElectLeaders,
+        ApiKey::DescribeQuorum,
+    ]
+    .iter()
+    .any(|api| *api as i16 == key)
 }
 
 async fn route(request: &Request<'_>) -> Result<Answer, RequestError> {
@@ -191,8 +219,10 @@ async fn route(request: &Request<'_>) -> Result<Answer, RequestError> {
         ApiKey::DescribeGroups => handlers::groups::describe(request).await,
         ApiKey::DeleteGroups => handlers::groups::delete(request).await,
         ApiKey::DescribeQuorum => handlers::operations::describe_quorum(request).await,
-        ApiKey::ElectLeaders => handlers::operations::elect_leaders(request),
-        ApiKey::AlterPartitionReassignments => handlers::operations::alter_partition_reassignments(request),
+        ApiKey::ElectLeaders => handlers::operations::elect_leaders(request).await,
+        ApiKey::AlterPartitionReassignments => {
+            handlers::operations::alter_partition_reassignments(request).await
+        }
         ApiKey::ListPartitionReassignments => handlers::operations::list_partition_reassignments(request),
         ApiKey::ListConfigResources => handlers::operations::list_config_resources(request),
         ApiKey::DescribeProducers => handlers::operations::describe_producers(request).await,

@@ -6,8 +6,11 @@
 
 mod admin_cluster;
 pub mod admin_http;
+mod balancer;
 pub mod cli;
+pub mod cluster;
 mod cluster_health;
+mod cluster_view;
 pub mod controller;
 pub mod coordinator;
 pub mod disk_space;
@@ -21,6 +24,7 @@ mod metrics_text;
 pub mod net;
 pub mod node;
 pub mod partition;
+pub mod peers;
 pub mod server;
 pub mod shard;
 pub mod topic_admin;

@@ -6,14 +6,17 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use flumen_metadata::{BrokerConfig, Command, MetadataImage};
+use flumen_metadata::{BrokerConfig, MetadataImage};
 use flumen_protocol::error_code::ErrorCode;
 
-use crate::controller::ControlError;
+use crate::cluster::Cluster;
+use crate::cluster::change::{Intent, change};
+use crate::cluster::leaders::LeaderTable;
 use crate::disk_space::DiskSpace;
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
@@ -34,6 +37,10 @@ pub struct Node {
     pub exports: Exports,
     pub disk: Arc<DiskSpace>,
     pub started: Instant,
+    ready: AtomicBool,
+    pub leaders: LeaderTable,
+    /// None: alone.
+    pub cluster: Option<Arc<Cluster>>,
     gauges: RwLock<HashMap<u64, Arc<PartitionGauges>>>,
     producer_ids: Mutex<Range<i64>>,
     producer_id_refill: tokio::sync::Mutex<()>,
@@ -46,10 +53,10 @@ impl Node {
         image: MetadataImage,
         shards: Vec<ShardHandle>,
         exports: Exports,
+        cluster: Option<Arc<Cluster>>,
     ) -> Node {
         let metrics = shards.iter().map(|_| Arc::new(ShardMetrics::default())).collect();
         Node {
-            config,
             data_dir,
             image: ArcSwap::from_pointee(image),
             shards,
@@ -57,15 +64,33 @@ impl Node {
             exports,
             disk: Arc::default(),
             started: Instant::now(),
+            ready: AtomicBool::new(false),
+            leaders: LeaderTable::new(config.node_id),
+            cluster,
             gauges: RwLock::default(),
             producer_ids: Mutex::new(0..0),
             producer_id_refill: tokio::sync::Mutex::default(),
+            config,
         }
+    }
+
+    /// What Raft calls this node: one more than its id, as 0 means nobody there.
+    pub fn raft_id(&self) -> u64 {
+        u64::try_from(self.config.node_id).unwrap_or(0) + 1
     }
 
     /// A partition's home never changes while the process runs.
     pub fn shard_of(&self, group_id: u64) -> usize {
         (group_id % self.shards.len() as u64) as usize
+    }
+
+    /// Serves Kafka's clients.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    pub fn set_ready(&self) {
+        self.ready.store(true, Ordering::Relaxed);
     }
 
     pub fn controller(&self) -> &ShardHandle {
@@ -84,6 +109,12 @@ impl Node {
         self.gauges.write().expect("no panic under this lock").remove(&group_id);
     }
 
+    /// Whether a node runs, as far as this one can tell at the time of the question.
+    pub fn is_up(&self) -> impl Fn(i32) -> bool + Send + 'static {
+        let (own, cluster) = (self.config.node_id, self.cluster.clone());
+        move |id| id == own || cluster.as_ref().is_some_and(|c| c.members.is_up(id))
+    }
+
     /// The shard with the fewest connections; the first of equals.
     pub fn least_loaded_shard(&self) -> usize {
         (0..self.shards.len()).min_by_key(|i| self.shards[*i].connections()).unwrap_or(0)
@@ -99,23 +130,9 @@ impl Node {
             if !self.producer_ids.lock().expect("no panic under this lock").is_empty() {
                 continue;
             }
-            let node = self.clone();
-            let applied = self
-                .controller()
-                .run(move |shard| async move {
-                    let _ = node;
-                    shard
-                        .controller()
-                        .commit(vec![Command::AllocateProducerIds { count: PRODUCER_ID_BLOCK }])
-                        .await
-                })
-                .await
-                .map_err(|_| ErrorCode::COORDINATOR_NOT_AVAILABLE)?
-                .map_err(|e: ControlError| e.code())?;
-            let start = applied
-                .iter()
-                .find_map(|a| a.producer_id_start)
-                .ok_or(ErrorCode::COORDINATOR_NOT_AVAILABLE)?;
+            let done =
+                change(self, Intent::ProducerIds { count: PRODUCER_ID_BLOCK }).await.map_err(|e| e.code)?;
+            let start = done.producer_id_start.ok_or(ErrorCode::COORDINATOR_NOT_AVAILABLE)?;
             *self.producer_ids.lock().expect("no panic under this lock") = start..start + PRODUCER_ID_BLOCK;
         }
     }

@@ -2,10 +2,10 @@
 //! admin API and waits for a signal.
 //!
 //! Start: configuration -> data directory (lock, format) -> ports (so that a port in use fails before
-//! anything else is touched) -> recovery -> shards -> metadata -> partitions -> exports -> accept.
-//! Stop: no new connections -> exports -> shards flush and close their logs -> exit 0.
+//! anything else is touched) -> cluster, if there is one -> recovery -> shards -> metadata -> partitions -> registered with
+//! the cluster -> exports -> accept.
+//! Stop: no new connections -> exports -> leaderships go to other nodes -> shards flush and close their logs -> exit 0.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
@@ -14,18 +14,28 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
+use flumen_protocol::error_code::ErrorCode;
 use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig, failpoint};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::admin_http;
-use crate::controller::{self, Controller, RecoveredGroups};
+use crate::cluster::ClusterOptions;
+use crate::cluster::bootstrap::{Presence, State, check_seeds};
+use crate::cluster::change::{Intent, Registration, change};
+use crate::cluster::identity::Identity;
+use crate::cluster::joining::find_cluster;
+use crate::cluster::leaving::hand_over_everything;
+use crate::cluster::listener::Rpc;
+use crate::cluster::members::Members;
+use crate::cluster::{self, Cluster, new_boot_id, news};
+use crate::controller::{Controller, RecoveredGroups};
 use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
 use crate::net::listener;
 use crate::node::{CONTROLLER_SHARD, Node};
-use crate::shard::Shard;
+use crate::shard::{Shard, group_of};
 
 /// What the command line says.
 #[derive(Clone, Debug)]
@@ -36,6 +46,8 @@ pub struct ServerOptions {
     /// One per core when absent.
     pub shards: Option<usize>,
     pub config: BrokerConfig,
+    /// One node, alone, when absent.
+    pub cluster: Option<ClusterOptions>,
 }
 
 /// A shard that does not finish flushing by then is left to recovery, which loses nothing either.
@@ -43,6 +55,9 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
+    if let Some(cluster) = &options.cluster {
+        check_seeds(&cluster.seeds).map_err(anyhow::Error::msg)?;
+    }
     if let Err(error) = flumen_io::refuse_huge_pages() {
         tracing::warn!(%error, "huge pages stay on: latency rises for some milliseconds while memory grows");
     }
@@ -56,6 +71,10 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let admin = bind(options.admin, "admin").await?;
         let kafka_address = kafka.local_addr()?;
         let admin_address = admin.local_addr()?;
+        let member = match &options.cluster {
+            None => None,
+            Some(cluster) => Some(become_member(cluster, &options, bind(cluster.rpc, "rpc").await?).await?),
+        };
 
         // What the caches will hold anyway need not be read again by the first fetches.
         let warm_bytes = StoreConfig::default().cache_bytes * shard_count;
@@ -64,7 +83,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             scope.spawn(|| data_dir.recover(warm_bytes)).join().unwrap_or_else(|panic| resume_unwind(panic))
         })?;
         let recovered: RecoveredGroups =
-            Arc::new(Mutex::new(recovered.into_iter().map(|g| (g.group_id, g)).collect()));
+            Arc::new(Mutex::new(recovered.into_iter().map(|g| (group_of(g.group_id), g)).collect()));
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,
@@ -75,8 +94,14 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         .with_static_configs(&options.config);
         let (handles, mailboxes): (Vec<_>, Vec<_>) = (0..shard_count).map(|_| ShardHandle::new()).unzip();
         let (exports, export_commands) = Exports::new();
-        let node =
-            Arc::new(Node::new(options.config.clone(), options.data_dir.clone(), image, handles, exports));
+        let node = Arc::new(Node::new(
+            options.config.clone(),
+            options.data_dir.clone(),
+            image,
+            handles,
+            exports,
+            member.as_ref().map(|(cluster, _)| cluster.clone()),
+        ));
 
         let mut threads = Vec::new();
         for (id, mailbox) in mailboxes.into_iter().enumerate() {
@@ -98,12 +123,20 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             move |s| async move { Controller::start(&s, &for_controller).await },
         )
         .await?;
-        for shard in 0..shard_count {
-            let recovered = recovered.clone();
-            on_shard(&node, shard, move |s| async move { controller::open_partitions(&s, &recovered) })
-                .await?;
+        // What is wrong with a cluster can be asked while a majority of it is missing.
+        tokio::spawn(admin_http::serve(node.clone(), admin));
+        if let Some((cluster, rpc)) = &member {
+            rpc.serve(node.clone());
+            for shard in &node.shards {
+                let watch =
+                    |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::watch(shard.clone())));
+                shard.post(watch).await?;
+            }
+            let tell = |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::tell(shard.clone())));
+            node.controller().post(tell).await?;
+            register(&node, cluster).await?;
         }
-        drop_orphans(&node, &recovered, &data_dir);
+        drop_orphans(&node, &data_dir).await?;
         let next_look = node.disk.look(&data_dir);
         tokio::spawn(watch_disk(node.clone(), data_dir.clone(), next_look));
         export::start(node.clone(), export_commands)?;
@@ -111,7 +144,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         // Whoever reads the ready line may ask for a clean stop at once.
         let stop = StopSignals::listen()?;
         tokio::spawn(listener::accept(node.clone(), kafka));
-        tokio::spawn(admin_http::serve(node.clone(), admin));
+        node.set_ready();
         println!(
             "flumen ready kafka={kafka_address} admin={admin_address} took={}ms",
             started.elapsed().as_millis()
@@ -121,6 +154,9 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         stop.wait().await;
         tracing::info!("stopping");
         node.exports.stop().await;
+        if node.cluster.is_some() {
+            hand_over_everything(&node).await;
+        }
         for shard in 0..shard_count {
             let stopped = tokio::time::timeout(
                 SHUTDOWN_GRACE,
@@ -213,21 +249,80 @@ fn shard_thread(
     });
 }
 
-/// Logs that no topic names belong to topics whose deletion a crash interrupted. A damaged one stays: it may be one that
-/// a topic would name if its number could be read.
-fn drop_orphans(node: &Arc<Node>, recovered: &RecoveredGroups, data_dir: &DataDir) {
-    let orphans: HashMap<u64, _> = std::mem::take(&mut *recovered.lock().expect("no panic under this lock"));
-    let _ = node;
-    for (group_id, group) in orphans {
-        if let GroupHealth::Damaged { reason } = &group.health {
-            tracing::error!(group_id, directory = %group.dir_name, reason, "a damaged log that no topic names; left alone");
-            continue;
+/// Finds out which cluster this is, and answers others who ask, from here on.
+async fn become_member(
+    cluster: &ClusterOptions,
+    options: &ServerOptions,
+    listener: TcpListener,
+) -> anyhow::Result<(Arc<Cluster>, Arc<Rpc>)> {
+    let (node_id, boot_id) = (options.config.node_id, new_boot_id());
+    let rpc = Rpc::new(Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty });
+    tokio::spawn(cluster::listener::accept(rpc.clone(), listener));
+    let (identity, address) = find_cluster(cluster, node_id, boot_id, &options.data_dir, &rpc).await?;
+    let cluster = Cluster { identity, boot_id, address, members: Members::default() };
+    Ok((Arc::new(cluster), rpc))
+}
+
+/// Tells the cluster where this node is. When it is done the metadata here is no older than this process.
+async fn register(node: &Arc<Node>, cluster: &Cluster) -> anyhow::Result<()> {
+    let own = node.image.load().node.clone();
+    let registration = Registration {
+        id: own.id,
+        host: own.host,
+        port: own.port,
+        rack: own.rack,
+        rpc_address: cluster.address.clone(),
+        boot_id: cluster.boot_id,
+        directory_id: cluster.identity.directory_id.to_string(),
+        version_max: flumen_peer::VERSION_MAX,
+        registered: cluster.identity.registered,
+    };
+    let done = loop {
+        match change(node, Intent::Register(registration.clone())).await {
+            Ok(done) => break done,
+            Err(error) if error.code == ErrorCode::DUPLICATE_BROKER_REGISTRATION => bail!(error.message),
+            Err(error) => {
+                let refused = node.controller().run(|shard| async move { shard.links.refusal() }).await?;
+                if let Some(sentence) = refused {
+                    bail!(sentence);
+                }
+                tracing::warn!(%error, "not registered yet: a majority of the founding nodes has to run");
+            }
         }
-        tracing::info!(group_id, directory = %group.dir_name, "removing the log of a deleted topic");
-        if let Err(error) = data_dir.remove_group(&group.dir_name) {
-            tracing::warn!(group_id, %error, "could not remove it; the next start tries again");
-        }
+    };
+    let offset = done.offset;
+    on_shard(node, CONTROLLER_SHARD, move |shard| async move {
+        shard.controller().wait_until_applied(offset).await;
+        Ok(())
+    })
+    .await?;
+    if !cluster.identity.registered {
+        Identity { registered: true, ..cluster.identity.clone() }.store(&node.data_dir)?;
     }
+    Ok(())
+}
+
+/// Logs that no topic names belong to topics whose deletion a crash interrupted, and those that went to other nodes have
+/// been replaced there. A damaged one stays: it may be one that a topic would name if its number could be read.
+async fn drop_orphans(node: &Arc<Node>, data_dir: &Arc<DataDir>) -> anyhow::Result<()> {
+    let data_dir = data_dir.clone();
+    on_shard(node, CONTROLLER_SHARD, move |shard| async move {
+        shard
+            .controller()
+            .drop_orphans(move |group_id, group| {
+                if let GroupHealth::Damaged { reason } = &group.health {
+                    tracing::error!(group_id, directory = %group.dir_name, reason, "a damaged log that no topic names; left alone");
+                    return;
+                }
+                tracing::info!(group_id, directory = %group.dir_name, "removing the log of a deleted topic");
+                if let Err(error) = data_dir.remove_group(&group.dir_name) {
+                    tracing::warn!(group_id, %error, "could not remove it; the next start tries again");
+                }
+            })
+            .await;
+        Ok(())
+    })
+    .await
 }
 
 struct StopSignals {

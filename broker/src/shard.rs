@@ -15,9 +15,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use flumen_raft::{AwakeSet, Message};
 use flumen_storage::{COMMIT_LANES, GroupLog, Lane, Lsn, RecoveredGroup, ShardStore};
+use slab::Slab;
 use tokio::sync::{Notify, mpsc};
 
+use crate::balancer;
+use crate::cluster::links::Links;
+use crate::cluster::{floors, joins};
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
 use crate::handlers::produce::ProduceLine;
@@ -26,7 +31,10 @@ use crate::metrics::ShardMetrics;
 use crate::net::connection;
 use crate::node::{Node, now_ms};
 use crate::partition::{Partition, PartitionSpec, group_config};
+use crate::peers::Outbox;
 
+/// Raft's unit of time: a leader is missed after 10 to 20 of them, and speaks every third.
+pub const TICK: Duration = Duration::from_millis(60);
 /// How often retention looks at the partitions of a shard, and how many it looks at before it lets
 /// requests go first.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
@@ -47,6 +55,16 @@ pub struct Shard {
     pub coordinators: Coordinators,
     store: ShardStore,
     partitions: RefCell<HashMap<u64, Rc<Partition>>>,
+    /// The same, by the numbers that `awake` knows them by.
+    slots: RefCell<Slab<Rc<Partition>>>,
+    awake: RefCell<AwakeSet>,
+    somebody_woke: Notify,
+    /// A client deleted records, and followers should hear of it.
+    pub floors_changed: Notify,
+    /// Messages for other brokers.
+    pub outbox: Outbox,
+    /// Connections to other brokers.
+    pub links: Links,
     /// Per lane: (log position, group, raft output number) staged and not yet durable, in staging order.
     staged: [RefCell<VecDeque<(Lsn, u64, u64)>>; COMMIT_LANES.len()],
     controller: OnceCell<Rc<Controller>>,
@@ -71,6 +89,12 @@ impl Shard {
             coordinators: Coordinators::default(),
             store,
             partitions: RefCell::default(),
+            slots: RefCell::default(),
+            awake: RefCell::default(),
+            somebody_woke: Notify::new(),
+            floors_changed: Notify::new(),
+            outbox: Outbox::default(),
+            links: Links::default(),
             staged: Default::default(),
             controller: OnceCell::new(),
             stopping: Cell::new(false),
@@ -83,11 +107,23 @@ impl Shard {
     /// Runs until the mailbox closes.
     pub async fn serve(self: Rc<Self>, mut mailbox: mpsc::Receiver<ShardMessage>) {
         for lane in COMMIT_LANES {
-            tokio::task::spawn_local(self.clone().watch_durability(lane));
+            let watched = tokio::task::spawn_local(self.clone().watch_durability(lane));
+            let shard = self.clone();
+            tokio::task::spawn_local(async move {
+                // Without it the shard only seems to live.
+                if watched.await.is_err_and(|error| error.is_panic()) {
+                    shard.poison("what tells of durability met a broken invariant");
+                }
+            });
+        }
+        tokio::task::spawn_local(self.clone().keep_ticking());
+        if self.node.cluster.is_some() {
+            tokio::task::spawn_local(floors::keep_told(self.clone()));
         }
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
         tokio::task::spawn_local(self.clone().keep_forced());
+        tokio::task::spawn_local(balancer::keep_moving(self.clone()));
         tokio::task::spawn_local(self.clone().publish_store_stats());
         while let Some(message) = mailbox.recv().await {
             match message {
@@ -117,7 +153,7 @@ impl Shard {
 
     /// Opens a partition that recovery found.
     pub fn attach(self: &Rc<Self>, spec: PartitionSpec, recovered: RecoveredGroup) -> Rc<Partition> {
-        let log = self.store.attach(recovered, group_config(&spec.config));
+        let log = self.store.attach(recovered, group_config(&spec.config, self.is_alone(&spec)));
         self.insert(spec, log)
     }
 
@@ -129,17 +165,29 @@ impl Shard {
         if let Some(existing) = self.partition(spec.group_id) {
             return Ok(existing);
         }
-        let dir_name = dir_name(&spec.topic, spec.index, spec.group_id);
-        let log = self.store.create(spec.group_id, &dir_name, group_config(&spec.config))?;
+        // A replica that comes to a group that exists may have been here before, and the store never takes a number again.
+        let returns = !spec.replicas.contains(&self.node.config.node_id);
+        let id = if returns { number_of_its_own(spec.group_id) } else { spec.group_id };
+        let dir_name = dir_name(&spec.topic, spec.index, id);
+        let log = self.store.create(id, &dir_name, group_config(&spec.config, self.is_alone(&spec)))?;
         Ok(self.insert(spec, log))
+    }
+
+    fn is_alone(&self, spec: &PartitionSpec) -> bool {
+        spec.replicas == [self.node.config.node_id] || (spec.replicas.is_empty() && self.node.cluster.is_none())
     }
 
     fn insert(self: &Rc<Self>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let group_id = spec.group_id;
         let partition = Partition::open(self, spec, log);
+        partition.slot.set(self.slots.borrow_mut().insert(partition.clone()));
+        partition.stay_awake();
+        if partition.is_joining() {
+            tokio::task::spawn_local(joins::join(self.clone(), partition.clone()));
+        }
         let before = self.partitions.borrow_mut().insert(group_id, partition.clone());
         assert!(before.is_none(), "a partition is opened once");
-        if &*partition.topic == OFFSETS_TOPIC && partition.damage().is_none() {
+        if &*partition.topic == OFFSETS_TOPIC && partition.damage().is_none() && partition.serves() {
             // Read now, so that the first request for a group does not find a coordinator that is still reading.
             drop(self.coordinators.of(self, group_id));
         }
@@ -148,12 +196,65 @@ impl Shard {
 
     pub async fn delete(&self, group_id: u64) {
         let removed = self.partitions.borrow_mut().remove(&group_id);
-        if removed.is_some() {
+        if let Some(partition) = &removed {
+            self.slots.borrow_mut().remove(partition.slot.get());
             self.coordinators.remove(group_id);
             self.node.forget_gauges(group_id);
-            if let Err(error) = self.store.delete(group_id).await {
+            if let Err(error) = self.store.delete(partition.store_id()).await {
                 tracing::warn!(group_id, %error, "a deleted partition's files remain; the next start removes them");
             }
+        }
+    }
+
+    /// A message that another broker sent for a partition of this shard. One for a partition that is not here (not yet, or not
+    /// any more) is dropped: its sender says it again.
+    pub fn deliver(&self, from: u64, group_id: u64, message: Message) {
+        if let Some(partition) = self.partition(group_id) {
+            partition.step(from, message);
+        }
+    }
+
+    /// The connection to another broker broke, or it has not been heard of for long: whoever has a replica there wakes up.
+    pub fn on_node_down(&self, raft_id: u64) {
+        for partition in self.partitions() {
+            if partition.on_node_down(raft_id) {
+                partition.stay_awake();
+                partition.advance();
+            }
+        }
+    }
+
+    /// The group in this slot is to be ticked until it sleeps again.
+    pub(crate) fn wake(&self, slot: usize) {
+        self.awake.borrow_mut().wake(slot);
+        self.somebody_woke.notify_one();
+    }
+
+    /// Time passes for the groups that are awake.
+    pub fn tick(&self) {
+        let mut ticked = Vec::new();
+        {
+            let slots = self.slots.borrow();
+            self.awake.borrow_mut().tick_all(|slot| {
+                let Some(partition) = slots.get(slot) else { return false };
+                ticked.push(partition.clone());
+                partition.tick()
+            });
+        }
+        for partition in ticked {
+            partition.advance();
+            partition.stay_awake();
+        }
+    }
+
+    /// A shard of a broker that is alone has nobody awake, and sleeps.
+    async fn keep_ticking(self: Rc<Self>) {
+        while !self.is_stopping() {
+            while self.awake.borrow().is_empty() {
+                self.somebody_woke.notified().await;
+            }
+            tokio::time::sleep(TICK).await;
+            self.tick();
         }
     }
 
@@ -268,6 +369,21 @@ impl Shard {
             tokio::time::sleep(RETENTION_INTERVAL).await;
         }
     }
+}
+
+/// Bits of a number in the store that are the Raft group; the others tell replicas of one group from each other that were
+/// here one after the other.
+const GROUP_BITS: u32 = 40;
+
+fn number_of_its_own(group_id: u64) -> u64 {
+    // Random, and never 0; the highest bit stays free.
+    let which = (uuid::Uuid::new_v4().as_u128() as u64 & 0x7f_ffff).max(1);
+    group_id | which << GROUP_BITS
+}
+
+/// The Raft group of a number in the store.
+pub fn group_of(store_id: u64) -> u64 {
+    if store_id == flumen_storage::UNKNOWN_GROUP { store_id } else { store_id & ((1 << GROUP_BITS) - 1) }
 }
 
 /// The directory of a partition; the group id makes a recreated topic's directory a different one.

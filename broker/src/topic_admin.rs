@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use flumen_metadata::admin::{self, Fail, PartitionStatus, Refused};
+use flumen_metadata::admin::{self, Fail, Live, PartitionStatus, Refused};
 use flumen_metadata::{BrokerConfig, Command, MetadataImage};
 use flumen_protocol::error_code::ErrorCode;
-use uuid::Uuid;
 
-use crate::controller::ControlError;
+use crate::cluster::change::{Intent, change};
+use crate::controller::{ControlError, METADATA_GROUP};
 use crate::node::Node;
 
 #[derive(Debug, thiserror::Error)]
@@ -51,28 +51,8 @@ pub async fn commit_plan<R: Fail + Send + 'static>(
         .map_err(|_| ErrorCode::NOT_CONTROLLER)
 }
 
-async fn commit(
-    node: &Node,
-    plan: impl FnOnce(&MetadataImage, &BrokerConfig) -> Result<Vec<Command>, Refused> + Send + 'static,
-) -> Result<(), TopicError> {
-    let stopped =
-        |_| TopicError { code: ErrorCode::NOT_CONTROLLER, message: "the broker is stopping".to_string() };
-    node.controller()
-        .run(move |shard| async move {
-            let (refused, outcome) = shard
-                .controller()
-                .change(|image, config| match plan(image, config) {
-                    Ok(commands) => (None, commands),
-                    Err(refused) => (Some(refused), Vec::new()),
-                })
-                .await;
-            match refused {
-                Some(refused) => Err(TopicError::from(refused)),
-                None => outcome.map(drop).map_err(TopicError::from),
-            }
-        })
-        .await
-        .map_err(stopped)?
+async fn commit(node: &Node, intent: Intent) -> Result<(), TopicError> {
+    change(node, intent).await.map(drop)
 }
 
 pub async fn create_topic(
@@ -82,18 +62,13 @@ pub async fn create_topic(
     replication_factor: i16,
     configs: BTreeMap<String, String>,
 ) -> Result<(), TopicError> {
-    let (name, id) = (name.to_string(), Uuid::new_v4());
-    commit(node, move |image, config| {
-        admin::plan_create_topic(image, config, &name, partitions, replication_factor, &configs, id)
-            .map(|command| vec![command])
-    })
-    .await
+    let name = name.to_string();
+    commit(node, Intent::CreateTopic { name, partitions, replication_factor, configs }).await
 }
 
 /// Creates a topic that a client named and that does not exist, with the broker's defaults.
 pub async fn auto_create(node: &Node, name: &str) -> Result<(), TopicError> {
-    let (name, id) = (name.to_string(), Uuid::new_v4());
-    commit(node, move |image, config| admin::plan_auto_create(image, config, &name, id)).await
+    commit(node, Intent::AutoCreate { name: name.to_string() }).await
 }
 
 fn unknown(topic: &str) -> Refused {
@@ -101,35 +76,22 @@ fn unknown(topic: &str) -> Refused {
 }
 
 pub async fn delete_topic(node: &Node, topic: &str) -> Result<(), TopicError> {
-    let topic = topic.to_string();
-    commit(node, move |image, config| {
-        let found = image.topics.get(&topic).ok_or_else(|| unknown(&topic))?;
-        if !config.with_dynamic(image).delete_topic_enable {
-            return Err(Refused::new(ErrorCode::TOPIC_DELETION_DISABLED, "delete.topic.enable is false"));
-        }
-        if found.internal {
-            return Err(Refused::new(
-                ErrorCode::INVALID_TOPIC_EXCEPTION,
-                "internal topics cannot be deleted",
-            ));
-        }
-        Ok(vec![Command::DeleteTopic { id: found.id }])
-    })
-    .await
+    commit(node, Intent::DeleteTopic { topic: topic.to_string() }).await
+}
+
+pub fn plan_deletion(image: &MetadataImage, config: &BrokerConfig, topic: &str) -> Result<Command, Refused> {
+    let found = image.topics.get(topic).ok_or_else(|| unknown(topic))?;
+    if !config.with_dynamic(image).delete_topic_enable {
+        return Err(Refused::new(ErrorCode::TOPIC_DELETION_DISABLED, "delete.topic.enable is false"));
+    }
+    if found.internal {
+        return Err(Refused::new(ErrorCode::INVALID_TOPIC_EXCEPTION, "internal topics cannot be deleted"));
+    }
+    Ok(Command::DeleteTopic { id: found.id })
 }
 
 pub async fn create_partitions(node: &Node, topic: &str, total: i32) -> Result<(), TopicError> {
-    let topic = topic.to_string();
-    commit(node, move |image, _| {
-        let found = image.topics.get(&topic).ok_or_else(|| unknown(&topic))?;
-        let has = found.partitions.len();
-        if usize::try_from(total).unwrap_or(0) <= has || total > admin::PARTITIONS_PER_REQUEST_MAX {
-            let message = format!("topic '{topic}' has {has} partitions; {total} is not more, or too many");
-            return Err(Refused::new(ErrorCode::INVALID_PARTITIONS, message));
-        }
-        Ok(vec![Command::CreatePartitions { topic_id: found.id, total }])
-    })
-    .await
+    commit(node, Intent::CreatePartitions { topic: topic.to_string(), total }).await
 }
 
 pub async fn alter_configs(
@@ -137,8 +99,7 @@ pub async fn alter_configs(
     topic: &str,
     changes: BTreeMap<String, Option<String>>,
 ) -> Result<(), TopicError> {
-    let topic = topic.to_string();
-    commit(node, move |image, config| admin::plan_topic_configs(image, config, &topic, &changes)).await
+    commit(node, Intent::AlterTopic { topic: topic.to_string(), changes }).await
 }
 
 /// (name, value, source) of every configuration of a topic.
@@ -154,9 +115,37 @@ pub fn described_configs(node: &Arc<Node>, topic: &str) -> Vec<(String, String, 
 /// What the metadata cannot know of a partition.
 pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
     let gauges = node.gauges_of(group_id);
+    let own = node.config.node_id;
+    let (leader_id, leader_epoch) = match &node.cluster {
+        None => (own, gauges.leader_epoch.load(Ordering::Relaxed)),
+        Some(cluster) => match node.leaders.get(group_id) {
+            Some((leader, epoch)) if leader == own || cluster.members.is_up(leader) => (leader, epoch),
+            Some((_, epoch)) => (-1, epoch),
+            None => (-1, 0),
+        },
+    };
     PartitionStatus {
-        leader_epoch: gauges.leader_epoch.load(Ordering::Relaxed),
-        damaged: gauges.damaged.load(Ordering::Relaxed) != 0,
+        leader_id,
+        in_sync: node.cluster.is_some().then(|| in_sync(node, group_id)),
+        leader_epoch,
+        // A replica that is damaged here is no matter to whoever asks for its leader elsewhere.
+        damaged: gauges.damaged.load(Ordering::Relaxed) != 0 && (node.cluster.is_none() || leader_id == own),
         size_bytes: i64::try_from(gauges.size_bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX),
     }
+}
+
+/// Nodes that are up and, where they have a replica, not behind.
+fn in_sync(node: &Node, group_id: u64) -> Vec<i32> {
+    let (up, lagging) = (node.is_up(), node.leaders.lagging(group_id));
+    node.image.load().nodes.keys().copied().filter(|id| up(*id) && !lagging.contains(id)).collect()
+}
+
+/// What answers need to know of the cluster beside the metadata.
+pub fn with_live<R>(node: &Node, answer: impl FnOnce(Live<'_>) -> R) -> R {
+    let up = node.is_up();
+    let controller_id = match &node.cluster {
+        None => node.config.node_id,
+        Some(_) => node.leaders.get(METADATA_GROUP).map_or(-1, |(leader, _)| leader),
+    };
+    answer(Live { controller_id, status: &|group| status_of(node, group), is_up: &up })
 }

@@ -41,7 +41,7 @@ use crate::walk::{Step, Walk};
 pub(crate) const UNFINISHED: &str = ".compacting";
 
 /// Holds the clean offset of a partition.
-const CLEAN_FILE: &str = "cleaned";
+pub(crate) const CLEAN_FILE: &str = "cleaned";
 const CLEAN_MAGIC: [u8; 4] = *b"FLCL";
 const CLEAN_VERSION: u16 = 1;
 
@@ -453,6 +453,9 @@ impl Pass {
         segment.first_timestamp = Some(output.first_ms.unwrap_or(-1));
         inner.segments.drain(at..at + sources.len());
         inner.segments.insert(at, segment);
+        // What is left of it has no indexes, and holes.
+        inner.raise_before(last.end);
+        inner.meta_dirty = true;
         inner.dirty.retain(|base| sources.iter().all(|(source, _)| source.base != *base));
         drop(inner);
         let gone = |name: SegmentName| sources.iter().any(|(_, place)| place.name == name);

@@ -13,9 +13,9 @@ use crate::mutant::{self, Mutant};
 use crate::store::is_no_space;
 use crate::types::{OpenError, RecoveredGroup};
 
-pub(crate) const FORMAT: &str = "flumen 2";
+pub(crate) const FORMAT: &str = "flumen 3";
 /// Older ones that are read; the first recovery makes the directory one of `FORMAT`, which older versions refuse.
-pub(crate) const FORMATS_READ: [&str; 1] = ["flumen 1"];
+pub(crate) const FORMATS_READ: [&str; 2] = ["flumen 1", "flumen 2"];
 
 pub(crate) fn is_read(format: &[u8]) -> bool {
     let format = format.trim_ascii();

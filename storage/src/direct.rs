@@ -16,7 +16,7 @@
 //! - While anything of a partition is on its way here, all that is staged for it follows it here: entries are never reported
 //!   out of order, and lie in the segment, and in the WAL, in the order of their indexes.
 //! - A run is counted only after its segment was synced.
-//! - Only in partitions that have no other replica (`GroupConfig::direct`): what is written here is not committed yet, and
+//! - Only in partitions that never had another replica (`GroupConfig::direct`, and no membership stored): what is written here is not committed yet, and
 //!   nothing may replace it.
 //! - A full disk never loses or blocks what is on its way: it goes to the WAL after all, which has its space already.
 
@@ -24,17 +24,18 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use tokio::sync::Notify;
 
 use crate::failpoint::{self, Failpoint};
 use crate::flush::{FlushError, flush_run_to, sync_segments};
-use crate::group::{Group, GroupLog, Inner, append_hard_state};
+use crate::group::{Group, GroupLog, Inner, append_hard_state, hard_state_payload};
 use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::store::{Shard, add};
 use crate::types::{Durability, Entry, HardState, LANES, Lane, Lsn};
-use crate::wal_format::{GROUP_STATE, LOG_START, RecordHeader};
+use crate::wal_format::{GROUP_STATE, RecordHeader};
 
 /// A batch that is large by itself: what producers make of a `batch.size` of 128 KiB, which they rarely fill.
 pub(crate) const BATCH_BYTES: usize = 96 << 10;
@@ -99,6 +100,7 @@ impl GroupLog {
         let bytes: usize = entries.iter().map(|entry| entry.payload.bytes().len()).sum();
         bytes >= config.direct_batch_bytes
             && inner.config.direct
+            && inner.membership.is_none()
             && inner.config.durability != Durability::Memory
             && inner.tail.unflushed_bytes() + bytes as u64 >= config.direct_run_bytes
             && !self.shard.is_out_of_space()
@@ -110,6 +112,7 @@ impl GroupLog {
         inner: &mut Inner,
         lane: Lane,
         hard_state: Option<HardState>,
+        membership: Option<(u64, Bytes)>,
         entries: &[Entry],
     ) -> Lsn {
         let direct = &self.shard.direct;
@@ -123,6 +126,8 @@ impl GroupLog {
         }
         // A group state has the hard state in it.
         inner.hard_state = hard_state.unwrap_or(inner.hard_state);
+        inner.committed_index = inner.committed_index.max(inner.hard_state.commit);
+        inner.membership = membership.or(inner.membership.take());
         inner.meta_dirty = true;
         inner.direct_pending = true;
         inner.direct_durable |= lane == Lane::Durable;
@@ -296,8 +301,9 @@ fn into_wal(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
         largest = largest.max(entry.bytes.len());
         count += 1;
     }
+    let hard_state = hard_state_payload(inner.hard_state, inner.membership.as_ref());
     // (a hard state and a log start)
-    if !shard.wal(lane).fits_all(total + 16, largest.max(16), count + 2) {
+    if !shard.wal(lane).fits_all(total + hard_state.len(), largest.max(hard_state.len()), count + 2) {
         return None;
     }
     let wal = job.log.enter_lane(inner, lane);
@@ -315,7 +321,7 @@ fn into_wal(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
         file_seq => (file_seq, entry.lane),
     });
     inner.direct_from = (inner.last_index + 1, inner.log_end);
-    let placed = append_hard_state(shard, wal, group.id, inner.hard_state, Class::Stage);
+    let placed = append_hard_state(shard, wal, group.id, inner.hard_state.term, &hard_state, Class::Stage);
     let (lsn, file_seq) = placed.expect("there was room for all of it");
     inner.touch(group.id, wal, file_seq);
     inner.last_lsn = lsn;
@@ -330,9 +336,8 @@ fn leave(shard: &Rc<Shard>, job: &Job, lane: Lane, mut lsn: Lsn) -> Option<(Lane
     let mut inner = group.inner.borrow_mut();
     if inner.direct_log_start && inner.log_start <= inner.direct_from.1 {
         // What is removed below it must not come back.
-        let offset = inner.log_start;
-        let record = RecordHeader { kind: LOG_START, group: group.id, index: 0, term: 0, offset };
-        let (at, file_seq) = wal.append(&shard.next_lsn, &record, &[], Class::System).ok()?;
+        let (record, begins) = inner.log_start_record(group.id, inner.log_start);
+        let (at, file_seq) = wal.append(&shard.next_lsn, &record, &begins, Class::System).ok()?;
         inner.touch(group.id, wal, file_seq);
         lsn = at;
         inner.direct_log_start = false;

@@ -9,14 +9,15 @@ use flumen_io::Mode;
 use flumen_protocol::record::RecordsBuf;
 use flumen_protocol::record_batch::{self, BatchHeader};
 
+use crate::anew;
 use crate::data_dir::open_error;
 use crate::group_state::GroupState;
 use crate::inspect::{Batches, Found, Inspection};
 use crate::recovery;
 use crate::types::{LANES, OpenError};
 use crate::wal_format::{
-    BATCH, CONTROL, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, NOTHING, PRODUCERS, RecordHeader,
-    judge, records, scan,
+    BATCH, BEGINNING, CONTROL, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, NOTHING, PRODUCERS,
+    RecordHeader, judge, records, scan,
 };
 
 /// A batch that opens to more than that is described and not opened: no producer gets such a batch in.
@@ -256,6 +257,7 @@ fn describe_record(record: &RecordHeader, payload: &[u8]) -> String {
         GROUP_DELETE => "groupDelete",
         NOTHING => "nothing",
         PRODUCERS => "producers",
+        BEGINNING => "beginning",
         _ => "unknown",
     };
     let mut text = format!(
@@ -269,6 +271,7 @@ fn describe_record(record: &RecordHeader, payload: &[u8]) -> String {
     let more = match record.kind {
         BATCH => record_batch::parse(payload).ok().map(|header| describe_batch(&header)),
         GROUP_STATE => GroupState::decode(payload).map(|state| describe_state(&state)),
+        BEGINNING => anew::decode(payload).map(|(state, _)| describe_state(&state)),
         _ => None,
     };
     if let Some(more) = more {

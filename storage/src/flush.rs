@@ -24,6 +24,7 @@ use crate::ring::Class;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
 };
+use crate::segment_name::SegmentName;
 use crate::states_file::SNAPSHOT_BYTES_MAX;
 use crate::store::{Shard, add, is_no_space};
 use crate::tail::TailEntry;
@@ -70,7 +71,11 @@ pub(crate) enum FlushError {
 }
 
 struct Run {
+    /// Of which log it is, should that begin anew meanwhile.
+    begun: u64,
     base: i64,
+    /// Raft index of its first batch.
+    first_index: u64,
     new_segment: bool,
     sealed: Option<(i64, u64)>,
     /// How long the file is already, beyond what counts of it.
@@ -82,6 +87,9 @@ struct Run {
     index: Vec<IndexEntry>,
     builder: IndexBuilder,
     last_index: u64,
+    /// Of its last batch; a control entry behind that may be replaced, and leaves no trace in the segment.
+    last_batch: u64,
+    last_batch_term: u64,
     last_term: u64,
     end: i64,
     first_timestamp: i64,
@@ -95,6 +103,8 @@ fn plan_run(inner: &Inner, upto: u64) -> Option<Run> {
     let limit = inner.segment_limit();
     let active = inner.segments.back().filter(|segment| segment.compacted.is_none());
     let mut run = Run {
+        begun: inner.begun,
+        first_index: 0,
         base: active.map_or(inner.flushed_end, |segment| segment.base),
         new_segment: active.is_none(),
         sealed: None,
@@ -109,6 +119,8 @@ fn plan_run(inner: &Inner, upto: u64) -> Option<Run> {
             active.map_or(0, |segment| segment.bytes),
         ),
         last_index: inner.flushed_index,
+        last_batch: 0,
+        last_batch_term: 0,
         last_term: inner.flushed_term,
         end: inner.flushed_end,
         first_timestamp: active.and_then(|segment| segment.first_timestamp).unwrap_or(-1),
@@ -137,6 +149,9 @@ fn plan_run(inner: &Inner, upto: u64) -> Option<Run> {
             if run.bytes > 0 && run.bytes + bytes > FLUSH_MAX_BYTES {
                 break;
             }
+            if run.bytes == 0 {
+                run.first_index = entry.index;
+            }
             if run.first_timestamp < 0 {
                 run.first_timestamp = entry.max_timestamp;
             }
@@ -149,6 +164,7 @@ fn plan_run(inner: &Inner, upto: u64) -> Option<Run> {
                 entry.index,
                 entry.max_timestamp,
             ));
+            (run.last_batch, run.last_batch_term) = (entry.index, entry.term);
             run.bufs.push(entry.bytes.clone());
             run.bytes += bytes;
         }
@@ -158,8 +174,8 @@ fn plan_run(inner: &Inner, upto: u64) -> Option<Run> {
         run.end = entry.next_offset;
     }
     if run.bytes > 0 {
-        let term = u32::try_from(run.last_term).unwrap_or(u32::MAX);
-        run.index.extend(run.builder.end(run.end, run.position + run.bytes, term, run.last_index + 1));
+        let term = u32::try_from(run.last_batch_term).unwrap_or(u32::MAX);
+        run.index.extend(run.builder.end(run.end, run.position + run.bytes, term, run.last_batch + 1));
     }
     Some(run)
 }
@@ -174,26 +190,7 @@ pub(crate) async fn flush_run_to(shard: &Rc<Shard>, group: &Rc<Group>, upto: u64
     if group.deleted.get() {
         return Ok(false);
     }
-    let cut = group.inner.borrow().cut_by;
-    if let Some((lane, lsn)) = cut.filter(|_| !mutant::is(Mutant::WritesOverBeforeCutIsSafe)) {
-        shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
-        let left = {
-            let mut inner = group.inner.borrow_mut();
-            inner.cut_by = None;
-            std::mem::take(&mut inner.cut_files)
-        };
-        for base in left {
-            for path in [group.log_path(base), group.index_path(base)] {
-                match shard.files.remove_file(&path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        shard.poison(&format!("removing {}: {error}", path.display()));
-                        return Err(FlushError::Poisoned);
-                    }
-                    _ => {}
-                }
-            }
-        }
-    }
+    finish_cut(shard, group).await?;
     // After a start nobody knows yet how new the segment's records are; its index must say so truly from here on.
     let unknown = {
         let inner = group.inner.borrow();
@@ -207,6 +204,77 @@ pub(crate) async fn flush_run_to(shard: &Rc<Shard>, group: &Rc<Group>, upto: u64
     let result = write_run(shard, group, run).await;
     group.set_flushing(false);
     result.map(|()| true)
+}
+
+/// What a cut left behind, or a log that began anew, goes once that is safe; before that it still counts.
+async fn finish_cut(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(), FlushError> {
+    loop {
+        let cut = group.inner.borrow().cut_by;
+        let Some((lane, lsn)) = cut.filter(|_| !mutant::is(Mutant::WritesOverBeforeCutIsSafe)) else {
+            return Ok(());
+        };
+        shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+        // Another cut may have come meanwhile, and what it left still counts.
+        if group.inner.borrow().cut_by == cut {
+            break;
+        }
+    }
+    let (cut, left, begun_with) = {
+        let mut inner = group.inner.borrow_mut();
+        (inner.cut_by.take(), std::mem::take(&mut inner.cut_files), inner.begun_with.take())
+    };
+    for name in left {
+        for path in [group.segment_path(name), group.segment_index_path(name)] {
+            match shard.files.remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    shard.poison(&format!("removing {}: {error}", path.display()));
+                    return Err(FlushError::Poisoned);
+                }
+                _ => {}
+            }
+        }
+    }
+    let Some((offset, producers)) = begun_with else { return Ok(()) };
+    let (files, dir, snapshot) = (shard.files.clone(), group.dir.clone(), producers.clone());
+    let mut alone = shard.sync_alone().await.map_err(|_| FlushError::Poisoned)?;
+    let put = shard.disk.off_thread(move || put_beginning(&files, &dir, offset, &snapshot)).await;
+    match put.and_then(|result| result) {
+        Ok(()) => {
+            let mut inner = group.inner.borrow_mut();
+            if inner.begun_with.is_none() {
+                inner.snapshot_offset = offset;
+            }
+            Ok(())
+        }
+        Err(_) if group.deleting.get() || group.deleted.get() => Ok(()),
+        Err(error) if is_no_space(&error) => {
+            shard.note_no_space("writing producers", &error);
+            let mut inner = group.inner.borrow_mut();
+            inner.begun_with.get_or_insert((offset, producers));
+            inner.cut_by = inner.cut_by.or(cut);
+            Err(FlushError::NoSpace)
+        }
+        Err(error) => {
+            shard.sync_failed(&mut alone, &group.dir, &error);
+            Err(FlushError::Poisoned)
+        }
+    }
+}
+
+/// The producers with which a log began are in none of its segments: they stand in a file that is synced, and nothing else of
+/// the kind is left, nor what compaction knew of the former log.
+fn put_beginning(files: &FileSystem, dir: &Path, offset: i64, producers: &[u8]) -> io::Result<()> {
+    let old = snapshots(&files.list(dir)?, dir).into_iter().map(|(_, path)| path);
+    for path in old.chain([dir.join(crate::compact::CLEAN_FILE)]) {
+        match files.remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    let path = dir.join(format!("{offset:020}.snapshot"));
+    files.write(&path, producers)?;
+    files.open(&path, Mode { write: true, ..Mode::default() })?.sync_data()?;
+    files.sync_dir(dir)
 }
 
 async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result<(), FlushError> {
@@ -264,12 +332,19 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
     if group.deleted.get() {
         return Ok(());
     }
+    if !crate::anew::is_of_this_log(group, run.begun) {
+        // What was written is of a log that is no more.
+        shard.forget_file(group.id, run.base);
+        group.inner.borrow_mut().cut_files.push(SegmentName::plain(run.base));
+        return Ok(());
+    }
     let snapshot_due = {
         let mut inner = group.inner.borrow_mut();
         let inner = &mut *inner;
         if run.bytes > 0 {
             if run.new_segment {
-                inner.segments.push_back(Segment::new(run.base, 0));
+                let first_index = run.first_index;
+                inner.segments.push_back(Segment { first_index, ..Segment::new(run.base, 0) });
                 inner.dir_dirty = true;
             }
             // A sealed one may have been shortened, and from now on its length is where it ends.
@@ -295,6 +370,7 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
         inner.flushed_index = run.last_index;
         inner.flushed_term = run.last_term;
         inner.flushed_end = run.end;
+        inner.committed_index = inner.committed_index.max(run.last_index);
         inner.bytes_since_snapshot = inner.bytes_since_snapshot.saturating_add(run.bytes);
         inner.next_run_bytes = FLUSH_RUN_BYTES;
         inner.meta_dirty = true;
@@ -444,7 +520,7 @@ pub(crate) fn cut_segments(
             inner.dirty.retain(|base| *base != segment.base);
             shard.forget_file(group.id, segment.base);
             // Until the cut is durable the file still counts.
-            inner.cut_files.push(segment.base);
+            inner.cut_files.push(segment.name());
         }
     }
     if let (Some(segment), Some(place)) = (inner.segments.back_mut(), place) {
@@ -626,6 +702,9 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     outcome?;
     // What they wrote may be counted below, and somebody waits for it.
     direct::serve(shard).await?;
+    for group in groups.iter().filter(|group| !group.deleted.get()) {
+        finish_cut(shard, group).await?;
+    }
     let mut moved = [0; LANES.len()];
     // What is replaced by entries in the other lane is left behind here, so those must be there first.
     for group in groups.iter().filter(|group| !group.deleted.get()) {
@@ -671,7 +750,7 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             }
             producers_left = producers_left.saturating_sub(bytes);
         }
-        counted.push((Rc::clone(group), state.active_base));
+        counted.push((Rc::clone(group), state.active_base, group.inner.borrow().begun));
         since_yield += 1;
         if since_yield % 256 == 0 {
             wal.wake_writer();
@@ -702,7 +781,10 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     if lane == Lane::Os {
         sync_os_lane(shard).await.map_err(|_| FlushError::Poisoned)?;
     }
-    for (group, base) in counted {
+    for (group, base, begun) in counted {
+        if !crate::anew::is_of_this_log(&group, begun) {
+            continue;
+        }
         group.inner.borrow_mut().counted_base = base.max(0);
     }
     failpoint::pass(Failpoint::RetireCounted);
@@ -723,7 +805,10 @@ pub(crate) async fn checkpoint(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<b
         return Ok(false);
     }
     let state = group.state(shard.wal_id, 0);
-    let lane = group.inner.borrow().lane;
+    let (lane, begun) = {
+        let inner = group.inner.borrow();
+        (inner.lane, inner.begun)
+    };
     let wal = shard.wal(lane);
     let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
     group.inner.borrow_mut().record_in(shard, lane);
@@ -733,6 +818,9 @@ pub(crate) async fn checkpoint(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<b
     group.touch(wal, file_seq);
     wal.wake_writer();
     shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
+    if !crate::anew::is_of_this_log(group, begun) {
+        return Ok(false);
+    }
     group.inner.borrow_mut().counted_base = state.active_base.max(0);
     Ok(true)
 }

@@ -19,8 +19,10 @@ use flumen_protocol::record_batch;
 
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::marks::Marks;
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
+use crate::restore::RestoredSegment;
 use crate::ring::Class;
 use crate::segment_index::IndexEntry;
 use crate::segment_name::{Compacted, SegmentName};
@@ -46,6 +48,22 @@ fn first_run_bytes(id: GroupId) -> u64 {
     FLUSH_RUN_BYTES / 2 + (share * (FLUSH_RUN_BYTES / 2) >> 32)
 }
 
+/// What `GroupLog::stage_with` takes of a membership: far above what 32 members of each kind need.
+pub const MEMBERSHIP_BYTES_MAX: usize = 4 << 10;
+
+/// vote u64, commit u64, and with a membership: its index u64, and it.
+pub(crate) fn hard_state_payload(hard_state: HardState, membership: Option<&(u64, Bytes)>) -> Vec<u8> {
+    let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
+    let mut payload = Vec::with_capacity(16);
+    payload.extend_from_slice(&vote.to_le_bytes());
+    payload.extend_from_slice(&hard_state.commit.to_le_bytes());
+    if let Some((index, members)) = membership {
+        payload.extend_from_slice(&index.to_le_bytes());
+        payload.extend_from_slice(members);
+    }
+    payload
+}
+
 /// Index positions are 32 bits wide.
 const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 
@@ -61,6 +79,8 @@ pub(crate) struct Segment {
     pub index: Option<Rc<RefCell<Vec<IndexEntry>>>>,
     /// Length of the file, as far as it is known to be longer than `bytes`: zeros that later appends write over.
     pub reserved: u64,
+    /// Raft index of its first batch; 0: unknown.
+    pub first_index: u64,
 }
 
 impl Segment {
@@ -77,6 +97,7 @@ impl Segment {
             first_timestamp: None,
             index: None,
             reserved: 0,
+            first_index: 0,
         }
     }
 
@@ -112,9 +133,17 @@ pub(crate) struct Inner {
     /// How often segments were cut: who began to read before that must not believe what it sees behind.
     pub cuts: u64,
     /// Segments that the cut left without a place in the log; removed when it is durable.
-    pub cut_files: Vec<i64>,
-    /// (index, log end before it) of entries recovered above the commit index.
-    recovered_tail: Vec<(u64, i64)>,
+    pub cut_files: Vec<SegmentName>,
+    /// How often the log began anew, and the producers that it began with, until they are in a file.
+    pub begun: u64,
+    pub begun_with: Option<(i64, Vec<u8>)>,
+    /// The commit of this run with which it began anew last; 0: it did not.
+    pub anew_lsn: Lsn,
+    pub marks: Marks,
+    /// See `GroupLog::stage_with`.
+    pub membership: Option<(u64, Bytes)>,
+    /// Entries up to here are committed, as far as the log was told or can tell.
+    pub committed_index: u64,
     /// Lane of its next entries, and the newest commit in it that has something of this group.
     pub lane: Lane,
     pub last_lsn: Lsn,
@@ -199,7 +228,12 @@ impl Group {
                 cut_by: None,
                 cuts: 0,
                 cut_files: Vec::new(),
-                recovered_tail: Vec::new(),
+                begun: 0,
+                begun_with: None,
+                anew_lsn: 0,
+                marks: Marks::default(),
+                membership: None,
+                committed_index: 0,
                 last_lsn: 0,
                 log_start_by: (Lane::Durable, 0),
                 touched: [None; 2],
@@ -252,10 +286,15 @@ impl Group {
             inner.flushed_end = recovered.log_end_offset;
             inner.epochs = restored.epochs;
             inner.snapshot_offset = restored.snapshot_offset;
-            inner.recovered_tail = restored.above_commit;
-            inner.counted_base = restored.segments.last().map_or(0, |(name, _)| name.base);
-            inner.segments =
-                restored.segments.iter().map(|(name, bytes)| Segment::of(*name, *bytes)).collect();
+            inner.marks = restored.marks;
+            inner.membership = restored.membership;
+            inner.committed_index = restored.committed_index.max(inner.hard_state.commit);
+            inner.counted_base = restored.segments.last().map_or(0, |segment| segment.name.base);
+            let segment = |found: &RestoredSegment| Segment {
+                first_index: found.first_index,
+                ..Segment::of(found.name, found.bytes)
+            };
+            inner.segments = restored.segments.iter().map(segment).collect();
             for entry in restored.warm {
                 shard.cache_push(group.id, entry.bytes.len());
                 inner.tail.push_flushed(entry);
@@ -337,10 +376,13 @@ impl Group {
         let inner = self.inner.borrow();
         let active = inner.segments.back();
         let (mut hard_state, mut log_start) = (inner.hard_state, inner.log_start);
+        let mut committed_index = inner.committed_index;
         if inner.direct_pending {
             // What is not in the WAL and not in a segment may be lost, and then it was never committed.
             let (index, offset) = inner.direct_from;
-            hard_state.commit = hard_state.commit.min(inner.flushed_index.max(index - 1));
+            let known = inner.flushed_index.max(index - 1);
+            hard_state.commit = hard_state.commit.min(known);
+            committed_index = committed_index.min(known);
             log_start = log_start.min(inner.flushed_end.max(offset));
         }
         GroupState {
@@ -357,6 +399,10 @@ impl Group {
             active_bytes: active.map_or(0, |segment| segment.bytes),
             log_start,
             epochs: inner.epochs.clone(),
+            committed_index,
+            anew_lsn: inner.anew_lsn,
+            membership: inner.membership.clone(),
+            marks: inner.marks.up_to(inner.flushed_index),
         }
     }
 
@@ -382,22 +428,21 @@ impl Inner {
         }
     }
 
-    /// Offset at which the entry at `index` begins, for replacing it.
-    fn offset_of(&self, index: u64) -> Option<i64> {
-        if let Some(entry) = self.tail.get(index) {
-            return Some(entry.base_offset);
-        }
-        self.recovered_tail.iter().find(|(known, _)| *known == index).map(|(_, offset)| *offset)
-    }
-
     /// May leave the WAL. The high watermark counts records: whether an entry without any that stands right at it is
     /// committed, only the hard state says.
     pub fn is_committed(&self, entry: &TailEntry) -> bool {
         if entry.is_batch() {
             entry.next_offset <= self.high_watermark
         } else {
-            entry.base_offset < self.high_watermark || entry.index <= self.hard_state.commit
+            entry.base_offset < self.high_watermark || entry.index <= self.committed_index
         }
+    }
+
+    /// With the index of the last entry that goes, and where the next one begins: with the segments the places go that would
+    /// tell.
+    pub fn log_start_record(&self, group: GroupId, offset: i64) -> (RecordHeader, [u8; 8]) {
+        let (index, begins) = self.gone_below(offset).unwrap_or((0, 0));
+        (RecordHeader { kind: LOG_START, group, index, term: 0, offset }, begins.to_le_bytes())
     }
 
     pub fn size_bytes(&self) -> u64 {
@@ -418,19 +463,17 @@ impl Inner {
     }
 }
 
+/// `payload`: from `hard_state_payload`.
 pub(crate) fn append_hard_state(
     shard: &Shard,
     wal: &Wal,
     group: GroupId,
-    hard_state: HardState,
+    term: u64,
+    payload: &[u8],
     class: Class,
 ) -> Result<(Lsn, u64), Full> {
-    let mut payload = [0; 16];
-    let vote = if mutant::is(Mutant::ForgetsVote) { 0 } else { hard_state.vote };
-    payload[..8].copy_from_slice(&vote.to_le_bytes());
-    payload[8..].copy_from_slice(&hard_state.commit.to_le_bytes());
-    let record = RecordHeader { kind: HARD_STATE, group, index: 0, term: hard_state.term, offset: 0 };
-    wal.append(&shard.next_lsn, &record, &payload, class)
+    let record = RecordHeader { kind: HARD_STATE, group, index: 0, term, offset: 0 };
+    wal.append(&shard.next_lsn, &record, payload, class)
 }
 
 /// One partition's log. Cheap to clone; stays on its shard's thread.
@@ -462,6 +505,17 @@ impl GroupLog {
     /// Puts entries and hard state into the commit that is filling, and entries into the tail. They are safe once
     /// `durable_lsn` of the returned lane reaches the returned LSN. All or nothing: an error has changed nothing.
     pub fn stage(&self, hard_state: Option<HardState>, entries: &[Entry]) -> Result<(Lane, Lsn), StageError> {
+        self.stage_with(hard_state, None, entries)
+    }
+
+    /// As `stage`. `membership`: who the members are, in at most `MEMBERSHIP_BYTES_MAX` bytes of the caller's, and the index of
+    /// the entry that made it so; part of the hard state, with which it must come.
+    pub fn stage_with(
+        &self,
+        hard_state: Option<HardState>,
+        membership: Option<(u64, Bytes)>,
+        entries: &[Entry],
+    ) -> Result<(Lane, Lsn), StageError> {
         let shard = &self.shard;
         if shard.is_poisoned() || shard.closing.get() {
             return Err(StageError::Poisoned);
@@ -475,7 +529,14 @@ impl GroupLog {
         let mut inner = self.group.inner.borrow_mut();
         let inner = &mut *inner;
         let lane = self.next_lane(inner);
-        let cut = self.admit(inner, shard.wal(lane), hard_state.is_some(), entries)?;
+        assert!(
+            membership
+                .as_ref()
+                .is_none_or(|(_, bytes)| hard_state.is_some() && bytes.len() <= MEMBERSHIP_BYTES_MAX),
+            "a membership is small, and comes with a hard state"
+        );
+        let hard_payload = hard_state.map(|hard_state| hard_state_payload(hard_state, membership.as_ref()));
+        let cut = self.admit(inner, shard.wal(lane), hard_payload.as_ref().map(Vec::len), entries)?;
         if hard_state.is_none() && entries.is_empty() {
             return Ok(match inner.direct_pending {
                 true => (Lane::Direct, shard.direct.issued()),
@@ -490,7 +551,7 @@ impl GroupLog {
             self.truncate(inner, index, offset)?;
         }
         if goes_direct {
-            return Ok((Lane::Direct, self.stage_direct(inner, lane, hard_state, entries)));
+            return Ok((Lane::Direct, self.stage_direct(inner, lane, hard_state, membership, entries)));
         }
         let wal = self.enter_lane(inner, lane);
         let votes = hard_state
@@ -512,12 +573,15 @@ impl GroupLog {
             self.take(inner, entry, file_seq, wal.lane);
         }
         // Behind the entries: cut off in between, the entries are there and nothing that depends on them.
-        if let Some(hard_state) = hard_state {
-            let placed = append_hard_state(shard, wal, self.group.id, hard_state, Class::Stage);
+        if let (Some(hard_state), Some(payload)) = (hard_state, hard_payload) {
+            let placed =
+                append_hard_state(shard, wal, self.group.id, hard_state.term, &payload, Class::Stage);
             let (at, file_seq) = placed.expect("`admit` has found room for all of it");
             lsn = at;
             inner.touch(self.group.id, wal, file_seq);
             inner.hard_state = hard_state;
+            inner.committed_index = inner.committed_index.max(hard_state.commit);
+            inner.membership = membership.or(inner.membership.take());
         }
         inner.meta_dirty = true;
         inner.last_lsn = lsn;
@@ -549,6 +613,10 @@ impl GroupLog {
             inner.epochs.assign(header.leader_epoch, header.base_offset);
             add(&shard.counters.bytes_appended, bytes.len() as u64);
             add(&shard.counters.batches_appended, 1);
+        }
+        let control = matches!(entry.payload, Payload::Control(_)).then_some(bytes);
+        if control.is_some() || entry.term != inner.last_term {
+            inner.marks.note(entry.index, entry.term, inner.log_end, control, inner.committed_index);
         }
         shard.cache_push(self.group.id, bytes.len());
         add(&shard.unflushed_bytes, bytes.len() as u64);
@@ -596,12 +664,12 @@ impl GroupLog {
         &self,
         inner: &Inner,
         wal: &Wal,
-        has_hard_state: bool,
+        hard_state_bytes: Option<usize>,
         entries: &[Entry],
     ) -> Result<Option<(u64, i64)>, StageError> {
         let (mut total, mut largest, mut count) = (0, 0, entries.len());
-        if has_hard_state {
-            (total, largest, count) = (16, 16, count + 1);
+        if let Some(bytes) = hard_state_bytes {
+            (total, largest, count) = (bytes, bytes, count + 1);
         }
         let mut cut = None;
         let mut offset = inner.log_end;
@@ -609,7 +677,10 @@ impl GroupLog {
         for (at, entry) in entries.iter().enumerate() {
             let gap = |reason| StageError::Gap { index: entry.index, reason };
             if at == 0 && entry.index <= inner.last_index {
-                offset = inner.offset_of(entry.index).ok_or(gap("the entry it replaces is committed"))?;
+                if entry.index <= inner.committed_index {
+                    return Err(gap("the entry it replaces is committed"));
+                }
+                offset = self.offset_of(inner, entry.index)?;
                 cut = Some((entry.index, offset));
                 next_index = entry.index;
             }
@@ -657,12 +728,12 @@ impl GroupLog {
         let (removed, unflushed) = inner.tail.truncate(index);
         shard.cache_bytes.set(shard.cache_bytes.get().saturating_sub(removed));
         shard.unflushed_bytes.set(shard.unflushed_bytes.get().saturating_sub(unflushed));
-        inner.recovered_tail.retain(|(known, _)| *known < index);
+        inner.marks.truncate(index, offset);
         inner.epochs.truncate_end(offset);
         inner.producers_whole &= !self.group.producers.borrow_mut().truncate(offset);
         inner.last_index = index - 1;
         inner.log_end = offset;
-        inner.last_term = inner.tail.get(index - 1).map_or(inner.flushed_term, |entry| entry.term);
+        inner.last_term = inner.marks.term_at(index - 1).unwrap_or(inner.flushed_term);
         if index <= inner.flushed_index {
             crate::flush::cut_segments(shard, &self.group, inner, (index, offset, place));
         }
@@ -726,6 +797,11 @@ impl GroupLog {
         }
     }
 
+    /// It serves no more, until the next start; what it has stays as it is.
+    pub fn refuse(&self, reason: &str) {
+        self.group.note_damage(reason.to_owned());
+    }
+
     /// Why it refuses to serve, if it does.
     pub fn damage(&self) -> Option<&str> {
         self.group.damage.get().map(String::as_str)
@@ -760,6 +836,13 @@ impl GroupLog {
         self.inner().size_bytes()
     }
 
+    /// Entries up to `index` are committed: none of them is ever replaced. With `set_high_watermark`, which counts records, it
+    /// says this of entries without any, too.
+    pub fn set_committed(&self, index: u64) {
+        let mut inner = self.group.inner.borrow_mut();
+        inner.committed_index = inner.committed_index.max(index.min(inner.last_index));
+    }
+
     /// Entries below `offset` are committed and may leave the WAL.
     pub fn set_high_watermark(&self, offset: i64) {
         let ripe = {
@@ -768,7 +851,6 @@ impl GroupLog {
                 return;
             }
             inner.high_watermark = offset.min(inner.log_end);
-            inner.recovered_tail.retain(|(_, at)| *at >= offset);
             inner.tail.unflushed_bytes() >= inner.next_run_bytes
         };
         if ripe {
@@ -843,15 +925,15 @@ impl GroupLog {
             inner.log_start = offset;
             inner.epochs.truncate_start(offset);
             inner.direct_log_start = true;
-            return Ok((Lane::Direct, self.stage_direct(inner, lane, None, &[])));
+            return Ok((Lane::Direct, self.stage_direct(inner, lane, None, None, &[])));
         }
         // Before the lane changes: it is the one of the last record.
-        if !shard.wal(lane).fits_all(0, 0, 1) {
+        if !shard.wal(lane).fits_all(8, 8, 1) {
             return Err(StageError::NoSpace);
         }
         let wal = self.enter_lane(inner, lane);
-        let record = RecordHeader { kind: LOG_START, group: self.group.id, index: 0, term: 0, offset };
-        let placed = wal.append(&shard.next_lsn, &record, &[], Class::Stage);
+        let (record, begins) = inner.log_start_record(self.group.id, offset);
+        let placed = wal.append(&shard.next_lsn, &record, &begins, Class::Stage);
         let (lsn, file_seq) = placed.expect("there was room for it");
         inner.touch(self.group.id, wal, file_seq);
         inner.last_lsn = lsn;

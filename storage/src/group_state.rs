@@ -2,12 +2,15 @@
 //!
 //! Pure. See FORMAT.md for the bytes and for what "flushed" promises.
 
+use bytes::Bytes;
+
 use crate::codec::Cursor;
 use crate::leader_epochs::{LeaderEpochs, MAX_EPOCHS};
+use crate::marks::{Before, Marks};
 use crate::types::{GroupId, HardState};
 
 const MAGIC: [u8; 4] = *b"FLGS";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const FLAG_OS: u16 = 1;
 const FIXED_BYTES: usize = 108;
 
@@ -31,6 +34,14 @@ pub struct GroupState {
     pub active_bytes: u64,
     pub log_start: i64,
     pub epochs: LeaderEpochs,
+    /// Entries up to here are known to be committed, whatever the hard state says.
+    pub committed_index: u64,
+    /// The commit of this WAL with which the log began anew; what came before it does not count. 0: none.
+    pub anew_lsn: u64,
+    /// Index of the entry that made it so, and who the members are, in the broker's words.
+    pub membership: Option<(u64, Bytes)>,
+    /// Up to `flushed_index`.
+    pub marks: Marks,
 }
 
 impl GroupState {
@@ -49,6 +60,10 @@ impl GroupState {
             active_bytes: 0,
             log_start: 0,
             epochs: LeaderEpochs::default(),
+            committed_index: 0,
+            anew_lsn: 0,
+            membership: None,
+            marks: Marks::default(),
         }
     }
 
@@ -81,6 +96,15 @@ impl GroupState {
             out.extend_from_slice(&epoch.to_le_bytes());
             out.extend_from_slice(&start.to_le_bytes());
         }
+        out.extend_from_slice(&self.committed_index.to_le_bytes());
+        out.extend_from_slice(&self.anew_lsn.to_le_bytes());
+        let (index, members) =
+            self.membership.as_ref().map_or((0, &[][..]), |(index, bytes)| (*index, &bytes[..]));
+        out.extend_from_slice(&index.to_le_bytes());
+        // Bounded where it comes in.
+        out.extend_from_slice(&(members.len() as u16).to_le_bytes());
+        out.extend_from_slice(members);
+        self.marks.encode(&mut out);
         let check = masked_crc(&out);
         out.extend_from_slice(&check.to_le_bytes());
         out
@@ -92,7 +116,7 @@ impl GroupState {
         let (magic, version) = (cursor.take(4)?, cursor.u16()?);
         let check = match version {
             1 => crc32c::crc32c(body),
-            VERSION => masked_crc(body),
+            2 | VERSION => masked_crc(body),
             _ => return None,
         };
         if magic != MAGIC || check != u32::from_le_bytes(*crc) {
@@ -120,6 +144,17 @@ impl GroupState {
             let epoch = cursor.i32()?;
             epochs.assign(epoch, cursor.i64()?);
         }
+        let (mut committed_index, mut anew_lsn, mut membership) = (0, 0, None);
+        // Before version 3 nobody wrote down which index a batch has: other replicas get what comes from now on.
+        let mut marks =
+            Marks::beginning(Before { index: flushed_index, term: flushed_term, offset: flushed_end });
+        if version >= 3 {
+            (committed_index, anew_lsn) = (cursor.u64()?, cursor.u64()?);
+            let (index, length) = (cursor.u64()?, usize::from(cursor.u16()?));
+            let members = cursor.take(length)?;
+            membership = (length > 0).then(|| (index, Bytes::copy_from_slice(members)));
+            marks = Marks::decode(&mut cursor)?;
+        }
         cursor.is_empty().then_some(Self {
             group,
             dir_name,
@@ -134,6 +169,10 @@ impl GroupState {
             active_bytes,
             log_start,
             epochs,
+            committed_index,
+            anew_lsn,
+            membership,
+            marks,
         })
     }
 }
@@ -169,6 +208,11 @@ mod tests {
         (state.active_base, state.active_bytes, state.log_start) = (100_000, 7_777, 50);
         state.epochs.assign(3, 0);
         state.epochs.assign(5, 100);
+        (state.committed_index, state.anew_lsn) = (985, 12);
+        state.membership = Some((700, Bytes::from_static(b"members")));
+        state.marks = Marks::beginning(Before { index: 600, term: 3, offset: 90_000 });
+        state.marks.note(700, 3, 95_000, Some(&Bytes::from_static(b"change")), 0);
+        state.marks.note(800, 5, 99_000, Some(&Bytes::new()), 0);
         state
     }
 
@@ -194,13 +238,17 @@ mod tests {
     }
 
     #[test]
-    fn version_1_is_read() {
+    fn former_versions_are_read() {
+        let mut wanted = GroupState { committed_index: 0, anew_lsn: 0, membership: None, ..example() };
+        wanted.marks = Marks::beginning(Before { index: 990, term: 5, offset: 123_456 });
         let mut bytes = example().encode();
-        let end = bytes.len() - 4;
+        bytes.truncate(FIXED_BYTES + "orders-7".len() + 2 * 12);
+        bytes[4] = 2;
+        let with = |check: u32| [&bytes[..], &check.to_le_bytes()].concat();
+        assert_eq!(GroupState::decode(&with(masked_crc(&bytes))), Some(wanted.clone()));
         bytes[4] = 1;
-        let crc = crc32c::crc32c(&bytes[..end]);
-        bytes[end..].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(GroupState::decode(&bytes), Some(example()));
+        let with = |check: u32| [&bytes[..], &check.to_le_bytes()].concat();
+        assert_eq!(GroupState::decode(&with(crc32c::crc32c(&bytes))), Some(wanted));
     }
 
     proptest! {

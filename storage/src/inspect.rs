@@ -515,6 +515,11 @@ impl<'f> Batches<'f> {
         Self { file, end, window: Vec::new(), from: 0, at: 0 }
     }
 
+    /// From a batch on that is known to begin there.
+    pub fn starting(file: &'f File, end: u64, position: u64) -> Self {
+        Self { file, end, window: Vec::new(), from: position, at: 0 }
+    }
+
     pub fn position(&self) -> u64 {
         self.from + self.at as u64
     }

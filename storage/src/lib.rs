@@ -3,11 +3,12 @@
 //! Owns every byte on disk (FORMAT.md says where each lies and who repairs what) and nothing else: Raft, offsets and
 //! acknowledgements are the broker's. `DataDir` opens and recovers before the shards start; then each shard thread has a
 //! `ShardStore`, and a `GroupLog` per partition. The rules are pure (`wal_format`, `replay`, `ring`, `group_state`,
-//! `segment_index`, `segment_name`, `leader_epochs`, `producer_state`, `tail`, `walk`, `compact_policy`, `compact_map`,
+//! `segment_index`, `segment_name`, `leader_epochs`, `marks`, `producer_state`, `tail`, `walk`, `compact_policy`, `compact_map`,
 //! `compact_scan`, `compact_filter`), the rest carries them out.
 
 #![forbid(unsafe_code)]
 
+mod anew;
 mod codec;
 mod compact;
 mod compact_filter;
@@ -17,6 +18,7 @@ mod compact_scan;
 mod data_dir;
 mod direct;
 mod dump;
+mod entries;
 /// Public for the broker, which has places of its own.
 #[doc(hidden)]
 pub mod failpoint;
@@ -25,6 +27,7 @@ mod group;
 mod group_state;
 mod inspect;
 mod leader_epochs;
+mod marks;
 #[cfg(not(feature = "mutants"))]
 mod mutant;
 #[cfg(feature = "mutants")]
@@ -34,6 +37,7 @@ mod read;
 mod recovery;
 mod replay;
 mod restore;
+mod restore_numbers;
 mod retention;
 mod ring;
 mod segment_index;
@@ -50,7 +54,7 @@ mod walk;
 
 pub use data_dir::DataDir;
 pub use dump::DumpOptions;
-pub use group::GroupLog;
+pub use group::{GroupLog, MEMBERSHIP_BYTES_MAX};
 pub use inspect::{Finding, Inspection, Severity, Summary};
 pub use producer_state::{
     BATCHES_KEPT, DEFAULT_EXPIRATION_MS, KeptBatch, MAX_PRODUCERS_PER_GROUP, ProducerError, ProducerState,

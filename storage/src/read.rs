@@ -17,6 +17,7 @@ use flumen_protocol::record::decode_records;
 use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::group::{Group, GroupLog, Inner};
+use crate::marks::Numbering;
 use crate::segment_index::{self, IndexBuilder, IndexEntry};
 use crate::segment_name::SegmentName;
 use crate::store::{ReadAhead, Shard};
@@ -111,8 +112,18 @@ impl Place {
         Place { name: segment.name(), bytes: segment.bytes, end: inner.segment_end(at), cuts: inner.cuts }
     }
 
+    /// Raft index of its first batch; 0: unknown.
+    fn first_index(&self, group: &Group) -> u64 {
+        let inner = group.inner.borrow();
+        inner
+            .segments
+            .iter()
+            .find(|segment| segment.name() == self.name)
+            .map_or(0, |segment| segment.first_index)
+    }
+
     /// Raft has not cut the segments since; their files are shortened and written over after that.
-    fn holds(&self, group: &Group) -> bool {
+    pub fn holds(&self, group: &Group) -> bool {
         self.cuts == group.inner.borrow().cuts
     }
 }
@@ -126,7 +137,7 @@ fn is_overtaken(error: &ReadError) -> bool {
     matches!(error, ReadError::Io(error) if error.kind() == io::ErrorKind::Interrupted)
 }
 
-fn damaged_at(group: &Group, place: Place, reason: String) -> ReadError {
+pub(crate) fn damaged_at(group: &Group, place: Place, reason: String) -> ReadError {
     if place.holds(group) { damaged(group, place.name, reason) } else { overtaken() }
 }
 
@@ -152,7 +163,7 @@ pub(crate) fn damaged(group: &Group, name: SegmentName, reason: String) -> ReadE
 }
 
 /// The index of a segment, from memory or its file; what the file lacks is read from the segment.
-async fn index_of(
+pub(crate) async fn index_of(
     shard: &Rc<Shard>,
     group: &Rc<Group>,
     place: Place,
@@ -181,16 +192,24 @@ async fn index_of(
         let mut builder = IndexBuilder::resume(max, position);
         let mut term = 0;
         let mut found = Vec::new();
+        let marks = group.inner.borrow().marks.clone();
+        let mut numbering = Numbering::new(&marks, None);
+        match (entries.last(), place.first_index(group)) {
+            _ if place.name.compacted.is_some() => {}
+            (Some(last), _) => numbering.resume(last.raft_index),
+            (None, first) => numbering.resume(first),
+        }
         let end = scan(shard, group, place, (position, offset), |header, position, _| {
             term = u32::try_from(header.leader_epoch).unwrap_or(0);
             let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
-            found.extend(builder.batch(header.base_offset, position, term, 0, timestamp));
+            let index = numbering.batch(header.base_offset);
+            found.extend(builder.batch(header.base_offset, position, term, index, timestamp));
             false
         })
         .await?;
         // Where a compacted segment ends, its name says.
         let end = place.name.holes_to().unwrap_or(end);
-        found.extend(builder.end(end, place.bytes, term, 0));
+        found.extend(builder.end(end, place.bytes, term, numbering.next()));
         entries.extend(found);
     }
     let index = Rc::new(RefCell::new(entries));

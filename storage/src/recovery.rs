@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use flumen_io::{DirEntry, FileSystem, Mode};
 
+use crate::anew;
 use crate::codec::Cursor;
 use crate::data_dir::{FORMAT, boot_id, open_error, replace_file};
 use crate::failpoint::{self, Failpoint};
@@ -25,8 +26,8 @@ use crate::restore::{Afterwards, Found, RestoreError, restore};
 use crate::states_file::{self, Chosen, Saved, States};
 use crate::types::{GroupHealth, GroupId, HardState, LANES, Lane, OpenError, RecoveredGroup, UNKNOWN_GROUP};
 use crate::wal_format::{
-    BATCH, CONTROL, Found as FoundBlock, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, PRODUCERS,
-    RecordHeader, Suspects, judge, records, scan,
+    BATCH, BEGINNING, CONTROL, Found as FoundBlock, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START,
+    PRODUCERS, RecordHeader, Suspects, judge, records, scan,
 };
 
 /// Up to this many files are synced one by one.
@@ -125,8 +126,12 @@ pub(crate) fn is_unused(listed: &[DirEntry]) -> bool {
 pub(crate) const STATELESS: &str = "its group.meta is missing or damaged, and the WAL does not know it";
 
 /// A state with the position up to which it contains the WAL `wal_id`.
-pub(crate) fn as_base(state: GroupState, wal_id: u64) -> (GroupState, Position) {
+pub(crate) fn as_base(mut state: GroupState, wal_id: u64) -> (GroupState, Position) {
     let contains = state.wal_id == wal_id && state.lsn != 0;
+    if !contains {
+        // Commits of another WAL have nothing to do with those of this one.
+        state.anew_lsn = 0;
+    }
     let upto = if contains { (state.lsn, u32::MAX) } else { (0, 0) };
     (state, upto)
 }
@@ -216,12 +221,19 @@ fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
         HARD_STATE => {
             let mut cursor = Cursor::new(&payload);
             let (vote, commit) = (cursor.u64()?, cursor.u64()?);
-            Some(Action::Hard(HardState { term: header.term, vote, commit }))
+            let membership = cursor.u64().map(|index| (index, payload.slice(24..)));
+            Some(Action::Hard(HardState { term: header.term, vote, commit }, membership))
         }
-        LOG_START => Some(Action::LogStart(header.offset)),
+        LOG_START => {
+            let begins = Cursor::new(&payload).i64().filter(|_| header.index > 0);
+            Some(Action::LogStart(header.offset, begins.map(|begins| (header.index, begins))))
+        }
         GROUP_STATE => GroupState::decode(&payload)
             .filter(|state| state.group == header.group)
             .map(|state| Action::State(Box::new(state))),
+        BEGINNING => anew::decode(&payload)
+            .filter(|(state, _)| state.group == header.group)
+            .map(|(state, at)| Action::Beginning(Box::new(state), payload.slice(at..))),
         GROUP_DELETE => Some(Action::Delete),
         PRODUCERS => Some(Action::Producers(payload)),
         _ => None,
@@ -406,7 +418,7 @@ impl Work {
             Ok(None) => return Ok(true),
             Err(reason) => {
                 let from_log = log.iter().rev().find_map(|(_, action)| match action {
-                    Action::State(state) => Some(state.dir_name.clone()),
+                    Action::State(state) | Action::Beginning(state, _) => Some(state.dir_name.clone()),
                     _ => None,
                 });
                 self.damaged(group_id, &known_name.or(from_log).unwrap_or_default(), reason)?;
@@ -612,7 +624,7 @@ pub(crate) fn recover(
         for (group, records) in &mut log {
             records.sort_by_key(|(position, _)| *position);
             let state = records.iter().rev().find_map(|(_, action)| match action {
-                Action::State(state) => Some(state),
+                Action::State(state) | Action::Beginning(state, _) => Some(state),
                 _ => None,
             });
             if let Some(state) = state {

@@ -16,8 +16,12 @@ pub type Position = (u64, u32);
 #[derive(Debug, Clone)]
 pub enum Action {
     State(Box<GroupState>),
-    Hard(HardState),
-    LogStart(i64),
+    /// With the membership, where one came with it.
+    Hard(HardState, Option<(u64, Bytes)>),
+    /// The log begins with this state and these producers; nothing before it counts.
+    Beginning(Box<GroupState>, Bytes),
+    /// With the index of the last entry that went with its segment, and the offset after it.
+    LogStart(i64, Option<(u64, i64)>),
     Entry {
         index: u64,
         term: u64,
@@ -48,6 +52,8 @@ pub struct Replayed {
     pub entries: Vec<LogEntry>,
     /// The newest producer snapshot.
     pub producers: Option<Bytes>,
+    /// The log began anew at this offset, with these.
+    pub began: Option<(i64, Bytes)>,
     /// Segments are to be cut at this offset before anything is added.
     pub cut: Option<i64>,
     pub deleted: bool,
@@ -60,12 +66,13 @@ pub fn replay(
 ) -> Result<Option<Replayed>, String> {
     let mut newest = base;
     for (position, action) in records {
-        if let Action::State(state) = action
+        if let Action::State(state) | Action::Beginning(state, _) = action
             && newest.as_ref().is_none_or(|(_, at)| position > at)
         {
             newest = Some(((**state).clone(), *position));
         }
     }
+    let begins_at = beginning(newest.as_ref().map(|(state, _)| &*state), records);
     let deleted = records.iter().any(|(_, action)| matches!(action, Action::Delete));
     let Some((mut state, base_at)) = newest else {
         if deleted || records.is_empty() {
@@ -77,25 +84,42 @@ pub fn replay(
     };
     if deleted {
         // From its deletion on nobody keeps its records together.
-        return Ok(Some(Replayed { state, entries: Vec::new(), producers: None, cut: None, deleted }));
+        return Ok(Some(Replayed {
+            state,
+            entries: Vec::new(),
+            producers: None,
+            began: None,
+            cut: None,
+            deleted,
+        }));
     }
     let mut entries: VecDeque<LogEntry> = VecDeque::new();
     let mut cut = None;
     let mut producers = None;
+    let mut began = None;
+    let mut begins_after: Option<(u64, i64)> = None;
     // The last entry that came before the ones it follows, and its term. Those were in a file that is gone, and all that
     // was not in segments by then is written again further on, unless it was replaced before.
     let mut ahead: Option<(u64, u64)> = None;
-    for (position, action) in records {
+    for (position, action) in records.iter().filter(|(position, _)| *position >= begins_at) {
         match action {
             Action::State(_) | Action::Delete => {}
+            Action::Beginning(state, snapshot) => {
+                producers = Some(snapshot.clone());
+                began = Some((state.flushed_end, snapshot.clone()));
+            }
             Action::Producers(snapshot) => producers = Some(snapshot.clone()),
-            Action::LogStart(_) if mutant::is(Mutant::ForgetsLogStart) => {}
-            Action::Hard(hard) => {
+            Action::LogStart(..) if mutant::is(Mutant::ForgetsLogStart) => {}
+            Action::Hard(hard, membership) => {
                 if *position > base_at {
                     state.hard_state = *hard;
+                    state.membership = membership.clone().or(state.membership.take());
                 }
             }
-            Action::LogStart(offset) => state.log_start = state.log_start.max(*offset),
+            Action::LogStart(offset, gone) => {
+                state.log_start = state.log_start.max(*offset);
+                begins_after = begins_after.max(*gone);
+            }
             Action::Entry { index, term, offset, is_batch, payload } => {
                 let (index, term, offset) = (*index, *term, *offset);
                 ahead = ahead.filter(|(at, of)| index > *at || term <= *of);
@@ -114,7 +138,10 @@ pub fn replay(
                     entries.clear();
                     state.flushed_index = index - 1;
                     state.flushed_end = offset;
-                    state.flushed_term = state.epochs.epoch_before(offset).unwrap_or(0);
+                    state.marks.truncate(index, offset);
+                    let epoch = state.epochs.epoch_before(offset).unwrap_or(0);
+                    state.flushed_term =
+                        state.marks.term_at(index - 1).filter(|term| *term > 0).unwrap_or(epoch);
                     state.epochs.truncate_end(offset);
                     cut = Some(cut.map_or(offset, |at: i64| at.min(offset)));
                 }
@@ -173,7 +200,25 @@ pub fn replay(
             state.epochs.assign(header.leader_epoch, header.base_offset);
         }
     }
-    Ok(Some(Replayed { state, entries: entries.into(), producers, cut, deleted }))
+    for entry in &entries {
+        let control = (!entry.is_batch).then_some(&entry.payload);
+        state.marks.note(entry.index, entry.term, entry.offset, control, state.flushed_index);
+    }
+    if let Some((index, offset)) = begins_after.filter(|(_, offset)| *offset <= state.log_start) {
+        state.marks.raise(index, offset);
+    }
+    Ok(Some(Replayed { state, entries: entries.into(), producers, began, cut, deleted }))
+}
+
+/// Where the log began anew last: what stands before that does not count. A state that was written since says so too, as the
+/// record itself may have been in a file that is gone while older ones of the other lane are still there.
+fn beginning(newest: Option<&GroupState>, records: &[(Position, Action)]) -> Position {
+    let recorded = records.iter().filter_map(|(position, action)| match action {
+        Action::Beginning(..) => Some(*position),
+        Action::State(state) => Some((state.anew_lsn, 0)),
+        _ => None,
+    });
+    recorded.chain(newest.map(|state| (state.anew_lsn, 0))).max().unwrap_or((0, 0))
 }
 
 #[cfg(test)]
@@ -217,12 +262,12 @@ mod tests {
             entry(1, 1, 0, 0),
             entry(2, 1, 0, 3),
             entry(3, 1, 3, 2),
-            Action::Hard(HardState { term: 2, vote: 1, commit: 2 }),
+            Action::Hard(HardState { term: 2, vote: 1, commit: 2 }, None),
             entry(3, 2, 3, 1),
             entry(4, 2, 4, 1),
             // Written again; cut short before 4.
             entry(3, 2, 3, 1),
-            Action::LogStart(2),
+            Action::LogStart(2, None),
         ]);
         let out = replay(None, &records).unwrap().unwrap();
         assert_eq!(indexes(&out), [(1, 1), (2, 1), (3, 2), (4, 2)]);
@@ -239,7 +284,7 @@ mod tests {
             fresh(),
             entry(2, 1, 0, 3),
             entry(3, 1, 3, 2),
-            Action::Hard(HardState { term: 1, vote: 1, commit: 2 }),
+            Action::Hard(HardState { term: 1, vote: 1, commit: 2 }, None),
             Action::State(Box::new(state.clone())),
             entry(4, 1, 5, 1),
         ]);

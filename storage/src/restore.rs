@@ -15,9 +15,11 @@ use flumen_protocol::record_batch::{self, BatchHeader};
 use crate::flush::{position_of, snapshots, write_snapshot};
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
+use crate::marks::{Marks, Numbering};
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{LogEntry, Replayed};
+use crate::restore_numbers::{Counted, Numbered};
 use crate::segment_index::{
     self, INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
 };
@@ -33,11 +35,21 @@ const PIECE_BYTES: usize = 1 << 20;
 /// What `attach` needs beyond the public part of a recovered group.
 #[derive(Debug, Default)]
 pub(crate) struct Restored {
-    pub segments: Vec<(SegmentName, u64)>,
+    pub segments: Vec<RestoredSegment>,
     pub epochs: LeaderEpochs,
     pub snapshot_offset: i64,
-    pub above_commit: Vec<(u64, i64)>,
+    pub marks: Marks,
+    pub membership: Option<(u64, Bytes)>,
+    pub committed_index: u64,
     pub warm: Vec<TailEntry>,
+}
+
+#[derive(Debug)]
+pub(crate) struct RestoredSegment {
+    pub name: SegmentName,
+    pub bytes: u64,
+    /// Raft index of its first batch; 0: unknown.
+    pub first_index: u64,
 }
 
 #[derive(Debug)]
@@ -82,11 +94,11 @@ fn log_path(dir: &Path, base: i64) -> PathBuf {
 }
 
 /// What a directory has, by base.
-struct OnDisk {
+pub(crate) struct OnDisk {
     /// Segments that count, with their lengths.
     segments: BTreeMap<i64, u64>,
     /// Which of them compaction has written.
-    compacted: BTreeMap<i64, Compacted>,
+    pub(crate) compacted: BTreeMap<i64, Compacted>,
     /// What compaction left unfinished, or did not come to remove.
     leftovers: Vec<PathBuf>,
 }
@@ -112,14 +124,14 @@ impl OnDisk {
         }
     }
 
-    fn name(&self, base: i64) -> SegmentName {
+    pub(crate) fn name(&self, base: i64) -> SegmentName {
         SegmentName { base, compacted: self.compacted.get(&base).copied() }
     }
 }
 
 /// Walks a segment from a batch on to `bytes`; returns the offset reached. All of a compacted one must have the checksum
 /// that its name says.
-fn scan(
+pub(crate) fn scan(
     files: &FileSystem,
     (dir, name): (&Path, SegmentName),
     bytes: u64,
@@ -171,21 +183,24 @@ fn scan(
     Ok(offset)
 }
 
-struct Index {
-    entries: Vec<IndexEntry>,
+pub(crate) struct Index {
+    pub entries: Vec<IndexEntry>,
     builder: IndexBuilder,
-    rebuilt: bool,
+    pub rebuilt: bool,
     /// So many of the entries are in the file, and nothing else is.
-    in_file: Option<usize>,
+    pub in_file: Option<usize>,
 }
 
-/// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good.
-fn load_index(
+/// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good. `numbering` is where the
+/// segment begins, and afterwards where it ends.
+pub(crate) fn load_index(
     files: &FileSystem,
     dir: &Path,
     name: SegmentName,
     bytes: u64,
     end: i64,
+    numbering: &mut Numbering<'_>,
+    from_scratch: bool,
 ) -> Result<Index, RestoreError> {
     let base = name.base;
     if name.holes_to().is_some_and(|named| named != end) {
@@ -194,9 +209,17 @@ fn load_index(
     }
     let raw = files.read(&dir.join(name.index_file())).unwrap_or_default();
     let mut entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
+    if from_scratch {
+        entries.clear();
+    }
     // An entry that disagrees with where the segment ends was written for other content.
     entries
         .retain(|entry| entry.offset <= end && (u64::from(entry.position) == bytes) == (entry.offset == end));
+    // So was one that names an index which has another term, and all behind it.
+    let stale = entries
+        .iter()
+        .position(|entry| !numbering.may_be(entry.raft_index, u64::from(entry.term), entry.offset));
+    entries.truncate(stale.unwrap_or(entries.len()));
     let whole = entries.last().is_some_and(|e| u64::from(e.position) == bytes && e.offset == end);
     // Missing batches leave no trace where holes are allowed, but in the checksum over all of them.
     if name.compacted.is_some() && !whole {
@@ -206,6 +229,12 @@ fn load_index(
     let (position, offset, max) =
         last.map_or((0, base, i64::MIN), |e| (u64::from(e.position), e.offset, e.max_timestamp_before));
     let mut builder = IndexBuilder::resume(max, position);
+    let at_start = numbering.next();
+    if name.compacted.is_some() {
+        numbering.resume(0);
+    } else if let Some(last) = last.filter(|last| last.raft_index > 0 || last.position > 0) {
+        numbering.resume(last.raft_index);
+    }
     if whole || mutant::is(Mutant::TrustsIndex) {
         let exact = raw.len() == INDEX_HEADER_BYTES + entries.len() * INDEX_ENTRY_BYTES;
         let in_file = exact.then_some(entries.len());
@@ -213,32 +242,43 @@ fn load_index(
     }
     let path = dir.join(name.log_file());
     let mut term = 0;
-    let walk =
-        |from: (u64, i64), builder: &mut IndexBuilder, entries: &mut Vec<IndexEntry>, term: &mut u32| {
-            scan(files, (dir, name), bytes, from, |header, position, _| {
-                *term = u32::try_from(header.leader_epoch).unwrap_or(0);
-                let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
-                entries.extend(builder.batch(header.base_offset, position, *term, 0, timestamp));
-                Ok(())
-            })
-        };
-    let mut reached = walk((position, offset), &mut builder, &mut entries, &mut term);
+    let walk = |from: (u64, i64),
+                builder: &mut IndexBuilder,
+                entries: &mut Vec<IndexEntry>,
+                numbering: &mut Numbering<'_>,
+                term: &mut u32| {
+        scan(files, (dir, name), bytes, from, |header, position, _| {
+            *term = u32::try_from(header.leader_epoch).unwrap_or(0);
+            let timestamp = header.newest_record_ms().unwrap_or(i64::MIN);
+            // Of a compacted one, nobody knows the indexes any more.
+            let index = if name.compacted.is_some() { 0 } else { numbering.batch(header.base_offset) };
+            entries.extend(builder.batch(header.base_offset, position, *term, index, timestamp));
+            Ok(())
+        })
+    };
+    let mut reached = walk((position, offset), &mut builder, &mut entries, numbering, &mut term);
     if position > 0 && !matches!(reached, Ok(reached) if reached == end) {
         // The index led to the wrong place; the segment itself decides.
         entries.clear();
         builder = IndexBuilder::new();
-        reached = walk((0, base), &mut builder, &mut entries, &mut term);
+        numbering.resume(if name.compacted.is_some() { 0 } else { at_start });
+        reached = walk((0, base), &mut builder, &mut entries, numbering, &mut term);
     }
     let reached = reached?;
     if reached != end && name.compacted.is_none() {
         let reason = format!("{}: ends at offset {reached}, not at {end}", path.display());
         return Err(RestoreError::Damaged(reason));
     }
-    entries.extend(builder.end(end, bytes, term, 0));
+    entries.extend(builder.end(end, bytes, term, numbering.next()));
     Ok(Index { entries, builder, rebuilt: true, in_file: None })
 }
 
-fn write_index(files: &FileSystem, dir: &Path, name: SegmentName, entries: &[IndexEntry]) -> io::Result<()> {
+pub(crate) fn write_index(
+    files: &FileSystem,
+    dir: &Path,
+    name: SegmentName,
+    entries: &[IndexEntry],
+) -> io::Result<()> {
     files.write(&dir.join(name.index_file()), &index_bytes(name.base, entries))
 }
 
@@ -276,7 +316,7 @@ fn restore_producers(
     files: &FileSystem,
     dir: &Path,
     listed: &[DirEntry],
-    candidates: [Option<&Bytes>; 2],
+    candidates: [Option<&Bytes>; 3],
     (on_disk, segments): (&OnDisk, &[(i64, u64)]),
     flushed_end: i64,
     entries: &[LogEntry],
@@ -446,7 +486,7 @@ pub(crate) fn restore(
 ) -> Result<Outcome, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
-    let Replayed { mut state, entries, producers: wal_snapshot, cut, .. } = replayed;
+    let Replayed { mut state, entries, producers: wal_snapshot, began, cut, .. } = replayed;
     let mut afterwards = Vec::new();
     let on_disk = OnDisk::of(&found.listed, dir);
     let mut segments: Vec<(i64, u64)> = on_disk
@@ -510,21 +550,17 @@ pub(crate) fn restore(
     while segments.get(1).is_some_and(|next| next.0 <= state.log_start) {
         segments.remove(0);
     }
-    // What is counted must be there, batch after batch; whole indexes say so without reading the segments.
-    let mut last_index = None;
-    for at in 0..segments.len() {
-        let (base, bytes) = segments[at];
-        let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
-        let name = on_disk.name(base);
-        let index = load_index(files, dir, name, bytes, end)?;
-        // What a run left there that was cut off is not what will be appended.
-        if index.rebuilt || index.in_file.is_none() {
-            write_index(files, dir, name, &index.entries).map_err(io)?;
-        }
-        if at + 1 == segments.len() && name.compacted.is_none() {
-            last_index = Some((base, index));
-        }
-    }
+    let marks = state.marks.up_to(state.flushed_index);
+    let counted = Counted {
+        files,
+        dir,
+        on_disk: &on_disk,
+        segments: &segments,
+        marks: &marks,
+        flushed: (state.flushed_index, state.flushed_end),
+    };
+    let Numbered { first_indexes, last_index, after_batches } = counted.check()?;
+    counted.begin_where_known(&first_indexes, &mut state.marks);
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
     // A killed process may have left the name of what replaces these to the kernel; they go only when it is sure.
     let mut names_changed = !on_disk.leftovers.is_empty();
@@ -532,7 +568,8 @@ pub(crate) fn restore(
         files,
         dir,
         &found.listed,
-        [found.snapshot.as_ref(), wal_snapshot.as_ref()],
+        // A later one may be of entries that were replaced.
+        [found.snapshot.as_ref(), wal_snapshot.as_ref(), began.as_ref().map(|(_, producers)| producers)],
         (&on_disk, &segments),
         state.flushed_end,
         &entries,
@@ -540,7 +577,16 @@ pub(crate) fn restore(
         &mut names_changed,
     )?;
     let mut written = Vec::new();
-    let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
+    // In none of its segments; a later snapshot goes with what Raft cuts.
+    if let Some((offset, producers)) = began {
+        let path = dir.join(format!("{offset:020}.snapshot"));
+        files.write(&path, &producers).map_err(io)?;
+        written.push(path);
+        names_changed = true;
+    }
+    let last_term =
+        after_batches.checked_sub(1).and_then(|last| marks.term_at(last)).unwrap_or(state.flushed_term);
+    let mut last = (u32::try_from(last_term).unwrap_or(0), after_batches);
     let mut appender = Appender {
         files,
         dir,
@@ -602,11 +648,7 @@ pub(crate) fn restore(
     if first > state.log_start {
         return damaged(format!("the segment with offset {} is missing", state.log_start));
     }
-    let above_commit = entries
-        .iter()
-        .filter(|entry| entry.index > state.hard_state.commit)
-        .map(|entry| (entry.index, entry.offset))
-        .collect();
+    state.committed_index = state.committed_index.min(last_index);
     let warm = warm(&entries, warm_bytes);
     let active = segments.last().copied();
     state.flushed_index = last_index;
@@ -615,10 +657,26 @@ pub(crate) fn restore(
     (state.active_base, state.active_bytes) = active.unwrap_or((-1, 0));
     state.epochs.truncate_end(log_end);
     state.epochs.truncate_start(state.log_start);
-    let segments = segments.iter().map(|(base, bytes)| (on_disk.name(*base), *bytes)).collect();
+    // Those that were begun here begin with an entry that was replayed.
+    let first_index = |at: usize, base: i64| {
+        let replayed = || entries.iter().find(|entry| entry.is_batch && entry.offset == base);
+        first_indexes.get(at).copied().unwrap_or_else(|| replayed().map_or(0, |entry| entry.index))
+    };
+    let segments = segments.iter().enumerate().map(|(at, (base, bytes))| RestoredSegment {
+        name: on_disk.name(*base),
+        bytes: *bytes,
+        first_index: first_index(at, *base),
+    });
+    let restored = Restored {
+        segments: segments.collect(),
+        epochs: state.epochs.clone(),
+        snapshot_offset: log_end,
+        marks: state.marks.clone(),
+        membership: state.membership.clone(),
+        committed_index: state.committed_index,
+        warm,
+    };
     afterwards.extend(on_disk.leftovers.into_iter().map(Afterwards::Remove));
-    let restored =
-        Restored { segments, epochs: state.epochs.clone(), snapshot_offset: log_end, above_commit, warm };
     let names_changed = names_changed || !written.is_empty();
     Ok(Outcome {
         state,

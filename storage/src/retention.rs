@@ -93,7 +93,11 @@ fn drop_front(shard: &Shard, group: &Rc<Group>, inner: &mut Inner, count: usize)
             shard.throw_away(path, inner.log_start_by, Some(Rc::clone(group)));
         }
     }
-    inner.meta_dirty |= count > 0;
+    if count > 0 {
+        inner.meta_dirty = true;
+        let first = inner.segments.front().map_or(inner.flushed_end, |segment| segment.base);
+        inner.raise_before(first);
+    }
     bytes
 }
 

@@ -129,7 +129,9 @@ impl IndexBuilder {
         raft_index: u64,
         timestamp: i64,
     ) -> Option<IndexEntry> {
-        let entry = (position >= self.last_position + INDEX_INTERVAL_BYTES)
+        // The first batch of a segment has one for its index, which nothing else tells.
+        let first = position == 0 && raft_index > 0;
+        let entry = (first || position >= self.last_position + INDEX_INTERVAL_BYTES)
             .then(|| self.entry(offset, position, term, raft_index));
         self.max_timestamp = self.max_timestamp.max(timestamp);
         entry.flatten()

@@ -62,6 +62,36 @@ pub struct Entry {
     pub payload: Payload,
 }
 
+/// What Raft has to know of a log when it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RaftStart {
+    /// With what is known to be committed: more than was stored with it, where entries have moved to segments since.
+    pub hard_state: HardState,
+    pub last_index: u64,
+    pub last_term: u64,
+    /// As staged last, with the index of its entry.
+    pub membership: Option<(u64, Bytes)>,
+    /// Control entries above that one which are not empty.
+    pub controls: Vec<(u64, Bytes)>,
+    /// Index and term of the entry before the first that `GroupLog::read_entries` has.
+    pub before: (u64, u64),
+    /// First index of every run of entries of one term after it, and the term.
+    pub terms: Vec<(u64, u64)>,
+}
+
+/// With what a log begins that was brought from elsewhere: it stands for all entries up to `index`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Beginning {
+    pub hard_state: HardState,
+    pub index: u64,
+    pub term: u64,
+    /// After the entry at `index`; the log start offset, too.
+    pub offset: i64,
+    pub membership: (u64, Bytes),
+    /// A producer snapshot as of `offset`, from `GroupLog::producers_at`.
+    pub producers: Bytes,
+}
+
 /// When an append counts as done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durability {

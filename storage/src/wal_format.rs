@@ -23,6 +23,8 @@ pub const GROUP_DELETE: u8 = 6;
 /// Only there so that a block says which file is the oldest in use.
 pub const NOTHING: u8 = 8;
 pub const PRODUCERS: u8 = 9;
+/// The log begins anew; nothing before it counts.
+pub const BEGINNING: u8 = 10;
 
 /// Which groups have records in a block. May name a group too many, never one too few.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

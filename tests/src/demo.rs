@@ -1,6 +1,7 @@
 //! The retail stream, end to end: purchases, returns, transfers and adjustments of 2,000 stores into
 //! the broker, from there into ClickHouse, while both are killed with -9. Ends with the figures that
-//! count, asked of ClickHouse itself, and a status that is 0 only when they are right.
+//! count, asked of ClickHouse itself, and a status that is 0 only when they are right. With `--nodes 3` the brokers are a
+//! cluster, of which one node after another is killed.
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, HashSet};
@@ -11,8 +12,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail};
 use clap::Parser;
 use flumen_tests::clickhouse::ClickHouse;
+use flumen_tests::cluster::Cluster;
 use flumen_tests::export::until_settled;
 use flumen_tests::flumen::Flumen;
+use flumen_tests::kafka::ends_of;
 use flumen_tests::process::port_or_free;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -45,6 +48,94 @@ struct Args {
     /// Leave broker and ClickHouse running at the end
     #[arg(long)]
     keep: bool,
+    /// Brokers; three of them hold every record three times
+    #[arg(long, default_value_t = 1)]
+    nodes: usize,
+}
+
+/// One broker, or several that are a cluster.
+enum Brokers {
+    One(Box<Flumen>),
+    Several(Cluster),
+}
+
+impl Brokers {
+    fn start(args: &Args, setting: &str) -> anyhow::Result<Brokers> {
+        if args.nodes == 1 {
+            let (kafka, admin) = (port_or_free(9092), port_or_free(9644));
+            let broker = Flumen::start_at(&args.data_dir, kafka, admin, &[setting], &[])?;
+            return Ok(Brokers::One(Box::new(broker)));
+        }
+        // The dead letters of an export are worth as much as its records.
+        let factor = format!("default.replication.factor={}", args.nodes.min(3));
+        Ok(Brokers::Several(Cluster::start(&args.data_dir, args.nodes, &[setting, &factor])?))
+    }
+
+    fn kafka(&self) -> String {
+        match self {
+            Brokers::One(broker) => broker.kafka.clone(),
+            Brokers::Several(cluster) => cluster.kafka(),
+        }
+    }
+
+    fn any(&self) -> anyhow::Result<&Flumen> {
+        match self {
+            Brokers::One(broker) => Ok(broker),
+            Brokers::Several(cluster) => cluster.any(),
+        }
+    }
+
+    /// The broker on which the export runs.
+    fn exporting(&self) -> anyhow::Result<usize> {
+        match self {
+            Brokers::One(_) => Ok(0),
+            Brokers::Several(cluster) => cluster.leader_of("__flumen_exports", 0),
+        }
+    }
+
+    fn node(&mut self, at: usize) -> &mut Flumen {
+        match self {
+            Brokers::One(broker) => broker,
+            Brokers::Several(cluster) => &mut cluster.nodes[at],
+        }
+    }
+
+    fn create_topic(&self) -> anyhow::Result<()> {
+        // LogAppendTime: `_timestamp` is when the broker took the record, so that latency is append to visible.
+        let configs = json!({ "message.timestamp.type": "LogAppendTime" });
+        match self {
+            Brokers::One(broker) => broker.create_topic(TOPIC, PARTITIONS, &configs),
+            Brokers::Several(cluster) => {
+                let factor = i16::try_from(cluster.nodes.len().min(3))?;
+                cluster.create_topic(TOPIC, PARTITIONS, factor, &configs)
+            }
+        }
+    }
+
+    /// Kills one with -9, waits until clients are served again, and starts it anew.
+    fn strike(&mut self, at: usize) -> anyhow::Result<String> {
+        let began = Instant::now();
+        self.node(at).kill_9();
+        if let Brokers::Several(cluster) = self {
+            cluster.await_leaders(TOPIC)?;
+            let led = began.elapsed();
+            cluster.nodes[at].restart()?;
+            return Ok(format!("others lead after {} ms, and node {} runs again", led.as_millis(), at + 1));
+        }
+        self.node(at).restart()?;
+        Ok(format!("the broker answers again after {} ms", began.elapsed().as_millis()))
+    }
+
+    fn stop(&mut self) -> anyhow::Result<()> {
+        match self {
+            Brokers::One(broker) => {
+                let status = broker.stop()?;
+                anyhow::ensure!(status.success(), "the broker did not stop cleanly: {status}");
+                Ok(())
+            }
+            Brokers::Several(cluster) => cluster.stop_all(),
+        }
+    }
 }
 
 /// What the brokers acknowledged.
@@ -148,9 +239,9 @@ fn main() -> anyhow::Result<()> {
     println!("== starting");
     let mut clickhouse = ClickHouse::start(&args.data_dir, port_or_free(8123))?;
     let url_setting = format!("clickhouse.url={}", clickhouse.url);
-    let mut broker =
-        Flumen::start_at(&args.data_dir, port_or_free(9092), port_or_free(9644), &[&url_setting], &[])?;
-    println!("   kafka {}   admin http://{}   clickhouse {}", broker.kafka, broker.admin, clickhouse.url);
+    let mut brokers = Brokers::start(&args, &url_setting)?;
+    let admin = brokers.any()?.admin.clone();
+    println!("   kafka {}   admin http://{admin}   clickhouse {}", brokers.kafka(), clickhouse.url);
 
     clickhouse.query("DROP TABLE IF EXISTS inventory")?;
     clickhouse.query(
@@ -162,9 +253,8 @@ fn main() -> anyhow::Result<()> {
          ENGINE = MergeTree ORDER BY (store, item, at) \
          SETTINGS non_replicated_deduplication_window = 10000",
     )?;
-    // LogAppendTime: `_timestamp` is when the broker took the record, so that latency is append to visible.
-    broker.create_topic(TOPIC, PARTITIONS, &json!({ "message.timestamp.type": "LogAppendTime" }))?;
-    let admission = broker.call(
+    brokers.create_topic()?;
+    let admission = brokers.any()?.call(
         "PUT",
         &format!("/v1/exports/{TOPIC}"),
         Some(&json!({ "table": TOPIC, "server_default_columns": "visible_at" })),
@@ -172,34 +262,43 @@ fn main() -> anyhow::Result<()> {
     println!("   export {TOPIC} -> table {TOPIC}, guarantee: {}", admission["guarantee"]);
 
     let acknowledged = Arc::new(Mutex::new(Acknowledged::default()));
-    let faults = stream(&args, &mut broker, &mut clickhouse, &Reports(acknowledged.clone()))?;
+    let faults = stream(&args, &mut brokers, &mut clickhouse, &Reports(acknowledged.clone()))?;
 
     println!("== waiting for ClickHouse to have everything");
-    until_settled(&broker, TOPIC)?;
-    let outcome =
-        check(&broker, &clickhouse, &acknowledged.lock().expect("no panic under this lock"), &faults)?;
+    let exporting = brokers.exporting()?;
+    until_settled(brokers.node(exporting), TOPIC)?;
+    let outcome = {
+        let acknowledged = acknowledged.lock().expect("no panic under this lock");
+        check(&brokers.kafka(), &clickhouse, &acknowledged, &faults)?
+    };
 
     if args.keep {
         println!("\n== left running; stop with Ctrl-C. Try:");
-        println!("   kcat -b {} -C -t {TOPIC} -o -5 -e", broker.kafka);
+        println!("   kcat -b {} -C -t {TOPIC} -o -5 -e", brokers.kafka());
         println!("   curl '{}/?query=SELECT+count()+FROM+inventory'", clickhouse.url);
-        println!("   curl http://{}/v1/exports/{TOPIC}/status", broker.admin);
-        println!("   target/release/flumen export status {TOPIC} --admin {}", broker.admin);
+        println!("   curl http://{}/v1/exports/{TOPIC}/status", brokers.node(exporting).admin);
+        println!("   target/release/flumen export status {TOPIC} --admin {}", brokers.node(exporting).admin);
         loop {
             std::thread::park();
         }
     }
-    let status = broker.stop()?;
-    if !status.success() {
-        bail!("the broker did not stop cleanly: {status}");
-    }
+    brokers.stop()?;
     if outcome { Ok(()) } else { bail!("a figure is wrong") }
+}
+
+#[derive(Clone, Copy)]
+enum Fault {
+    Producer,
+    Leader,
+    Exporter,
+    ClickHouse,
+    All,
 }
 
 /// Runs the stream with its surge and its kills; returns when (ms) something was killed.
 fn stream(
     args: &Args,
-    broker: &mut Flumen,
+    brokers: &mut Brokers,
     clickhouse: &mut ClickHouse,
     reports: &Reports,
 ) -> anyhow::Result<Vec<i64>> {
@@ -209,16 +308,21 @@ fn stream(
     );
     let seconds = args.seconds as f64;
     let mut rng = StdRng::seed_from_u64(7);
-    let mut producer = client(&broker.kafka, reports)?;
+    let mut producer = client(&brokers.kafka(), reports)?;
     let mut recent: Vec<Event> = Vec::new();
     let (mut sent, mut bad) = (0u64, 0u64);
     let mut owed = 0.0;
     let mut faults = Vec::new();
     let mut plan = vec![
-        (0.25, "restart the producer, which sends its last events again"),
-        (0.45, "kill -9 the broker in the surge"),
-        (0.75, "kill -9 ClickHouse"),
+        (0.25, Fault::Producer, "restart the producer, which sends its last events again"),
+        (0.45, Fault::Leader, "kill -9 the broker in the surge"),
+        (0.75, Fault::ClickHouse, "kill -9 ClickHouse"),
     ];
+    if args.nodes > 1 {
+        plan[1].2 = "kill -9 the node that leads partition 0, in the surge";
+        plan.insert(2, (0.6, Fault::Exporter, "kill -9 the node that exports"));
+        plan.push((0.85, Fault::All, "kill -9 all nodes at once"));
+    }
     let started = Instant::now();
     let mut last_tick = started;
     let mut next_report = 5.0;
@@ -246,33 +350,46 @@ fn stream(
             }
             recent.push(event);
         }
-        if plan.first().is_some_and(|(at, _)| part >= *at) {
-            let (at, what) = plan.remove(0);
+        if plan.first().is_some_and(|(at, _, _)| part >= *at) {
+            let (_, fault, what) = plan.remove(0);
             println!("   {elapsed:5.1} s  {what}");
-            if at < 0.3 {
-                producer.flush(Duration::from_secs(300))?;
-                producer = client(&broker.kafka, reports)?;
-                for event in &recent {
-                    send(&producer, &event.store.to_string(), &event.body, Some(event.id));
+            let began = now_ms();
+            match fault {
+                Fault::Producer => {
+                    producer.flush(Duration::from_secs(300))?;
+                    producer = client(&brokers.kafka(), reports)?;
+                    for event in &recent {
+                        send(&producer, &event.store.to_string(), &event.body, Some(event.id));
+                    }
+                    println!("            {} events sent twice", recent.len());
+                    continue;
                 }
-                println!("            {} events sent twice", recent.len());
-            } else if at < 0.6 {
-                faults.push(now_ms());
-                broker.kill_9();
-                broker.restart()?;
-                println!(
-                    "            the broker answers again after {} ms",
-                    now_ms() - faults[faults.len() - 1]
-                );
-            } else if clickhouse.is_ours() {
-                faults.push(now_ms());
-                clickhouse.kill_9();
-                clickhouse.restart()?;
-                println!(
-                    "            ClickHouse answers again after {} ms",
-                    now_ms() - faults[faults.len() - 1]
-                );
+                Fault::Leader => {
+                    let leader = match brokers {
+                        Brokers::One(_) => 0,
+                        Brokers::Several(cluster) => cluster.leader_of(TOPIC, 0)?,
+                    };
+                    println!("            {}", brokers.strike(leader)?);
+                }
+                Fault::Exporter => {
+                    let exporting = brokers.exporting()?;
+                    println!("            {}", brokers.strike(exporting)?);
+                }
+                Fault::All => {
+                    if let Brokers::Several(cluster) = brokers {
+                        cluster.kill_all();
+                        cluster.restart_all()?;
+                        println!("            all run again after {} ms", now_ms() - began);
+                    }
+                }
+                Fault::ClickHouse if clickhouse.is_ours() => {
+                    clickhouse.kill_9();
+                    clickhouse.restart()?;
+                    println!("            ClickHouse answers again after {} ms", now_ms() - began);
+                }
+                Fault::ClickHouse => continue,
             }
+            faults.push(began);
         }
         if elapsed >= next_report {
             next_report += 5.0;
@@ -286,7 +403,7 @@ fn stream(
 }
 
 fn check(
-    broker: &Flumen,
+    kafka: &str,
     clickhouse: &ClickHouse,
     acknowledged: &Acknowledged,
     faults: &[i64],
@@ -299,8 +416,8 @@ fn check(
         .filter_map(|l| l.parse().ok())
         .collect();
     let missing = acknowledged.events.difference(&in_table).count();
-    let dead_letters: i64 = broker.end_offsets(&format!("{TOPIC}.dlq"))?.iter().sum();
-    let log_records: i64 = broker.end_offsets(TOPIC)?.iter().sum();
+    let dead_letters: i64 = ends_of(kafka, &format!("{TOPIC}.dlq"), 1)?.iter().sum();
+    let log_records: i64 = ends_of(kafka, TOPIC, PARTITIONS)?.iter().sum();
     let outside_faults = faults
         .iter()
         .map(|at| {

@@ -38,7 +38,13 @@ impl Flumen {
     }
 
     /// Not started yet.
-    fn idle_at(data_dir: &Path, kafka: u16, admin: u16, settings: &[&str], more: &[&str]) -> Flumen {
+    pub(crate) fn idle_at(
+        data_dir: &Path,
+        kafka: u16,
+        admin: u16,
+        settings: &[&str],
+        more: &[&str],
+    ) -> Flumen {
         let mut arguments: Vec<String> = more.iter().map(ToString::to_string).collect();
         for setting in settings {
             arguments.push("--set".to_string());
@@ -128,6 +134,26 @@ impl Flumen {
 
     pub fn stop(&mut self) -> anyhow::Result<std::process::ExitStatus> {
         self.process.take().context("the broker is not running")?.stop()
+    }
+
+    /// SIGSTOP: the process stands still as on a machine that hangs, until `resume`.
+    pub fn pause(&self) -> anyhow::Result<()> {
+        self.signal("-STOP")
+    }
+
+    pub fn resume(&self) -> anyhow::Result<()> {
+        self.signal("-CONT")
+    }
+
+    fn signal(&self, signal: &str) -> anyhow::Result<()> {
+        let pid = self.pid().context("the broker is not running")?;
+        let sent = Command::new("kill").arg(signal).arg(pid.to_string()).status()?;
+        anyhow::ensure!(sent.success(), "could not signal {pid}");
+        Ok(())
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
     }
 
     pub fn pid(&self) -> Option<u32> {

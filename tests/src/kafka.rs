@@ -119,6 +119,14 @@ pub struct Record {
     pub headers: BTreeMap<String, String>,
 }
 
+/// High watermarks of a topic's partitions, as their leaders tell them.
+pub fn ends_of(kafka: &str, topic: &str, partitions: i32) -> anyhow::Result<Vec<i64>> {
+    let client: BaseConsumer = ClientConfig::new().set("bootstrap.servers", kafka).create()?;
+    (0..partitions)
+        .map(|partition| Ok(client.fetch_watermarks(topic, partition, Duration::from_secs(120))?.1))
+        .collect()
+}
+
 /// Every record of a topic up to these ends, one per partition, from the start of its log.
 pub fn read_all(kafka: &str, topic: &str, ends: &[i64]) -> anyhow::Result<Vec<Record>> {
     let consumer: BaseConsumer = ClientConfig::new()

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod clickhouse;
+pub mod cluster;
 pub mod export;
 pub mod flumen;
 pub mod kafka;
@@ -11,6 +12,7 @@ pub mod mount;
 pub mod probe;
 pub mod process;
 pub mod wire;
+pub mod witness;
 // The proxy of the export's own tests, shared and not written twice.
 #[path = "../../sink/tests/support/proxy.rs"]
 pub mod proxy;

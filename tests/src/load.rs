@@ -47,8 +47,14 @@ pub struct Load {
 impl Load {
     /// `pause` is between two records: how fast they come.
     pub fn start(flumen: &Flumen, topic: &str, compacted: bool, pause: Duration) -> anyhow::Result<Load> {
-        let settings = [("batch.size", "60000"), ("linger.ms", "3")];
-        let sender = Sender::new(&flumen.kafka, &settings)?;
+        Load::start_at(&flumen.kafka, topic, compacted, pause)
+    }
+
+    /// `kafka` may name several brokers.
+    pub fn start_at(kafka: &str, topic: &str, compacted: bool, pause: Duration) -> anyhow::Result<Load> {
+        // What a broker that stands still has been sent is sent again to another one after the time-out, not before.
+        let settings = [("batch.size", "60000"), ("linger.ms", "3"), ("socket.timeout.ms", "4000")];
+        let sender = Sender::new(kafka, &settings)?;
         let switch = Arc::new(Switch::default());
         let reports = sender.shared_reports();
         let thread = {
@@ -74,6 +80,10 @@ impl Load {
     /// Bytes handed to the producer so far.
     pub fn bytes(&self) -> u64 {
         self.switch.bytes.load(Ordering::Relaxed)
+    }
+
+    pub fn acknowledged_count(&self) -> usize {
+        self.reports.lock().expect("no panic under this lock").places.len()
     }
 
     pub fn acknowledged(&self) -> BTreeMap<Place, u64> {
@@ -181,7 +191,8 @@ impl Load {
     }
 }
 
-fn number_of(value: &[u8]) -> anyhow::Result<u64> {
+/// The number in a record's value, which must be what was sent under it.
+pub fn number_of(value: &[u8]) -> anyhow::Result<u64> {
     let digits = value.get(..DIGITS).context("a value that is too short")?;
     let number = std::str::from_utf8(digits)?.parse()?;
     // All of a value follows from its number, but for its length.

@@ -612,9 +612,9 @@ pub const BROKER_CONFIGS: &[BrokerConfigDef] = &[
     row(
         "offsets.topic.replication.factor",
         ConfigKind::Short,
-        Some("1"),
+        Some("3"),
         at_least(1),
-        R,
+        H,
         S,
         "Replicas of the topic of committed offsets; never more than there are brokers.",
     ),

@@ -127,6 +127,10 @@ impl<'a> Reader<'a> {
         i16::try_from(self.signed(what)?).map_err(|_| CodecError::OutOfRange(what))
     }
 
+    pub(crate) fn u16(&mut self, what: &'static str) -> Result<u16, CodecError> {
+        u16::try_from(self.varint(what)?).map_err(|_| CodecError::OutOfRange(what))
+    }
+
     /// A number of things of which each takes `bytes_each` bytes at least, so that a claimed count cannot
     /// outgrow the input.
     pub(crate) fn count(&mut self, bytes_each: usize, what: &'static str) -> Result<usize, CodecError> {

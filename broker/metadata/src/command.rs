@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 
 use uuid::Uuid;
 
+use crate::assignment::{read_ids, write_ids};
 use crate::codec::{CodecError, Reader, Writer};
+use crate::nodes::{NodeRecord, NodeState};
 
 const VERSION: u8 = 1;
 
@@ -15,7 +17,8 @@ pub enum Command {
     ClusterCreated {
         cluster_id: String,
     },
-    CreateTopic {
+    /// As brokers wrote it that knew of no other: the replicas are on the broker itself.
+    CreateTopicAlone {
         name: String,
         id: Uuid,
         partitions: i32,
@@ -25,7 +28,8 @@ pub enum Command {
     DeleteTopic {
         id: Uuid,
     },
-    CreatePartitions {
+    /// As [`Command::CreateTopicAlone`].
+    CreatePartitionsAlone {
         topic_id: Uuid,
         total: i32,
     },
@@ -47,6 +51,43 @@ pub enum Command {
         group: String,
         set: BTreeMap<String, Option<String>>,
     },
+    /// A node that is new, or that came back with another address or process. The state in the record is not looked at.
+    RegisterNode(NodeRecord),
+    RemoveNode {
+        id: i32,
+    },
+    SetNodeState {
+        id: i32,
+        state: NodeState,
+    },
+    /// One list of replicas for each partition.
+    CreateTopic {
+        name: String,
+        id: Uuid,
+        assignments: Vec<Vec<i32>>,
+        configs: BTreeMap<String, String>,
+    },
+    /// One list of replicas for each partition that is added.
+    CreatePartitions {
+        topic_id: Uuid,
+        assignments: Vec<Vec<i32>>,
+    },
+    /// Where a partition is to be; `None` gives up a move that is under way.
+    SetReplicas {
+        topic_id: Uuid,
+        partition: i32,
+        target: Option<Vec<i32>>,
+    },
+    /// Raft's members are those of the target.
+    ReplicasReached {
+        topic_id: Uuid,
+        partition: i32,
+        replicas: Vec<i32>,
+    },
+    /// All nodes speak this version of the protocol between brokers, and none goes back behind it.
+    FinalizeVersion {
+        version: u16,
+    },
 }
 
 impl Command {
@@ -58,7 +99,7 @@ impl Command {
                 out.u8(0);
                 out.string(cluster_id);
             }
-            Command::CreateTopic { name, id, partitions, replication_factor, configs } => {
+            Command::CreateTopicAlone { name, id, partitions, replication_factor, configs } => {
                 out.u8(1);
                 out.string(name);
                 out.uuid(*id);
@@ -70,7 +111,7 @@ impl Command {
                 out.u8(2);
                 out.uuid(*id);
             }
-            Command::CreatePartitions { topic_id, total } => {
+            Command::CreatePartitionsAlone { topic_id, total } => {
                 out.u8(3);
                 out.uuid(*topic_id);
                 out.signed(i64::from(*total));
@@ -100,6 +141,53 @@ impl Command {
                 out.string(group);
                 out.changes(set);
             }
+            Command::RegisterNode(record) => {
+                out.u8(8);
+                record.write(&mut out);
+            }
+            Command::RemoveNode { id } => {
+                out.u8(9);
+                out.signed(i64::from(*id));
+            }
+            Command::SetNodeState { id, state } => {
+                out.u8(10);
+                out.signed(i64::from(*id));
+                state.write(&mut out);
+            }
+            Command::CreateTopic { name, id, assignments, configs } => {
+                out.u8(11);
+                out.string(name);
+                out.uuid(*id);
+                write_assignments(&mut out, assignments);
+                out.map(configs);
+            }
+            Command::CreatePartitions { topic_id, assignments } => {
+                out.u8(12);
+                out.uuid(*topic_id);
+                write_assignments(&mut out, assignments);
+            }
+            Command::SetReplicas { topic_id, partition, target } => {
+                out.u8(13);
+                out.uuid(*topic_id);
+                out.signed(i64::from(*partition));
+                match target {
+                    None => out.u8(0),
+                    Some(target) => {
+                        out.u8(1);
+                        write_ids(&mut out, target);
+                    }
+                }
+            }
+            Command::ReplicasReached { topic_id, partition, replicas } => {
+                out.u8(14);
+                out.uuid(*topic_id);
+                out.signed(i64::from(*partition));
+                write_ids(&mut out, replicas);
+            }
+            Command::FinalizeVersion { version } => {
+                out.u8(15);
+                out.varint(u64::from(*version));
+            }
         }
         out.bytes
     }
@@ -112,7 +200,7 @@ impl Command {
         }
         let command = match input.u8("command type")? {
             0 => Command::ClusterCreated { cluster_id: input.string("cluster id")? },
-            1 => Command::CreateTopic {
+            1 => Command::CreateTopicAlone {
                 name: input.string("topic name")?,
                 id: input.uuid("topic id")?,
                 partitions: input.i32("partitions")?,
@@ -120,7 +208,10 @@ impl Command {
                 configs: input.map("topic configs")?,
             },
             2 => Command::DeleteTopic { id: input.uuid("topic id")? },
-            3 => Command::CreatePartitions { topic_id: input.uuid("topic id")?, total: input.i32("total")? },
+            3 => Command::CreatePartitionsAlone {
+                topic_id: input.uuid("topic id")?,
+                total: input.i32("total")?,
+            },
             4 => Command::SetTopicConfigs {
                 topic_id: input.uuid("topic id")?,
                 set: input.changes("topic configs")?,
@@ -138,6 +229,34 @@ impl Command {
                 group: input.string("group")?,
                 set: input.changes("group configs")?,
             },
+            8 => Command::RegisterNode(NodeRecord::read(&mut input)?),
+            9 => Command::RemoveNode { id: input.i32("node id")? },
+            10 => Command::SetNodeState { id: input.i32("node id")?, state: NodeState::read(&mut input)? },
+            11 => Command::CreateTopic {
+                name: input.string("topic name")?,
+                id: input.uuid("topic id")?,
+                assignments: read_assignments(&mut input)?,
+                configs: input.map("topic configs")?,
+            },
+            12 => Command::CreatePartitions {
+                topic_id: input.uuid("topic id")?,
+                assignments: read_assignments(&mut input)?,
+            },
+            13 => Command::SetReplicas {
+                topic_id: input.uuid("topic id")?,
+                partition: input.i32("partition")?,
+                target: match input.u8("target")? {
+                    0 => None,
+                    1 => Some(read_ids(&mut input)?),
+                    _ => return Err(CodecError::OutOfRange("target")),
+                },
+            },
+            14 => Command::ReplicasReached {
+                topic_id: input.uuid("topic id")?,
+                partition: input.i32("partition")?,
+                replicas: read_ids(&mut input)?,
+            },
+            15 => Command::FinalizeVersion { version: input.u16("version")? },
             other => return Err(CodecError::UnknownCommand(other)),
         };
         input.end()?;
@@ -145,78 +264,17 @@ impl Command {
     }
 }
 
-#[cfg(test)]
-pub(crate) mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn text() -> impl Strategy<Value = String> {
-        "[a-zA-Z0-9._é-]{0,12}"
-    }
-
-    fn changes() -> impl Strategy<Value = BTreeMap<String, Option<String>>> {
-        proptest::collection::btree_map(text(), proptest::option::of(text()), 0..4)
-    }
-
-    fn id() -> impl Strategy<Value = Uuid> {
-        any::<u128>().prop_map(Uuid::from_u128)
-    }
-
-    pub(crate) fn command() -> impl Strategy<Value = Command> {
-        prop_oneof![
-            text().prop_map(|cluster_id| Command::ClusterCreated { cluster_id }),
-            (text(), id(), any::<i32>(), any::<i16>(), proptest::collection::btree_map(text(), text(), 0..4))
-                .prop_map(|(name, id, partitions, replication_factor, configs)| {
-                    Command::CreateTopic { name, id, partitions, replication_factor, configs }
-                }),
-            id().prop_map(|id| Command::DeleteTopic { id }),
-            (id(), any::<i32>()).prop_map(|(topic_id, total)| Command::CreatePartitions { topic_id, total }),
-            (id(), changes()).prop_map(|(topic_id, set)| Command::SetTopicConfigs { topic_id, set }),
-            (proptest::option::of(any::<i32>()), changes())
-                .prop_map(|(node_id, set)| Command::SetBrokerConfigs { node_id, set }),
-            any::<i64>().prop_map(|count| Command::AllocateProducerIds { count }),
-            (text(), changes()).prop_map(|(group, set)| Command::SetGroupConfigs { group, set }),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn round_trip(command in command()) {
-            let bytes = command.encode();
-            prop_assert_eq!(Command::decode(&bytes), Ok(command));
-            // No proper prefix is a command, nor is anything longer.
-            for length in 0..bytes.len() {
-                prop_assert!(Command::decode(&bytes[..length]).is_err());
-            }
-            let mut longer = bytes.clone();
-            longer.push(0);
-            prop_assert!(Command::decode(&longer).is_err());
-        }
-
-        #[test]
-        fn any_bytes_are_refused_or_understood(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = Command::decode(&bytes);
-            let mut with_version = vec![VERSION];
-            with_version.extend(bytes);
-            let _ = Command::decode(&with_version);
-        }
-    }
-
-    #[test]
-    fn the_released_form_stays() {
-        let command = Command::CreateTopic {
-            name: "t".into(),
-            id: Uuid::from_u128(1),
-            partitions: 3,
-            replication_factor: 1,
-            configs: BTreeMap::from([("a".to_string(), "b".to_string())]),
-        };
-        let mut expected = vec![1, 1, 1, b't'];
-        expected.extend([0; 15]);
-        expected.extend([1, 6, 2, 1, 1, b'a', 1, b'b']);
-        assert_eq!(command.encode(), expected);
-        assert_eq!(Command::decode(&[2, 0, 0]), Err(CodecError::UnknownVersion(2)));
-        assert_eq!(Command::decode(&[1, 99]), Err(CodecError::UnknownCommand(99)));
+fn write_assignments(out: &mut Writer, assignments: &[Vec<i32>]) {
+    out.varint(assignments.len() as u64);
+    for replicas in assignments {
+        write_ids(out, replicas);
     }
 }
+
+fn read_assignments(input: &mut Reader<'_>) -> Result<Vec<Vec<i32>>, CodecError> {
+    (0..input.count(1, "assignments")?).map(|_| read_ids(input)).collect()
+}
+
+#[cfg(test)]
+#[path = "command_tests.rs"]
+pub(crate) mod tests;

@@ -14,9 +14,11 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use crate::assignment::{MovedPartition, PartitionInfo};
 use crate::broker_config::BrokerConfig;
 use crate::command::Command;
 use crate::config_def::Layers;
+use crate::nodes::{NODES_MAX, NodeRecord};
 use crate::topic_config::TopicConfig;
 use crate::topic_name;
 
@@ -31,13 +33,6 @@ pub struct NodeInfo {
     pub host: String,
     pub port: u16,
     pub rack: Option<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PartitionInfo {
-    /// Raft group of the partition.
-    pub group_id: u64,
-    pub replicas: Vec<i32>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -55,7 +50,12 @@ pub struct Topic {
 #[derive(Debug, Clone)]
 pub struct MetadataImage {
     pub cluster_id: String,
+    /// Who reads this image.
     pub node: NodeInfo,
+    /// Every registered node; empty as long as a broker knows of no cluster.
+    pub nodes: Arc<BTreeMap<i32, NodeRecord>>,
+    /// The version of the protocol between brokers that all nodes speak; 0 before any was agreed on.
+    pub finalized_version: u16,
     /// Term of the metadata group, set by whoever leads it; not replicated state.
     pub controller_epoch: i32,
     pub topics: Arc<BTreeMap<String, Arc<Topic>>>,
@@ -80,6 +80,7 @@ pub struct CreatedPartition {
     pub partition: i32,
     pub group_id: u64,
     pub dir_name: String,
+    pub replicas: Vec<i32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,6 +90,8 @@ pub struct DeletedPartition {
     pub partition: i32,
     pub group_id: u64,
     pub dir_name: String,
+    /// Who has its log, see [`PartitionInfo::holders`].
+    pub holders: Vec<i32>,
 }
 
 /// What a command changed, for those who must make the world match.
@@ -96,6 +99,10 @@ pub struct DeletedPartition {
 pub struct Applied {
     pub created: Vec<CreatedPartition>,
     pub deleted: Vec<DeletedPartition>,
+    /// Partitions that other nodes have to hold now.
+    pub moved: Vec<MovedPartition>,
+    /// A node was registered, removed or is in another state, or the finalized version is another.
+    pub nodes_changed: bool,
     /// First id of the allocated block.
     pub producer_id_start: Option<i64>,
     /// The topic whose own configs were set.
@@ -128,6 +135,32 @@ pub enum ApplyError {
     BadProducerIdCount(i64),
     #[error("the ids are used up")]
     IdsExhausted,
+    #[error("{0} is no node id")]
+    BadNodeId(i32),
+    #[error("there is no node {0}")]
+    NoSuchNode(i32),
+    #[error(
+        "node {0} is known with another data directory: start it with that one, or give this one an id of its own"
+    )]
+    OtherDirectory(i32),
+    #[error("a cluster has at most {NODES_MAX} nodes")]
+    TooManyNodes,
+    #[error("node {0} is the last one")]
+    LastNode(i32),
+    #[error("node {id} still holds {replicas} replica(s)")]
+    NodeHoldsReplicas { id: i32, replicas: usize },
+    #[error(
+        "node {id} speaks version {speaks} of the protocol between brokers, and {finalized} is finalized"
+    )]
+    VersionTooOld { id: i32, speaks: u16, finalized: u16 },
+    #[error("version {from} is finalized; {to} would go back")]
+    VersionGoesBack { from: u16, to: u16 },
+    #[error("the nodes {0:?} cannot hold a partition")]
+    BadReplicas(Vec<i32>),
+    #[error("topic '{topic}' has no partition {partition}")]
+    NoSuchPartition { topic: String, partition: i32 },
+    #[error("partition {topic}-{partition} is not to be there")]
+    NotTheTarget { topic: String, partition: i32 },
 }
 
 /// Directory of a partition's log. The group id keeps a recreated topic apart from its predecessor.
@@ -140,6 +173,8 @@ impl MetadataImage {
         MetadataImage {
             cluster_id: String::new(),
             node,
+            nodes: Arc::default(),
+            finalized_version: 0,
             controller_epoch: 0,
             topics: Arc::default(),
             topic_ids: Arc::default(),
@@ -185,15 +220,37 @@ impl MetadataImage {
     pub fn apply(&mut self, command: &Command) -> Result<Applied, ApplyError> {
         match command {
             Command::ClusterCreated { cluster_id } => self.create_cluster(cluster_id),
-            Command::CreateTopic { name, id, partitions, replication_factor, configs } => {
-                self.create_topic(name, *id, *partitions, *replication_factor, configs)
+            Command::CreateTopicAlone { name, id, partitions, replication_factor, configs } => {
+                if *replication_factor < 1 {
+                    return Err(ApplyError::BadReplicationFactor(*replication_factor));
+                }
+                self.create_topic(name, *id, &self.alone(*partitions)?, configs)
+            }
+            Command::CreateTopic { name, id, assignments, configs } => {
+                self.create_topic(name, *id, assignments, configs)
             }
             Command::DeleteTopic { id } => self.delete_topic(*id),
-            Command::CreatePartitions { topic_id, total } => self.create_partitions(*topic_id, *total),
+            Command::CreatePartitionsAlone { topic_id, total } => {
+                let more = self.more_alone(*topic_id, *total)?;
+                self.create_partitions(*topic_id, &more)
+            }
+            Command::CreatePartitions { topic_id, assignments } => {
+                self.create_partitions(*topic_id, assignments)
+            }
             Command::SetTopicConfigs { topic_id, set } => self.set_topic_configs(*topic_id, set),
             Command::SetBrokerConfigs { node_id, set } => Ok(self.set_broker_configs(*node_id, set)),
             Command::AllocateProducerIds { count } => self.allocate_producer_ids(*count),
             Command::SetGroupConfigs { group, set } => Ok(self.set_group_configs(group, set)),
+            Command::RegisterNode(record) => self.register_node(record),
+            Command::RemoveNode { id } => self.remove_node(*id),
+            Command::SetNodeState { id, state } => self.set_node_state(*id, *state),
+            Command::SetReplicas { topic_id, partition, target } => {
+                self.set_replicas(*topic_id, *partition, target.as_deref())
+            }
+            Command::ReplicasReached { topic_id, partition, replicas } => {
+                self.replicas_reached(*topic_id, *partition, replicas)
+            }
+            Command::FinalizeVersion { version } => self.finalize_version(*version),
         }
     }
 
@@ -205,12 +262,31 @@ impl MetadataImage {
         Ok(Applied::default())
     }
 
+    /// The founder's own replicas; which one it is becomes certain when the first node is registered.
+    fn alone(&self, partitions: i32) -> Result<Vec<Vec<i32>>, ApplyError> {
+        if !(1..=TOPIC_PARTITIONS_MAX).contains(&partitions) {
+            return Err(ApplyError::BadPartitionCount(partitions));
+        }
+        let founder = self.nodes.keys().next().copied().unwrap_or(self.node.id);
+        Ok((0..partitions).map(|_| vec![founder]).collect())
+    }
+
+    fn more_alone(&self, id: Uuid, total: i32) -> Result<Vec<Vec<i32>>, ApplyError> {
+        let topic = self.find(id)?;
+        if total > TOPIC_PARTITIONS_MAX {
+            return Err(ApplyError::BadPartitionCount(total));
+        }
+        let has = topic.partitions.len();
+        let added = i32::try_from(has).ok().and_then(|has| total.checked_sub(has)).filter(|added| *added > 0);
+        let not_more = || ApplyError::NotMorePartitions { topic: topic.name.clone(), has, asked: total };
+        self.alone(added.ok_or_else(not_more)?)
+    }
+
     fn create_topic(
         &mut self,
         name: &str,
         id: Uuid,
-        partitions: i32,
-        replication_factor: i16,
+        assignments: &[Vec<i32>],
         configs: &BTreeMap<String, String>,
     ) -> Result<Applied, ApplyError> {
         topic_name::check(name).map_err(ApplyError::BadName)?;
@@ -220,12 +296,6 @@ impl MetadataImage {
         if id.is_nil() || self.topic_ids.contains_key(&id) {
             return Err(ApplyError::TopicIdExists(id));
         }
-        if replication_factor < 1 {
-            return Err(ApplyError::BadReplicationFactor(replication_factor));
-        }
-        if !(1..=TOPIC_PARTITIONS_MAX).contains(&partitions) {
-            return Err(ApplyError::BadPartitionCount(partitions));
-        }
         let mut topic = Topic {
             name: name.to_string(),
             id,
@@ -234,26 +304,38 @@ impl MetadataImage {
             configs: configs.clone(),
             internal: topic_name::is_internal(name),
         };
-        let created = self.grow(&mut topic, partitions)?;
+        let created = self.grow(&mut topic, assignments)?;
         Arc::make_mut(&mut self.topic_ids).insert(id, topic.name.clone());
         Arc::make_mut(&mut self.topics).insert(topic.name.clone(), Arc::new(topic));
         Ok(Applied { created, ..Applied::default() })
     }
 
-    /// Gives the topic partitions up to `total`, with the next group ids.
-    fn grow(&mut self, topic: &mut Topic, total: i32) -> Result<Vec<CreatedPartition>, ApplyError> {
-        let from = i32::try_from(topic.partitions.len()).map_err(|_| ApplyError::IdsExhausted)?;
-        let added = u64::try_from(total.saturating_sub(from)).unwrap_or(0);
-        let end = self.next_group_id.checked_add(added).ok_or(ApplyError::IdsExhausted)?;
-        let mut created = Vec::new();
-        for (partition, group_id) in (from..total).zip(self.next_group_id..end) {
-            topic.partitions.push(PartitionInfo { group_id, replicas: vec![self.node.id] });
+    /// Gives the topic one partition for each assignment, with the next group ids.
+    fn grow(
+        &mut self,
+        topic: &mut Topic,
+        assignments: &[Vec<i32>],
+    ) -> Result<Vec<CreatedPartition>, ApplyError> {
+        let from = topic.partitions.len();
+        let total = from.saturating_add(assignments.len());
+        let total = i32::try_from(total).ok().filter(|total| (1..=TOPIC_PARTITIONS_MAX).contains(total));
+        let total = total
+            .ok_or(ApplyError::BadPartitionCount(i32::try_from(assignments.len()).unwrap_or(i32::MAX)))?;
+        for replicas in assignments {
+            self.check_replicas(replicas)?;
+        }
+        let end = self.next_group_id.checked_add(assignments.len() as u64).ok_or(ApplyError::IdsExhausted)?;
+        let mut created = Vec::with_capacity(assignments.len());
+        let indexes = total - i32::try_from(assignments.len()).unwrap_or(0)..total;
+        for ((partition, group_id), replicas) in indexes.zip(self.next_group_id..end).zip(assignments) {
+            topic.partitions.push(PartitionInfo::at_rest(group_id, replicas.clone()));
             created.push(CreatedPartition {
                 topic: topic.name.clone(),
                 topic_id: topic.id,
                 partition,
                 group_id,
                 dir_name: dir_name(&topic.name, partition, group_id),
+                replicas: replicas.clone(),
             });
         }
         self.next_group_id = end;
@@ -274,6 +356,7 @@ impl MetadataImage {
                 partition,
                 group_id: info.group_id,
                 dir_name: dir_name(&topic.name, partition, info.group_id),
+                holders: info.holders(),
             })
             .collect();
         Arc::make_mut(&mut self.topics).remove(&topic.name);
@@ -281,16 +364,14 @@ impl MetadataImage {
         Ok(Applied { deleted, ..Applied::default() })
     }
 
-    fn create_partitions(&mut self, id: Uuid, total: i32) -> Result<Applied, ApplyError> {
+    fn create_partitions(&mut self, id: Uuid, assignments: &[Vec<i32>]) -> Result<Applied, ApplyError> {
         let mut topic = (*self.find(id)?).clone();
-        if total > TOPIC_PARTITIONS_MAX {
-            return Err(ApplyError::BadPartitionCount(total));
-        }
-        if usize::try_from(total).unwrap_or(0) <= topic.partitions.len() {
+        if assignments.is_empty() {
             let has = topic.partitions.len();
-            return Err(ApplyError::NotMorePartitions { topic: topic.name, has, asked: total });
+            let asked = i32::try_from(has).unwrap_or(i32::MAX);
+            return Err(ApplyError::NotMorePartitions { topic: topic.name, has, asked });
         }
-        let created = self.grow(&mut topic, total)?;
+        let created = self.grow(&mut topic, assignments)?;
         Arc::make_mut(&mut self.topics).insert(topic.name.clone(), Arc::new(topic));
         Ok(Applied { created, ..Applied::default() })
     }
@@ -342,7 +423,7 @@ impl MetadataImage {
     }
 
     /// Recomputes what derives from broker-level values; returns the topics for which it matters.
-    fn reconfigure_all(&mut self) -> Vec<String> {
+    pub(crate) fn reconfigure_all(&mut self) -> Vec<String> {
         let changed: Vec<(String, TopicConfig)> = self
             .topics
             .values()

@@ -1,7 +1,7 @@
 //! Cluster metadata as a deterministic state machine, and the pure half of the admin requests.
 //!
 //! Owns: [`MetadataImage`] and the [`Command`]s that change it (with their binary form), the tables of topic and
-//! broker configurations, and functions that turn a decoded admin request into an answer and the commands to
+//! broker configurations, placement and the plans of moves, and functions that turn a decoded admin request into an answer and the commands to
 //! commit first.
 //!
 //! Invariants
@@ -14,6 +14,8 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+mod assignment;
+pub mod balance;
 pub mod broker_config;
 pub mod broker_table;
 mod codec;
@@ -21,20 +23,23 @@ mod command;
 pub mod config_def;
 pub mod group_table;
 mod image;
+mod nodes;
+pub mod placement;
+pub mod reassignment;
 mod snapshot;
 pub mod topic_config;
 pub mod topic_name;
 pub mod topic_table;
 
+pub use assignment::{MovedPartition, PartitionInfo, REPLICAS_MAX};
 pub use broker_config::{BrokerConfig, ConfigError, Secret, TopicCheck};
 pub use broker_table::{BROKER_CONFIGS, BrokerConfigDef};
 pub use codec::CodecError;
 pub use command::Command;
 pub use config_def::{ConfigKind, ConfigSource, ExtraConfig};
 pub use group_table::{GROUP_CONFIGS, GroupConfigDef};
-pub use image::{
-    Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, PartitionInfo, Topic,
-};
+pub use image::{Applied, ApplyError, CreatedPartition, DeletedPartition, MetadataImage, NodeInfo, Topic};
+pub use nodes::{Broker, NODES_MAX, NodeRecord, NodeState};
 pub use snapshot::{SnapshotFileError, decode_snapshot_file, encode_snapshot_file};
 pub use topic_config::{CleanupPolicy, CompressionType, Durability, TimestampType, TopicConfig};
 pub use topic_name::OFFSETS_TOPIC;

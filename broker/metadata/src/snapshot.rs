@@ -6,17 +6,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::assignment::PartitionInfo;
 use crate::codec::{CodecError, Reader, Writer};
-use crate::image::{MetadataImage, NodeInfo, PartitionInfo, Topic};
+use crate::image::{MetadataImage, NodeInfo, Topic};
+use crate::nodes::NodeRecord;
 use crate::topic_config::TopicConfig;
 use crate::topic_name;
 
 const MAGIC: [u8; 3] = *b"FMI";
-/// 2 added the configurations of groups, at the end.
-const VERSION: u8 = 2;
+/// 2 added the configurations of groups, at the end; 3 the targets of partitions, and behind the groups the finalized
+/// version and the nodes.
+const VERSION: u8 = 3;
 const OLDEST_VERSION: u8 = 1;
 /// Name, id, partition count and config count.
 const TOPIC_BYTES_MIN: usize = 19;
+/// Id, host, port, rack, address, directory id, boot id, version and state.
+const NODE_BYTES_MIN: usize = 24;
 
 const FILE_MAGIC: [u8; 4] = *b"FLMS";
 const FILE_VERSION: u16 = 1;
@@ -93,11 +98,7 @@ impl MetadataImage {
             out.uuid(topic.id);
             out.varint(topic.partitions.len() as u64);
             for partition in &topic.partitions {
-                out.varint(partition.group_id);
-                out.varint(partition.replicas.len() as u64);
-                for replica in &partition.replicas {
-                    out.signed(i64::from(*replica));
-                }
+                partition.write(&mut out);
             }
             out.map(&topic.configs);
         }
@@ -105,6 +106,11 @@ impl MetadataImage {
         for (group, configs) in self.group_configs.iter() {
             out.string(group);
             out.map(configs);
+        }
+        out.varint(u64::from(self.finalized_version));
+        out.varint(self.nodes.len() as u64);
+        for node in self.nodes.values() {
+            node.write(&mut out);
         }
         out.bytes
     }
@@ -135,7 +141,7 @@ impl MetadataImage {
         let mut ids = BTreeMap::new();
         let mut groups = BTreeSet::new();
         for _ in 0..input.count(TOPIC_BYTES_MIN, "topics")? {
-            let topic = read_topic(&mut input, &image, &mut groups)?;
+            let topic = read_topic(&mut input, version, &image, &mut groups)?;
             if ids.insert(topic.id, topic.name.clone()).is_some()
                 || topics.insert(topic.name.clone(), Arc::new(topic)).is_some()
             {
@@ -149,6 +155,16 @@ impl MetadataImage {
                 groups.insert(group, input.map("group configs")?);
             }
         }
+        if version >= 3 {
+            image.finalized_version = input.u16("finalized version")?;
+            let nodes = Arc::make_mut(&mut image.nodes);
+            for _ in 0..input.count(NODE_BYTES_MIN, "nodes")? {
+                let node = NodeRecord::read(&mut input)?;
+                if nodes.insert(node.id, node).is_some() {
+                    return Err(CodecError::Inconsistent("a node appears twice"));
+                }
+            }
+        }
         input.end()?;
         image.topics = Arc::new(topics);
         image.topic_ids = Arc::new(ids);
@@ -158,6 +174,7 @@ impl MetadataImage {
 
 fn read_topic(
     input: &mut Reader<'_>,
+    version: u8,
     image: &MetadataImage,
     groups: &mut BTreeSet<u64>,
 ) -> Result<Topic, CodecError> {
@@ -166,15 +183,12 @@ fn read_topic(
     let id = input.uuid("topic id")?;
     let mut partitions = Vec::new();
     for _ in 0..input.count(2, "partitions")? {
-        let group_id = input.varint("group id")?;
+        let info = PartitionInfo::read(input, version >= 3)?;
+        let group_id = info.group_id;
         if group_id == 0 || group_id >= image.next_group_id || !groups.insert(group_id) {
             return Err(CodecError::Inconsistent("a partition's group id"));
         }
-        let mut replicas = Vec::new();
-        for _ in 0..input.count(1, "replicas")? {
-            replicas.push(input.i32("replica")?);
-        }
-        partitions.push(PartitionInfo { group_id, replicas });
+        partitions.push(info);
     }
     let configs = input.map("topic configs")?;
     let effective = TopicConfig::resolve(&configs, &image.layers());

@@ -2,6 +2,8 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 
+use flumen_raft::MEMBERS_MAX;
+
 use crate::hello::{Hello, Refusal};
 use crate::raft_frame::RaftFrame;
 use crate::wire::{DecodeError, Reader, Writer};
@@ -21,6 +23,12 @@ const KIND_RAFT: u8 = 4;
 const KIND_CATCH_UP: u8 = 5;
 const KIND_REQUEST: u8 = 6;
 const KIND_ANSWER: u8 = 7;
+const KIND_LEADS: u8 = 8;
+
+/// Groups in one frame of who leads what; whoever leads more sends several.
+pub const LEADS_MAX: usize = 1 << 16;
+/// Group, epoch and a count.
+const LEAD_BYTES_MIN: usize = 3;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {
@@ -55,6 +63,16 @@ pub enum Frame {
     /// A request of metadata that only the leader can answer, or of one broker to another.
     Request(Request),
     Answer(Answer),
+    /// Groups that the sender leads, and in which epoch.
+    Leads(Vec<Lead>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lead {
+    pub group: u64,
+    pub epoch: u64,
+    /// Replicas that lack more than what is just on its way to them; none, usually.
+    pub lagging: Vec<u64>,
 }
 
 /// How far a follower that is far behind has come; for throttling, and for people who wait.
@@ -185,6 +203,18 @@ impl Frame {
                 out.payload(&answer.body);
                 (KIND_ANSWER, version)
             }
+            Frame::Leads(leads) => {
+                debug_assert!(leads.len() <= LEADS_MAX);
+                out.number(leads.len() as u64);
+                let mut group = 0;
+                for lead in leads {
+                    out.step(&mut group, lead.group);
+                    out.number(lead.epoch);
+                    out.number(lead.lagging.len() as u64);
+                    lead.lagging.iter().for_each(|id| out.number(*id));
+                }
+                (KIND_LEADS, version)
+            }
         };
         seal(kind, version, out.finish())
     }
@@ -213,6 +243,18 @@ impl Frame {
                 code: reader.u16()? as i16,
                 body: reader.payload()?,
             }),
+            KIND_LEADS => {
+                let count = reader.count("the number of groups", LEADS_MAX as u64, LEAD_BYTES_MIN)?;
+                let mut leads = Vec::with_capacity(count);
+                let mut group = 0;
+                for _ in 0..count {
+                    let (group, epoch) = (reader.step(&mut group)?, reader.number()?);
+                    let count = reader.count("the number of replicas", MEMBERS_MAX as u64, 1)?;
+                    let lagging = (0..count).map(|_| reader.number()).collect::<Result<_, _>>()?;
+                    leads.push(Lead { group, epoch, lagging });
+                }
+                Frame::Leads(leads)
+            }
             _ => return Err(DecodeError::Unknown("the kind of a frame")),
         };
         reader.end()?;

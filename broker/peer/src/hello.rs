@@ -22,6 +22,8 @@ pub struct Hello {
     pub finalized_version: u16,
     /// Format of the data directory.
     pub format: u16,
+    /// Which of the sender's shards speaks; the receiver serves the connection on a shard that follows from it.
+    pub shard: u16,
     /// Where other brokers reach this one.
     pub address: String,
 }
@@ -48,7 +50,7 @@ impl Hello {
         out.slice(&self.cluster_id);
         out.u64(self.node_id);
         out.u64(self.boot_id);
-        for version in [self.version_min, self.version_max, self.finalized_version, self.format] {
+        for version in [self.version_min, self.version_max, self.finalized_version, self.format, self.shard] {
             out.u16(version);
         }
         write_text(out, &self.address, ADDRESS_MAX);
@@ -63,6 +65,7 @@ impl Hello {
             version_max: reader.u16()?,
             finalized_version: reader.u16()?,
             format: reader.u16()?,
+            shard: reader.u16()?,
             address: reader.text("the address", ADDRESS_MAX)?,
         };
         if hello.node_id == 0 || hello.version_min > hello.version_max {
@@ -166,6 +169,7 @@ mod tests {
             version_max: versions.1,
             finalized_version: versions.2,
             format: 3,
+            shard: 0,
             address: format!("10.0.0.{node_id}:33145"),
         }
     }

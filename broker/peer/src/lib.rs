@@ -25,8 +25,8 @@ mod raft_frame;
 mod wire;
 
 pub use frame::{
-    Answer, BODY_MAX, CatchUp, CatchUpState, Frame, FrameError, HEADER_BYTES, HELLO_BODY_MAX, RawFrame,
-    Request, cut_frame,
+    Answer, BODY_MAX, CatchUp, CatchUpState, Frame, FrameError, HEADER_BYTES, HELLO_BODY_MAX, LEADS_MAX,
+    Lead, RawFrame, Request, cut_frame,
 };
 pub use hello::{Hello, Refusal, RefusalCode, VERSION_MAX, VERSION_MIN, negotiate};
 pub use raft_frame::{ENTRIES_MAX, ITEMS_MAX, RaftFrame, RaftItems};

@@ -6,7 +6,7 @@ mod counting_allocator;
 use bytes::{Bytes, BytesMut};
 use counting_allocator::peak_of;
 use flumen_peer::{
-    Answer, BODY_MAX, CatchUp, CatchUpState, DecodeError, Frame, FrameError, HELLO_BODY_MAX, Hello,
+    Answer, BODY_MAX, CatchUp, CatchUpState, DecodeError, Frame, FrameError, HELLO_BODY_MAX, Hello, Lead,
     RaftFrame, Refusal, RefusalCode, Request, cut_frame,
 };
 use flumen_raft::{Body, Entry, Membership, Message};
@@ -51,6 +51,7 @@ fn hello() -> Hello {
         version_max: 2,
         finalized_version: 1,
         format: 5,
+        shard: 3,
         address: "a:33145".to_owned(),
     }
 }
@@ -64,9 +65,9 @@ fn the_bytes_are_these() {
     assert_eq!(
         hex(Frame::Hello(hello())),
         concat!(
-            "464c5052010000000000003184bd990b30313233343536373839616263646566",
-            "0000000000000003010203040506070800010002000100050007613a33333134",
-            "35"
+            "464c50520100000000000033f5a5304130313233343536373839616263646566",
+            "00000000000000030102030405060708000100020001000500030007613a3333",
+            "313435"
         )
     );
 }
@@ -108,6 +109,12 @@ fn other_frames_come_back_as_they_were() {
     let catch_up = CatchUp { group: 9, state: CatchUpState::Done, index: 1 << 40, end_index: u64::MAX };
     let Frame::CatchUp(catch_up_back) = back(&Frame::CatchUp(catch_up)) else { panic!() };
     assert_eq!(catch_up_back, catch_up);
+    let leads = vec![
+        Lead { group: 9, epoch: 1, lagging: vec![] },
+        Lead { group: 7, epoch: 1 << 31, lagging: vec![2, 300] },
+    ];
+    let Frame::Leads(leads_back) = back(&Frame::Leads(leads.clone())) else { panic!() };
+    assert_eq!(leads_back, leads);
     let request = Request { id: 77, kind: 19, body: Bytes::from(vec![1; 5000]) };
     let Frame::Request(request_back) = back(&Frame::Request(request.clone())) else { panic!() };
     assert_eq!(request_back, request);

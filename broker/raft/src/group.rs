@@ -365,6 +365,11 @@ impl Group {
         self.node.mut_store().set_before(before_index.min(applied));
     }
 
+    /// The entry before the first that the log has, as Raft sees it; `offer_snapshot` is about this one.
+    pub fn log_start(&self) -> u64 {
+        self.node.store().before_index()
+    }
+
     /// Messages to this replica were lost: what was sent on trust is sent again.
     pub fn report_unreachable(&mut self, id: u64) {
         self.node.report_unreachable(id);
@@ -414,6 +419,11 @@ impl Group {
 
     pub fn last_index(&self) -> u64 {
         self.node.raft.raft_log.last_index()
+    }
+
+    /// The entry that made the membership what it is.
+    pub fn membership_index(&self) -> u64 {
+        self.membership_index
     }
 
     pub fn membership(&self) -> &Membership {

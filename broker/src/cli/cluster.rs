@@ -24,6 +24,16 @@ enum ClusterCommand {
     Health,
     /// List the brokers
     Brokers,
+    /// Let a broker hand over all leaderships and take none, so that it can be stopped; --off ends it
+    Maintenance {
+        node: i32,
+        #[arg(long)]
+        off: bool,
+    },
+    /// Move everything off a broker that is to leave; `flumen cluster brokers` shows how far it is
+    Decommission { node: i32 },
+    /// Remove a broker that holds nothing any more
+    Remove { node: i32 },
     /// List partitions with leader, offsets, size and health: flumen cluster partitions orders
     Partitions {
         topic: Option<String>,
@@ -64,6 +74,7 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                         [
                             "rack",
                             "membership_status",
+                            "is_alive",
                             "version",
                             "partitions",
                             "connections",
@@ -79,12 +90,31 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                 "ADDRESS",
                 "RACK",
                 "STATUS",
+                "ALIVE",
                 "VERSION",
                 "PARTITIONS",
                 "CONNECTIONS",
                 "DISK-FREE-BYTES",
             ];
             show(admin, &brokers, || table::print(&headers, &rows));
+            Ok(())
+        }
+        ClusterCommand::Maintenance { node, off } => {
+            let action = if off { "active" } else { "maintenance" };
+            let answer = admin.call("POST", &format!("/v1/brokers/{node}:{action}"), None)?;
+            show(admin, &answer, || out!("broker {node} is {}", text(&answer["membership_status"])));
+            Ok(())
+        }
+        ClusterCommand::Decommission { node } => {
+            let answer = admin.call("POST", &format!("/v1/brokers/{node}:decommission"), None)?;
+            show(admin, &answer, || {
+                out!("broker {node} gives its replicas away; once it has none: flumen cluster remove {node}");
+            });
+            Ok(())
+        }
+        ClusterCommand::Remove { node } => {
+            let answer = admin.call("DELETE", &format!("/v1/brokers/{node}"), None)?;
+            show(admin, &answer, || out!("broker {node} is removed"));
             Ok(())
         }
         ClusterCommand::Partitions { topic, unhealthy, internal } => {

@@ -9,6 +9,7 @@ use clap::Args;
 use flumen_metadata::BrokerConfig;
 
 use super::Failure;
+use crate::cluster::ClusterOptions;
 use crate::server::{self, ServerOptions};
 
 #[derive(Args)]
@@ -22,6 +23,18 @@ pub struct ServerArgs {
     /// Address for the admin API and metrics
     #[arg(long, default_value = "127.0.0.1:9644")]
     admin: SocketAddr,
+    /// Id of this node in its cluster, over node.id of the configuration
+    #[arg(long)]
+    node_id: Option<i32>,
+    /// Address for other brokers; without it this one stays alone
+    #[arg(long, requires = "seeds")]
+    rpc: Option<SocketAddr>,
+    /// What other brokers are told of --rpc, when it is not that: HOST:PORT
+    #[arg(long, requires = "rpc", value_name = "HOST:PORT")]
+    advertise_rpc: Option<String>,
+    /// RPC addresses of the brokers that found the cluster together, the same list on each, or that a new one asks
+    #[arg(long, requires = "rpc", value_delimiter = ',', value_name = "HOST:PORT,...")]
+    seeds: Vec<String>,
     /// Shards (threads with partitions of their own); one per core but one when absent
     #[arg(long)]
     shards: Option<usize>,
@@ -71,6 +84,9 @@ pub fn server(args: ServerArgs) -> Result<(), Failure> {
         };
         settings.insert(key.trim().to_string(), value.trim().to_string());
     }
+    if let Some(id) = args.node_id {
+        settings.insert("node.id".to_string(), id.to_string());
+    }
     let config = BrokerConfig::from_map(&settings)
         .map_err(|e| Failure::new(e.to_string()))?
         .with_topic_extras(crate::export::topic_configs());
@@ -80,6 +96,11 @@ pub fn server(args: ServerArgs) -> Result<(), Failure> {
         admin: args.admin,
         shards: args.shards,
         config,
+        cluster: args.rpc.map(|rpc| ClusterOptions {
+            rpc,
+            advertise_rpc: args.advertise_rpc,
+            seeds: args.seeds,
+        }),
     })
     .map_err(|e| Failure::new(format!("{e:#}")))
 }

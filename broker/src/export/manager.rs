@@ -142,6 +142,10 @@ impl Manager {
                 }
             }
         }
+        if !self.is_for_here(!wanted.is_empty()).await {
+            self.hand_over().await;
+            return;
+        }
         for (id, export) in &mut self.running {
             let Some(config) = wanted.get(id) else { continue };
             let as_wanted = ExportConfig { paused: config.paused, ..export.config.clone() };
@@ -191,6 +195,32 @@ impl Manager {
             }
         }
         self.take_refused(refused);
+        self.publish();
+    }
+
+    /// Exports of a cluster run on one node, the one that leads their state.
+    async fn is_for_here(&self, any: bool) -> bool {
+        if self.node.image.load().brokers().len() < 2 {
+            return true;
+        }
+        if !any && self.running.is_empty() {
+            return true;
+        }
+        match state_log::open(&self.node).await {
+            Ok(group_id) => state_log::is_led_here(&self.node, group_id).await,
+            // Said where exports are started.
+            Err(_) => self.running.is_empty(),
+        }
+    }
+
+    /// Another node runs the exports now, and goes on from what is recorded.
+    async fn hand_over(&mut self) {
+        for (_, export) in std::mem::take(&mut self.running) {
+            stop(export).await;
+        }
+        self.refused.clear();
+        self.state_group = None;
+        *self.trim.borrow_mut() = StateTrim::default();
         self.publish();
     }
 

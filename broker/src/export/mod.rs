@@ -26,6 +26,8 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use admit::NotAdmitted;
 pub use manager::start;
+pub(crate) use source::append;
+pub use state_log::STATE_TOPIC;
 
 /// Exports appear to Kafka tools as consumer groups with this prefix.
 const GROUP_PREFIX: &str = "export.";

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use flumen_metadata::PartitionInfo;
 use flumen_protocol::record::BatchBuilder;
 use flumen_protocol::record_batch;
 use flumen_sink::source::{DeadLetter, Source, SourceError, SourceRead};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
+use crate::cluster::remote_log::{self, RemoteError, append_anywhere};
 use crate::node::{Node, now_ms};
 use crate::partition::{Completion, DataWaiter, FetchError, Origin};
 use crate::topic_admin;
@@ -19,6 +21,9 @@ use crate::topic_admin;
 /// A topic whose dead letters land in a topic that does not exist yet gives it one partition: their
 /// order is that of the plans.
 const DEAD_LETTER_PARTITIONS: i32 = 1;
+
+/// How often partitions on other nodes are looked at for new records: a small request a partition.
+const ELSEWHERE_LOOK: Duration = Duration::from_millis(50);
 
 pub struct TopicSource {
     pub node: Arc<Node>,
@@ -32,6 +37,44 @@ impl TopicSource {
         usize::try_from(partition).ok().and_then(|p| topic.partitions.get(p)).map(|p| p.group_id).ok_or_else(
             || SourceError::NotAvailable { partition, reason: "there is no such partition".to_string() },
         )
+    }
+}
+
+impl TopicSource {
+    fn holders(&self, partition: i32) -> Vec<i32> {
+        let image = self.node.image.load();
+        let topic = image.topic_by_id(&self.topic_id);
+        let info = topic.zip(usize::try_from(partition).ok()).and_then(|(t, at)| t.partitions.get(at));
+        info.map(PartitionInfo::holders).unwrap_or_default()
+    }
+
+    /// Other nodes hold the partition, and this one does not.
+    fn is_elsewhere(&self, partition: i32) -> bool {
+        let holders = self.holders(partition);
+        !holders.is_empty() && !holders.contains(&self.node.config.node_id)
+    }
+
+    async fn read_elsewhere(
+        &self,
+        partition: i32,
+        group_id: u64,
+        from: i64,
+        max_bytes: usize,
+    ) -> Result<SourceRead, SourceError> {
+        match remote_log::read(&self.node, group_id, from, max_bytes).await {
+            Ok(read) => Ok(SourceRead {
+                batches: one_by_one(&[read.records]).map_err(SourceError::Broker)?,
+                last_stable_offset: read.high_watermark,
+                log_start_offset: read.log_start_offset,
+            }),
+            Err(RemoteError::OutOfRange { offset, start, end }) => Err(SourceError::OffsetOutOfRange {
+                partition,
+                offset,
+                log_start_offset: start,
+                last_stable_offset: end,
+            }),
+            Err(error) => Err(SourceError::NotAvailable { partition, reason: error.to_string() }),
+        }
     }
 }
 
@@ -53,6 +96,9 @@ impl Source for TopicSource {
             .await
             .map_err(|e| SourceError::Broker(e.to_string()))?;
         match read {
+            None if self.is_elsewhere(partition) => {
+                self.read_elsewhere(partition, group_id, from, max_bytes).await
+            }
             None => Err(SourceError::NotAvailable {
                 partition,
                 reason: "it is being opened or deleted".to_string(),
@@ -68,11 +114,18 @@ impl Source for TopicSource {
                 log_start_offset: start,
                 last_stable_offset: end,
             }),
+            // This replica is behind the one that was exported from before; it will come to where that was.
+            Some(Err(FetchError::NotLeader)) => {
+                Ok(SourceRead { batches: Vec::new(), last_stable_offset: from, log_start_offset: 0 })
+            }
             Some(Err(error)) => Err(SourceError::Broker(error.to_string())),
         }
     }
 
     async fn wait(&self, positions: &[(i32, i64)], timeout: Duration) {
+        // Nobody tells of what comes to partitions that are elsewhere.
+        let elsewhere = positions.iter().any(|(partition, _)| self.is_elsewhere(*partition));
+        let timeout = if elsewhere { timeout.min(ELSEWHERE_LOOK) } else { timeout };
         let mut fired = Vec::new();
         for home in 0..self.node.shards.len() {
             let mine: Vec<(u64, i64)> = positions
@@ -117,6 +170,7 @@ impl Source for TopicSource {
     fn settled(&self, partition: i32, offset: i64) {
         let Ok(group_id) = self.group_of(partition) else { return };
         let node = self.node.clone();
+        let holders = self.holders(partition);
         // Late is safe: too much is held for a moment. A reset moves it down, and finds at its next read if it was late.
         tokio::task::spawn_local(async move {
             let _ = node.shards[node.shard_of(group_id)]
@@ -126,6 +180,9 @@ impl Source for TopicSource {
                     }
                 })
                 .await;
+            if node.cluster.is_some() {
+                remote_log::let_go(&node, group_id, &holders, offset).await;
+            }
         });
     }
 
@@ -164,7 +221,7 @@ impl Source for TopicSource {
             .and_then(|t| t.partitions.first())
             .map(|p| p.group_id)
             .ok_or_else(|| broker(format!("topic {topic} has no partition")))?;
-        append(&self.node, group_id, builder.build(0)).await.map(drop).map_err(broker)
+        append_anywhere(&self.node, group_id, builder.build(0)).await.map(drop).map_err(broker)
     }
 
     async fn producer_id(&self) -> Result<i64, SourceError> {

@@ -35,6 +35,9 @@ const TOPIC_CONFIGS: [(&str, &str); 4] = [
     ("segment.bytes", "4194304"),
 ];
 
+/// As many replicas as there are brokers, up to Kafka's usual number.
+const REPLICAS_MAX: usize = 3;
+
 pub struct TopicStateLog {
     pub node: Arc<Node>,
     pub group_id: u64,
@@ -86,8 +89,18 @@ pub async fn open(node: &Arc<Node>) -> Result<u64, String> {
         return Ok(group_id);
     }
     let configs = TOPIC_CONFIGS.iter().map(|(k, v)| ((*k).to_string(), (*v).to_string())).collect();
-    let created = topic_admin::create_topic(node, STATE_TOPIC, 1, 1, configs).await;
+    let replicas = node.image.load().brokers().len().min(REPLICAS_MAX);
+    let replicas = i16::try_from(replicas).unwrap_or(1).max(1);
+    let created = topic_admin::create_topic(node, STATE_TOPIC, 1, replicas, configs).await;
     find().ok_or_else(|| created.err().map_or_else(|| "not created".to_string(), |e| e.to_string()))
+}
+
+/// Whether this node leads the state topic. Whoever does runs the exports, all of them: a plan is recorded before it is
+/// sent, and nobody else can record one.
+pub async fn is_led_here(node: &Arc<Node>, group_id: u64) -> bool {
+    let asked = node.shards[node.shard_of(group_id)]
+        .run(move |s| async move { s.partition(group_id).is_some_and(|partition| partition.serves()) });
+    asked.await.unwrap_or(false)
 }
 
 /// All records by exported topic, oldest first, and what of the log is needed.

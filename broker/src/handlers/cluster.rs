@@ -7,7 +7,7 @@ use kafka_protocol::messages::{
 };
 
 use crate::dispatch::{Answer, Request, RequestError};
-use crate::topic_admin::{auto_create, status_of};
+use crate::topic_admin::{auto_create, status_of, with_live};
 
 pub fn api_versions(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: ApiVersionsRequest = request.decode()?;
@@ -20,7 +20,7 @@ pub async fn metadata(request: &Request<'_>) -> Result<Answer, RequestError> {
     let version = request.header.api_version;
     let plan = |node: &crate::node::Node| {
         let image = node.image.load();
-        admin::metadata(&asked, version, &image, &node.config, &|group| status_of(node, group))
+        with_live(node, |live| admin::metadata(&asked, version, &image, &node.config, live))
     };
     let first = plan(node);
     if first.to_create.is_empty() {
@@ -37,15 +37,17 @@ pub async fn metadata(request: &Request<'_>) -> Result<Answer, RequestError> {
 
 pub fn describe_cluster(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: DescribeClusterRequest = request.decode()?;
-    let image = request.shard.node.image.load();
-    request.answer(&admin::describe_cluster(&asked, request.header.api_version, &image))
+    let node = &request.shard.node;
+    let image = node.image.load();
+    let version = request.header.api_version;
+    request.answer(&with_live(node, |live| admin::describe_cluster(&asked, version, &image, live)))
 }
 
 pub fn describe_topic_partitions(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: DescribeTopicPartitionsRequest = request.decode()?;
     let node = &request.shard.node;
     let image = node.image.load();
-    request.answer(&admin::describe_topic_partitions(&asked, &image, &|group| status_of(node, group)))
+    request.answer(&with_live(node, |live| admin::describe_topic_partitions(&asked, &image, live)))
 }
 
 pub fn describe_log_dirs(request: &Request<'_>) -> Result<Answer, RequestError> {

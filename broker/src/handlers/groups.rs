@@ -9,7 +9,6 @@ use flumen_groups::{
     GroupRequest, GroupResponse, OffsetFetchGroup, OffsetFetchPartition, OffsetFetchResult, OffsetFetchTopic,
     coordinator_partition,
 };
-use flumen_metadata::Command;
 use flumen_protocol::error_code::ErrorCode;
 use kafka_protocol::messages::delete_groups_response::DeletableGroupResult;
 use kafka_protocol::messages::describe_groups_response::DescribedGroup;
@@ -30,12 +29,14 @@ use kafka_protocol::messages::{
 };
 use kafka_protocol::protocol::StrBytes;
 
+use crate::cluster::change::{Intent, change};
 use crate::coordinator::OFFSETS_TOPIC;
 use flumen_sink::exporter::{ResetError, ResetTo};
 
 use crate::dispatch::{Answer, Request, RequestError};
 use crate::export::ResetRefused;
 use crate::shard::Shard;
+use crate::topic_admin::status_of;
 
 /// Groups are "coordinated" by this key type; 1 is transactions, 2 share groups.
 const KEY_TYPE_GROUP: i8 = 0;
@@ -61,25 +62,7 @@ async fn home_of(shard: &Rc<Shard>, group: &str) -> Result<u64, ErrorCode> {
 }
 
 async fn create_offsets_topic(shard: &Rc<Shard>) -> Result<(), ErrorCode> {
-    let id = uuid::Uuid::new_v4();
-    let created = shard
-        .node
-        .controller()
-        .run(move |s| async move {
-            let plan = |image: &flumen_metadata::MetadataImage, config: &flumen_metadata::BrokerConfig| {
-                // Another connection may have been first.
-                let commands: Vec<Command> = if image.topics.contains_key(OFFSETS_TOPIC) {
-                    Vec::new()
-                } else {
-                    flumen_metadata::admin::plan_offsets_topic(image, config, id)
-                };
-                ((), commands)
-            };
-            s.controller().change(plan).await.1.map(|_| ())
-        })
-        .await
-        .map_err(|_| ErrorCode::COORDINATOR_NOT_AVAILABLE)?;
-    created.map_err(|error| {
+    change(&shard.node, Intent::CreateOffsetsTopic).await.map(drop).map_err(|error| {
         tracing::warn!(%error, "cannot create {OFFSETS_TOPIC}");
         ErrorCode::COORDINATOR_NOT_AVAILABLE
     })
@@ -115,32 +98,43 @@ async fn ask_partition(
         .map_err(|_| ErrorCode::COORDINATOR_NOT_AVAILABLE)?
 }
 
+/// Whoever leads the offsets partition of the group.
+async fn coordinating_node(shard: &Rc<Shard>, group: &str) -> Result<i32, ErrorCode> {
+    let node = &shard.node;
+    let leader = status_of(node, home_of(shard, group).await?).leader_id;
+    if leader >= 0 && node.is_up()(leader) { Ok(leader) } else { Err(ErrorCode::COORDINATOR_NOT_AVAILABLE) }
+}
+
 pub async fn find_coordinator(request: &Request<'_>) -> Result<Answer, RequestError> {
     let find: FindCoordinatorRequest = request.decode()?;
     let version = request.header.api_version;
     let keys: Vec<StrBytes> = if version >= 4 { find.coordinator_keys } else { vec![find.key] };
-    let node = request.shard.node.image.load().node.clone();
+    let image = request.shard.node.image.load_full();
     let mut response = FindCoordinatorResponse::default();
     let mut entries = Vec::with_capacity(keys.len());
     for key in keys {
-        let error = if find.key_type != KEY_TYPE_GROUP {
-            Some((ErrorCode::INVALID_REQUEST, "only consumer groups have coordinators here"))
+        let found = if find.key_type != KEY_TYPE_GROUP {
+            Err((ErrorCode::INVALID_REQUEST, "only consumer groups have coordinators here"))
         } else if key.is_empty() && version < 4 {
-            None
+            Ok(image.node.id)
         } else {
-            home_of(request.shard, key.as_str())
+            coordinating_node(request.shard, key.as_str())
                 .await
-                .err()
-                .map(|e| (e, "the offsets topic is not available"))
+                .map_err(|e| (e, "the offsets topic is not available"))
         };
+        // A node that has just joined may lead before its address has come here.
+        let found = found.and_then(|id| {
+            let not_known = (ErrorCode::COORDINATOR_NOT_AVAILABLE, "the coordinator is not known here yet");
+            image.broker(id).ok_or(not_known)
+        });
         let mut entry = CoordinatorEntry::default().with_key(key);
-        match error {
-            None => {
-                entry.node_id = BrokerId(node.id);
-                entry.host = StrBytes::from_string(node.host.clone());
-                entry.port = i32::from(node.port);
+        match found {
+            Ok(broker) => {
+                entry.node_id = BrokerId(broker.id);
+                entry.host = StrBytes::from_string(broker.host.to_string());
+                entry.port = i32::from(broker.port);
             }
-            Some((code, message)) => {
+            Err((code, message)) => {
                 entry.node_id = BrokerId(-1);
                 entry.port = -1;
                 entry.error_code = code.0;

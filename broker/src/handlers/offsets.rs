@@ -143,6 +143,7 @@ pub async fn offset_for_leader_epoch(request: &Request<'_>) -> Result<Answer, Re
             let found =
                 at_home(request.shard, topic.topic.as_str(), p.partition, move |partition| async move {
                     partition.check_epoch(current)?;
+                    partition.check_serves()?;
                     Ok(partition.epoch_end_offset(epoch))
                 })
                 .await;

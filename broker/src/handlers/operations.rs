@@ -1,7 +1,9 @@
 //! What operators' tools ask: the metadata quorum, elections, reassignments, config resources, producers, quotas,
 //! credentials. Rules are in `flumen_metadata::admin`.
 
-use flumen_metadata::admin::{self, QuorumState};
+use std::time::Duration;
+
+use flumen_metadata::admin::{self, QuorumReplica, QuorumState};
 use flumen_metadata::topic_name;
 use flumen_protocol::error_code::ErrorCode;
 use kafka_protocol::messages::describe_producers_response::{
@@ -10,15 +12,21 @@ use kafka_protocol::messages::describe_producers_response::{
 use kafka_protocol::messages::{
     AlterClientQuotasRequest, AlterPartitionReassignmentsRequest, DescribeClientQuotasRequest,
     DescribeProducersRequest, DescribeProducersResponse, DescribeQuorumRequest,
-    DescribeUserScramCredentialsRequest, ElectLeadersRequest, ListConfigResourcesRequest, ProducerId,
+    DescribeUserScramCredentialsRequest, ElectLeadersRequest, ListConfigResourcesRequest,
+    ListPartitionReassignmentsRequest, ProducerId,
 };
 use kafka_protocol::protocol::StrBytes;
 
+use tokio::time::Instant;
+
 use super::offsets::at_home;
+use crate::balancer;
+use crate::cluster::node_id_of;
+use crate::cluster::requests::ANSWER_TIME_MAX;
 use crate::controller::METADATA_GROUP;
 use crate::dispatch::{Answer, Request, RequestError};
 use crate::node::now_ms;
-use crate::topic_admin::status_of;
+use crate::topic_admin::{commit_plan, with_live};
 
 pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: DescribeQuorumRequest = request.decode()?;
@@ -26,11 +34,29 @@ pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestErr
     let quorum = node
         .controller()
         .run(|shard| async move {
-            shard.partition(METADATA_GROUP).map(|log| QuorumState {
+            let log = shard.partition(METADATA_GROUP)?;
+            let (own, now) = (shard.node.config.node_id, now_ms());
+            let status = log.raft_status();
+            let up = shard.node.is_up();
+            let replica = |raft_id: u64| {
+                let id = node_id_of(raft_id).unwrap_or(-1);
+                let peer = status.peers.iter().find(|peer| peer.id == raft_id);
+                // What a replica lacks is known by entries; of those that have all the end of the log is the leader's.
+                let has_all = id == own || peer.is_some_and(|p| p.matched_index >= status.last_index);
+                let end = peer.filter(|p| p.matched_index > 0).map(|p| log.end_of_entry(p.matched_index));
+                QuorumReplica {
+                    id,
+                    log_end_offset: if has_all { log.log_end_offset() } else { end.flatten().unwrap_or(-1) },
+                    last_fetch_ms: if up(id) { now } else { -1 },
+                    last_caught_up_ms: if has_all { now } else { -1 },
+                }
+            };
+            Some(QuorumState {
+                leader_id: node_id_of(status.leadership.leader_id).unwrap_or(-1),
                 leader_epoch: log.leader_epoch(),
                 high_watermark: log.high_watermark(),
-                log_end_offset: log.log_end_offset(),
-                now_ms: now_ms(),
+                voters: status.membership.voters.iter().copied().map(replica).collect(),
+                observers: status.membership.learners.iter().copied().map(replica).collect(),
             })
         })
         .await
@@ -39,25 +65,44 @@ pub async fn describe_quorum(request: &Request<'_>) -> Result<Answer, RequestErr
         // Only of a broker that is stopping: the connection ends with it.
         .ok_or_else(|| request.malformed("the metadata log has been closed".to_string()))?;
     let image = node.image.load();
-    request.answer(&admin::describe_quorum(&asked, request.header.api_version, &image, quorum))
+    request.answer(&admin::describe_quorum(&asked, request.header.api_version, &image, &quorum))
 }
 
-pub fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError> {
+pub async fn elect_leaders(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: ElectLeadersRequest = request.decode()?;
     let node = &request.shard.node;
     let image = node.image.load();
     let version = request.header.api_version;
-    request.answer(&admin::elect_leaders(&asked, version, &image, &|group| status_of(node, group)))
+    let mut plan = with_live(node, |live| admin::elect_leaders(&asked, version, &image, live));
+    let deadline = Instant::now() + request_time(asked.timeout_ms);
+    for transfer in std::mem::take(&mut plan.transfers) {
+        if let Err(refused) = balancer::transfer(node, &transfer, deadline).await {
+            plan.refuse(&transfer, &refused);
+        }
+    }
+    request.answer(&plan.response)
 }
 
-pub fn alter_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
+/// What a client is ready to wait; another broker may have passed its request on, and waits no longer than this.
+fn request_time(timeout_ms: i32) -> Duration {
+    Duration::from_millis(u64::try_from(timeout_ms).unwrap_or(0)).min(ANSWER_TIME_MAX / 2)
+}
+
+pub async fn alter_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: AlterPartitionReassignmentsRequest = request.decode()?;
-    let image = request.shard.node.image.load();
-    request.answer(&admin::alter_partition_reassignments(&asked, request.header.api_version, &image))
+    let version = request.header.api_version;
+    let response = commit_plan(&request.shard.node, move |image, _| {
+        admin::alter_partition_reassignments(&asked, version, image).into_parts()
+    })
+    .await
+    .map_err(|e: ErrorCode| request.malformed(e.to_string()))?;
+    request.answer(&response)
 }
 
 pub fn list_partition_reassignments(request: &Request<'_>) -> Result<Answer, RequestError> {
-    request.answer(&admin::list_partition_reassignments())
+    let asked: ListPartitionReassignmentsRequest = request.decode()?;
+    let image = request.shard.node.image.load();
+    request.answer(&admin::list_partition_reassignments(&asked, &image))
 }
 
 pub fn list_config_resources(request: &Request<'_>) -> Result<Answer, RequestError> {

@@ -64,6 +64,8 @@ struct Item {
     topic: u32,
     partition: i32,
     group_id: u64,
+    /// The client waits for all replicas that must have it, or for the leader alone.
+    for_all: bool,
     records: BytesMut,
 }
 
@@ -133,6 +135,7 @@ pub async fn handle(
                 topic: partition.topic,
                 partition: partition.partition,
                 group_id: info.group_id,
+                for_all: acks == -1,
                 records: partition.records,
             });
         }
@@ -255,7 +258,11 @@ fn append_now(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results
             in_flight.fail(slot, ErrorCode::INVALID_RECORD, Some("no records".into()));
             continue;
         }
-        let completion = Completion::Produce(in_flight.clone(), slot);
+        let completion = if item.for_all {
+            Completion::Produce(in_flight.clone(), slot)
+        } else {
+            Completion::ProduceHere(in_flight.clone(), slot)
+        };
         match partition.append(item.records, Origin::Client, now, Some(completion)) {
             Ok(appended) => {
                 shard.metrics.appended(appended.last_offset - appended.base_offset + 1, appended.duplicate);

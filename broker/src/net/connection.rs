@@ -77,6 +77,8 @@ impl Shared {
 /// Who is asking; handlers put it into group membership and log lines.
 pub struct Peer {
     pub address: SocketAddr,
+    /// Another broker passed the request on; it is not passed on again.
+    pub forwarded: bool,
 }
 
 pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr) {
@@ -108,7 +110,7 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, address: SocketAddr
     });
     let shard = shard.clone();
     tokio::task::spawn_local(async move {
-        let peer = Peer { address };
+        let peer = Peer { address, forwarded: false };
         tokio::select! {
             outcome = read_requests(&shard, &shared, &mut reads, &peer) => match outcome {
                 Ok(()) => {}
@@ -227,36 +229,41 @@ async fn write_answers(shared: &Shared, writes: &OwnedWriteHalf) -> io::Result<(
 }
 
 async fn write_all(stream: &OwnedWriteHalf, batch: &mut VecDeque<Bytes>) -> io::Result<()> {
+    loop {
+        match write_ready(stream, batch) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Writes what the socket takes now; fails with `WouldBlock` when something is left.
+pub(crate) fn write_ready(stream: &OwnedWriteHalf, batch: &mut VecDeque<Bytes>) -> io::Result<()> {
     while let Some(front) = batch.front() {
         if front.is_empty() {
             batch.pop_front();
             continue;
         }
-        let written = {
-            let mut slices = [IoSlice::new(&[]); WRITE_SLICES_MAX];
-            let mut count = 0;
-            for (slot, bytes) in slices.iter_mut().zip(batch.iter()) {
-                *slot = IoSlice::new(bytes);
-                count += 1;
-            }
-            stream.try_write_vectored(&slices[..count])
+        let mut slices = [IoSlice::new(&[]); WRITE_SLICES_MAX];
+        let mut count = 0;
+        for (slot, bytes) in slices.iter_mut().zip(batch.iter()) {
+            *slot = IoSlice::new(bytes);
+            count += 1;
+        }
+        let mut n = match stream.try_write_vectored(&slices[..count])? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            n => n,
         };
-        match written {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(mut n) => {
-                while n > 0 {
-                    let Some(front) = batch.front_mut() else { break };
-                    if n >= front.len() {
-                        n -= front.len();
-                        batch.pop_front();
-                    } else {
-                        front.advance(n);
-                        n = 0;
-                    }
-                }
+        while n > 0 {
+            let Some(front) = batch.front_mut() else { break };
+            if n >= front.len() {
+                n -= front.len();
+                batch.pop_front();
+            } else {
+                front.advance(n);
+                n = 0;
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
-            Err(e) => return Err(e),
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::produce::RecordError as RecordRefusal;
 use flumen_protocol::record::{self, Record, RecordError};
 use flumen_protocol::record_batch::{self, BatchError, BatchHeader};
+use flumen_raft::ProposeError;
 use flumen_storage::{ProducerError, Verdict};
 
 use super::{Completion, Partition};
@@ -150,16 +151,29 @@ impl Partition {
             record_batch::set_leader_epoch(&mut records, state.raft.leader_epoch());
             let index = match state.raft.propose(records.freeze()) {
                 Ok((index, _term)) => index,
+                // The other replicas do not keep up: as when the log does not.
+                Err(ProposeError::Backlogged) => return Err((AppendError::NoSpace, completion)),
                 Err(_) => return Err((AppendError::NotLeader, completion)),
             };
             // Only an accepted proposal moves the log end offset.
             state.next_offset = last_offset + 1;
             state.uncommitted.push_back((index, last_offset + 1));
         }
-        if let Some(completion) = completion {
-            self.wait_for_offset(last_offset + 1, completion);
-        }
+        let here = match completion {
+            Some(Completion::ProduceHere(request, slot)) if !self.alone.get() => Some((request, slot)),
+            Some(completion) => {
+                self.wait_for_offset(last_offset + 1, completion);
+                None
+            }
+            None => None,
+        };
         self.advance();
+        if let Some((request, slot)) = here {
+            self.wait_until_stored(Completion::ProduceHere(request, slot));
+        }
+        if !self.alone.get() {
+            self.stay_awake();
+        }
         Ok(Appended {
             base_offset,
             last_offset,
@@ -177,6 +191,9 @@ impl Partition {
     fn admit(&self, records: &[u8], origin: Origin, now_ms: i64) -> Result<Admitted, AppendError> {
         if let Some(reason) = self.damage() {
             return Err(AppendError::Damaged(reason.to_string()));
+        }
+        if !self.alone.get() && !self.serves.get() {
+            return Err(AppendError::NotLeader);
         }
         let header = match origin {
             Origin::Client => record_batch::validate_produced(records)?,

@@ -15,6 +15,10 @@ pub enum FetchError {
     FencedEpoch { asked: i32, current: i32 },
     #[error("leader epoch {asked} is newer than {current}")]
     UnknownEpoch { asked: i32, current: i32 },
+    #[error("this node does not lead the partition")]
+    NotLeader,
+    #[error("this node has just begun to lead the partition")]
+    NotYet,
     #[error("{0}")]
     Storage(String),
 }
@@ -25,6 +29,8 @@ impl FetchError {
             FetchError::OutOfRange { .. } => ErrorCode::OFFSET_OUT_OF_RANGE,
             FetchError::FencedEpoch { .. } => ErrorCode::FENCED_LEADER_EPOCH,
             FetchError::UnknownEpoch { .. } => ErrorCode::UNKNOWN_LEADER_EPOCH,
+            FetchError::NotLeader => ErrorCode::NOT_LEADER_OR_FOLLOWER,
+            FetchError::NotYet => ErrorCode::LEADER_NOT_AVAILABLE,
             FetchError::Storage(_) => ErrorCode::KAFKA_STORAGE_ERROR,
         }
     }
@@ -68,6 +74,10 @@ impl Partition {
             (state.high_watermark, state.next_offset)
         };
         let log_start_offset = self.log.log_start_offset();
+        // A follower does not know how far the log goes.
+        if offset > end && !self.is_leader() {
+            return Err(FetchError::NotLeader);
+        }
         if offset < log_start_offset || offset > end {
             return Err(FetchError::OutOfRange { offset, start: log_start_offset, end });
         }
@@ -96,6 +106,7 @@ impl Partition {
         if let Some(reason) = self.damage() {
             return Err(FetchError::Storage(reason.to_string()));
         }
+        self.check_serves()?;
         let high_watermark = self.high_watermark();
         let leader_epoch = self.leader_epoch();
         let storage = |e: ReadError| FetchError::Storage(e.to_string());
@@ -144,17 +155,27 @@ impl Partition {
         if let Some(reason) = self.damage() {
             return Err(FetchError::Storage(reason.to_string()));
         }
+        self.check_serves()?;
         let high_watermark = self.high_watermark();
         let target = if offset == -1 { high_watermark } else { offset };
         if target < 0 || target > high_watermark {
             let start = self.log_start_offset();
             return Err(FetchError::OutOfRange { offset, start, end: high_watermark });
         }
+        self.cut_below(target).await
+    }
+
+    /// Lets the log of this replica, whether it leads or not, begin at an offset up to the high watermark.
+    pub async fn cut_below(&self, offset: i64) -> Result<i64, FetchError> {
         // What an export still needs stays; the caller sees how far it went.
-        let target = target.min(self.hold_offset.get());
+        let target = offset.min(self.hold_offset.get()).min(self.high_watermark());
         if target > self.log_start_offset() {
             // Answered when no crash can bring them back.
             self.log.delete_below(target).await.map_err(|e| FetchError::Storage(e.to_string()))?;
+            self.note_log_start();
+            if let Some(shard) = self.shard.upgrade() {
+                shard.floors_changed.notify_one();
+            }
         }
         self.publish_gauges();
         Ok(self.log_start_offset())

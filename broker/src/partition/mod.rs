@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! - log start offset <= high watermark <= log end offset, and none of them goes back.
-//! - The log end offset moves only in `append`, which gives every record its offset before Raft sees it.
+//! - The log end offset moves in `append`, which gives every record its offset before Raft sees it; on a follower, with what
+//!   the leader sends, and back when that takes the place of something.
 //! - A produce is answered only when the high watermark has passed its last record, and the high
 //!   watermark passes a record only when the shard log has it in the durability that the topic asks for.
 //! - No borrow of `state` lives across an await.
@@ -11,7 +12,11 @@
 
 mod append;
 mod fetch;
+mod outputs;
 mod pending;
+mod replica;
+#[cfg(test)]
+mod replica_tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -20,13 +25,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 
 use flumen_metadata::{Durability, TopicConfig};
-use flumen_raft::{Group, GroupStart};
-use flumen_storage::{CompactError, CompactionConfig, GroupLog, Payload};
+use flumen_raft::{Group, GroupStart, Membership};
+use flumen_storage::{CompactError, CompactionConfig, GroupLog};
 
 pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
+use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
 use crate::shard::Shard;
 use pending::Pending;
@@ -47,11 +53,33 @@ pub struct Partition {
     pub index: i32,
     pub group_id: u64,
     pub gauges: Arc<PartitionGauges>,
+    /// Of this broker in Raft.
+    node_id: u64,
+    /// Where the shard keeps it, for ticks.
+    pub(crate) slot: Cell<usize>,
     shard: Weak<Shard>,
     disk: Arc<DiskSpace>,
     log: GroupLog,
     config: RefCell<TopicConfig>,
     state: RefCell<State>,
+    /// The only voter: all that is on this disk is committed.
+    alone: Cell<bool>,
+    /// A new replica of a group that exists: it does not know the members, and takes part in nothing.
+    joining: Cell<bool>,
+    /// As Raft said last.
+    leads: Cell<bool>,
+    serves: Cell<bool>,
+    /// Entries up to this index are committed, and the log is to be told.
+    committed: Cell<Option<u64>>,
+    /// Where Raft believes that the log begins.
+    told_before: Cell<u64>,
+    refused_to_offer: Cell<bool>,
+    /// As the leader said: all replicas have everything below.
+    everywhere_known: Cell<i64>,
+    /// What followers were told last.
+    told_floor: Cell<Option<Floor>>,
+    /// A new group's first replica stands for election in the next ticks.
+    ticks_to_stand: Cell<u8>,
     /// The highest raft output number known to be durable, collected before raft is told once.
     persisted_number: Cell<u64>,
     persisted_dirty: Cell<bool>,
@@ -67,11 +95,16 @@ struct State {
     raft: Group,
     next_offset: i64,
     high_watermark: i64,
-    /// (raft index, log end offset after it) of what is proposed and not committed.
+    /// Last index and end of the log that were there at the start, as far as they were not replaced: up to there
+    /// `uncommitted` knows nothing.
+    recovered: (u64, i64),
+    /// (raft index, log end offset after it) of what is in the log and not committed.
     uncommitted: VecDeque<(u64, i64)>,
     /// Sorted by the high watermark they wait for.
     pending: VecDeque<Pending>,
     waiters: Vec<Weak<DataWaiter>>,
+    /// (raft output number, who waits for that to be stored here) of produces that ask for no more.
+    pending_here: VecDeque<(u64, Completion)>,
 }
 
 /// Where and what a partition is, as the metadata says.
@@ -81,6 +114,9 @@ pub struct PartitionSpec {
     pub index: i32,
     pub group_id: u64,
     pub config: TopicConfig,
+    /// Kafka ids of the brokers that have it as the metadata says: who votes as long as its log is empty. After that the
+    /// log itself says who does.
+    pub replicas: Vec<i32>,
     /// An export is turned on: nothing that it has not settled may go.
     pub exported: bool,
 }
@@ -88,20 +124,20 @@ pub struct PartitionSpec {
 impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
-        let hard_state = log.hard_state();
-        let start = GroupStart::alone(
-            u64::try_from(shard.node.config.node_id).unwrap_or(0) + 1,
-            flumen_raft::HardState {
-                term: hard_state.term,
-                vote: hard_state.vote,
-                commit: hard_state.commit,
-            },
-            log.last_index(),
-            log.last_term(),
-            spec.group_id,
-        );
-        let raft = Group::start(&start).expect("recovered raft state is consistent by construction");
-        let end = log.log_end_offset();
+        let node_id = raft_id(shard.node.config.node_id);
+        let (raft, fresh) = start_group(&spec, &log, node_id);
+        let joins = fresh && !raft.membership().contains(node_id);
+        let alone = raft.membership().is_alone(node_id);
+        let (last_index, end) = (log.last_index(), log.log_end_offset());
+        let committed = raft.status().committed_index;
+        // In a group of one all that is there is committed.
+        let high_watermark = if alone || committed >= last_index {
+            end
+        } else {
+            log.end_of(committed).unwrap_or(0).max(log.log_start_offset())
+        };
+        // A new group has no leader for a second if all wait for their time-outs.
+        let eager = fresh && !alone && spec.replicas.first().is_some_and(|first| raft_id(*first) == node_id);
         // Until the export says how far it is, everything is held.
         let hold = if spec.exported { log.log_start_offset() } else { i64::MAX };
         let gauges = shard.node.gauges_of(spec.group_id);
@@ -110,6 +146,8 @@ impl Partition {
             index: spec.index,
             group_id: spec.group_id,
             gauges,
+            node_id,
+            slot: Cell::new(usize::MAX),
             shard: Rc::downgrade(shard),
             disk: shard.node.disk.clone(),
             log,
@@ -117,11 +155,23 @@ impl Partition {
             state: RefCell::new(State {
                 raft,
                 next_offset: end,
-                high_watermark: end,
+                high_watermark,
+                recovered: (last_index, end),
                 uncommitted: VecDeque::new(),
                 pending: VecDeque::new(),
                 waiters: Vec::new(),
+                pending_here: VecDeque::new(),
             }),
+            alone: Cell::new(alone),
+            joining: Cell::new(joins),
+            leads: Cell::new(false),
+            serves: Cell::new(false),
+            committed: Cell::new(None),
+            told_before: Cell::new(0),
+            refused_to_offer: Cell::new(false),
+            everywhere_known: Cell::new(0),
+            told_floor: Cell::new(None),
+            ticks_to_stand: Cell::new(if eager { replica::STAND_TICKS } else { 0 }),
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),
             staged_number: Cell::new(0),
@@ -129,8 +179,11 @@ impl Partition {
             hold_offset: Cell::new(hold),
         });
         if partition.damage().is_none() {
-            partition.log.set_high_watermark(end);
-            partition.state.borrow_mut().raft.campaign().expect("a group of one may always campaign");
+            partition.log.set_committed(committed);
+            partition.log.set_high_watermark(high_watermark);
+            if alone {
+                partition.state.borrow_mut().raft.campaign().expect("a group of one may always campaign");
+            }
             partition.advance();
         }
         partition.publish_gauges();
@@ -168,7 +221,7 @@ impl Partition {
             (true, i64::MAX) => self.hold_offset.set(self.log_start_offset()),
             (true, _) => {}
         }
-        self.log.set_config(group_config(&config));
+        self.log.set_config(group_config(&config, self.alone.get()));
         *self.config.borrow_mut() = config;
     }
 
@@ -186,6 +239,7 @@ impl Partition {
             return;
         }
         self.log.enforce_retention(now_ms, self.hold_offset.get().min(self.high_watermark()));
+        self.note_log_start();
         self.publish_gauges();
     }
 
@@ -195,7 +249,7 @@ impl Partition {
         if self.damage().is_some() || !self.config.borrow().compacts() {
             return;
         }
-        let hold = self.hold_offset.get().min(self.high_watermark());
+        let hold = self.hold_offset.get().min(self.high_watermark()).min(self.everywhere());
         match self.log.compact(now_ms, hold).await {
             Ok(done) if done.passes > 0 => {
                 tracing::info!(topic = %self.topic, partition = self.index, ?done, "compacted");
@@ -205,6 +259,7 @@ impl Partition {
                 tracing::warn!(topic = %self.topic, partition = self.index, %error, "compaction ended early; it is tried again");
             }
         }
+        self.note_log_start();
         self.publish_gauges();
     }
 
@@ -228,83 +283,16 @@ impl Partition {
     /// Tells raft what is durable and acts on what it answers.
     pub fn apply_persisted(&self) {
         self.persisted_dirty.set(false);
-        self.state.borrow_mut().raft.on_persisted(self.persisted_number.get());
+        let waits = {
+            let mut state = self.state.borrow_mut();
+            state.raft.on_persisted(self.persisted_number.get());
+            !state.pending_here.is_empty()
+        };
         self.advance();
-    }
-
-    /// Runs raft's outputs: entries go to the shard log, commits move the high watermark.
-    fn advance(&self) {
-        let mut new_high_watermark = None;
-        loop {
-            let Some(outputs) = self.state.borrow_mut().raft.take_outputs() else { break };
-            if outputs.must_persist() {
-                let hard_state = outputs.hard_state.map(|hs| flumen_storage::HardState {
-                    term: hs.term,
-                    vote: hs.vote,
-                    commit: hs.commit,
-                });
-                let entries: Vec<flumen_storage::Entry> = outputs
-                    .entries
-                    .into_iter()
-                    .map(|e| flumen_storage::Entry {
-                        index: e.index,
-                        term: e.term,
-                        payload: if e.data.is_empty() || e.is_membership {
-                            Payload::Control(e.data)
-                        } else {
-                            Payload::Batch(e.data)
-                        },
-                    })
-                    .collect();
-                let from_memory = self.acknowledges_from_memory(hard_state);
-                match self.log.stage(hard_state, &entries) {
-                    Ok(_) if from_memory => {
-                        self.staged_number.set(outputs.number);
-                        self.persisted_number.set(outputs.number);
-                        self.state.borrow_mut().raft.on_persisted(outputs.number);
-                    }
-                    Ok((lane, lsn)) => {
-                        self.staged_number.set(outputs.number);
-                        if let Some(shard) = self.shard.upgrade() {
-                            shard.note_staged(lane, lsn, self.group_id, outputs.number);
-                        }
-                    }
-                    // Raft already counts these entries in its log; the shard is about to stop, and
-                    // whoever waits for them hears nothing, which is the truth: the outcome is unknown.
-                    Err(error) => {
-                        tracing::error!(topic = %self.topic, partition = self.index, %error, "the log refused an entry that raft had accepted");
-                        if let Some(shard) = self.shard.upgrade() {
-                            shard.poison(&error.to_string());
-                        }
-                        return;
-                    }
-                }
-            }
-            if let Some(index) = outputs.committed_index {
-                let mut state = self.state.borrow_mut();
-                while state.uncommitted.front().is_some_and(|(i, _)| *i <= index) {
-                    if let Some((_, end)) = state.uncommitted.pop_front() {
-                        assert!(end > state.high_watermark, "the high watermark never goes back");
-                        state.high_watermark = end;
-                        new_high_watermark = Some(end);
-                    }
-                }
-            }
+        if waits || !self.alone.get() {
+            self.complete_here();
+            self.stay_awake();
         }
-        if let Some(high_watermark) = new_high_watermark {
-            self.log.set_high_watermark(high_watermark);
-            self.gauges.high_watermark.store(high_watermark, Ordering::Relaxed);
-            self.complete(high_watermark);
-        }
-    }
-
-    /// Whether what is staged next counts at once. Not a vote or a term, which must never be forgotten, and not before
-    /// what was staged earlier and has to wait.
-    fn acknowledges_from_memory(&self, hard_state: Option<flumen_storage::HardState>) -> bool {
-        let known = self.log.hard_state();
-        self.config.borrow().acknowledges() == Durability::Memory
-            && self.staged_number.get() == self.persisted_number.get()
-            && hard_state.is_none_or(|new| (new.term, new.vote) == (known.term, known.vote))
     }
 
     /// Whether flush.messages or flush.ms ask for more than the topic's durability does.
@@ -339,8 +327,96 @@ impl Partition {
     }
 }
 
-/// What the store needs to know of a topic's configuration.
-pub fn group_config(config: &TopicConfig) -> flumen_storage::GroupConfig {
+/// The Raft group of a log, and whether it is new: its members are those that the log has stored, or the replicas of a log
+/// that has nothing yet. One that cannot start refuses to serve.
+fn start_group(spec: &PartitionSpec, log: &GroupLog, node_id: u64) -> (Group, bool) {
+    let found = log.raft_start();
+    let hard_state = flumen_raft::HardState {
+        term: found.hard_state.term,
+        vote: found.hard_state.vote,
+        commit: found.hard_state.commit,
+    };
+    let fresh = found.membership.is_none() && found.last_index == 0;
+    let (last_index, last_term) = (found.last_index, found.last_term);
+    let alone = || {
+        let start = GroupStart::alone(node_id, hard_state, last_index, last_term, spec.group_id);
+        Group::start(&start).expect("a group of one starts with any log")
+    };
+    if log.damage().is_some() {
+        return (alone(), false);
+    }
+    let (membership_index, membership) = match &found.membership {
+        Some((index, bytes)) => (*index, Membership::decode(bytes)),
+        None if fresh && !spec.replicas.is_empty() => {
+            let voters: Vec<u64> = spec.replicas.iter().map(|id| raft_id(*id)).collect();
+            (0, Ok(Membership::of_voters(voters)))
+        }
+        // Written before it could have had other members.
+        None => (0, Ok(Membership::of_voters([node_id]))),
+    };
+    let started = membership.map_err(|error| error.to_string()).and_then(|membership| {
+        let start = GroupStart {
+            node_id,
+            membership: membership.clone(),
+            membership_index,
+            membership_entries: found.controls,
+            hard_state,
+            before: found.before,
+            terms: found.terms,
+            last_index,
+            last_term,
+            seed: spec.group_id,
+        };
+        let group = Group::start(&start).map_err(|error| error.to_string())?;
+        if fresh && membership.contains(node_id) && !membership.is_alone(node_id) {
+            // Before anything depends on it: what the metadata says may change later.
+            let stored = flumen_storage::HardState::default();
+            log.stage_with(Some(stored), Some((0, membership.encode())), &[])
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(group)
+    });
+    match started {
+        Ok(group) => (group, fresh),
+        Err(error) => {
+            tracing::error!(topic = %spec.topic, partition = spec.index, error, "the replica cannot start");
+            log.refuse(&format!("its Raft group cannot start: {error}"));
+            (alone(), false)
+        }
+    }
+}
+
+/// The group of an empty log whose membership, as of the entry at `index`, was learned from the leader.
+fn group_that_joins(
+    log: &GroupLog,
+    node_id: u64,
+    group_id: u64,
+    index: u64,
+    membership: &Membership,
+) -> Result<Group, String> {
+    let found = log.raft_start();
+    Group::start(&GroupStart {
+        node_id,
+        membership: membership.clone(),
+        membership_index: index,
+        membership_entries: Vec::new(),
+        hard_state: flumen_raft::HardState::default(),
+        before: found.before,
+        terms: found.terms,
+        last_index: found.last_index,
+        last_term: found.last_term,
+        seed: group_id,
+    })
+    .map_err(|error| error.to_string())
+}
+
+/// A broker's number in Raft, where 0 is nobody.
+pub fn raft_id(node_id: i32) -> u64 {
+    u64::try_from(node_id).unwrap_or(0) + 1
+}
+
+/// What the store needs to know of a topic's configuration. `alone`: the partition has no other replica.
+pub fn group_config(config: &TopicConfig, alone: bool) -> flumen_storage::GroupConfig {
     flumen_storage::GroupConfig {
         durability: match config.acknowledges() {
             flumen_metadata::Durability::Durable => flumen_storage::Durability::Durable,
@@ -356,7 +432,7 @@ pub fn group_config(config: &TopicConfig) -> flumen_storage::GroupConfig {
         },
         retention_bytes: config.retention_bytes,
         retention_ms: config.retention_ms,
-        direct: true,
+        direct: alone,
         compaction: config.compacts().then(|| CompactionConfig {
             // Checked to be from 0 to 1.
             min_dirty_permille: (config.min_cleanable_dirty_ratio * 1000.0).round() as u32,

@@ -22,6 +22,8 @@ pub(super) struct Pending {
 pub enum Completion {
     /// One partition of a produce request.
     Produce(Rc<ProduceInFlight>, usize),
+    /// As `Produce`, for a client that waits for this replica alone (acks=1, or 0).
+    ProduceHere(Rc<ProduceInFlight>, usize),
     /// Anything the broker itself appends: group state, metadata, export plans, dead letters.
     Callback(Box<dyn FnOnce()>),
 }
@@ -121,9 +123,56 @@ impl Partition {
     }
 }
 
+impl Partition {
+    /// Completes when what was staged last is on this disk.
+    pub(super) fn wait_until_stored(&self, completion: Completion) {
+        let number = self.staged_number.get();
+        if self.persisted_number.get() >= number {
+            run(completion);
+            return;
+        }
+        self.state.borrow_mut().pending_here.push_back((number, completion));
+    }
+
+    pub(super) fn complete_here(&self) {
+        let stored = self.persisted_number.get();
+        loop {
+            let next = {
+                let mut state = self.state.borrow_mut();
+                match state.pending_here.front() {
+                    Some((number, _)) if *number <= stored => state.pending_here.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some((_, completion)) = next else { break };
+            run(completion);
+        }
+    }
+
+    /// What waits for an entry of this leader has an unknown outcome: the next leader may have it or not. Clients hear what
+    /// Kafka tells them then, refresh their metadata and send again, and an idempotent producer's batch is known by its
+    /// sequence wherever it got to. Callbacks are dropped, which their owners notice.
+    pub(super) fn lose_leadership(&self) {
+        let (pending, here) = {
+            let mut state = self.state.borrow_mut();
+            (std::mem::take(&mut state.pending), std::mem::take(&mut state.pending_here))
+        };
+        let all = pending
+            .into_iter()
+            .map(|p| p.completion)
+            .chain(here.into_iter().map(|(_, completion)| completion));
+        for completion in all {
+            if let Completion::Produce(request, slot) | Completion::ProduceHere(request, slot) = completion {
+                request.set(slot, |r| r.base_offset = -1);
+                request.fail(slot, ErrorCode::NOT_LEADER_OR_FOLLOWER, None);
+            }
+        }
+    }
+}
+
 fn run(completion: Completion) {
     match completion {
-        Completion::Produce(request, _slot) => request.finish_one(),
+        Completion::Produce(request, _slot) | Completion::ProduceHere(request, _slot) => request.finish_one(),
         Completion::Callback(callback) => callback(),
     }
 }

@@ -11,8 +11,7 @@ use kafka_protocol::messages::{
 };
 
 use super::config_describe::{
-    RESOURCE_BROKER, RESOURCE_GROUP, RESOURCE_TOPIC, check_broker_name, check_group_name,
-    unsupported_resource,
+    RESOURCE_BROKER, RESOURCE_GROUP, RESOURCE_TOPIC, check_group_name, known_broker, unsupported_resource,
 };
 use super::{AdminPlan, Fail, Refused};
 use crate::broker_config::{BrokerConfig, ConfigError, check_broker_setting};
@@ -250,18 +249,17 @@ fn plan_broker(
     image: &MetadataImage,
     config: &BrokerConfig,
 ) -> Result<Option<Command>, Refused> {
-    let node_id = if name.is_empty() {
-        None
-    } else {
-        check_broker_name(name, image)?;
-        Some(image.node.id)
-    };
+    let node_id = if name.is_empty() { None } else { Some(known_broker(name, image)?) };
     let nothing = Overrides::new();
     let before = match node_id {
         None => &image.broker_configs,
         Some(id) => image.node_configs.get(&id).unwrap_or(&nothing),
     };
-    let layers = Layers { fixed: &config.values, ..image.layers() };
+    let layers = match node_id {
+        // Only that node knows its configuration file.
+        Some(id) if id != image.node.id => Layers { node: Some(before), fixed: &nothing, ..image.layers() },
+        _ => Layers { fixed: &config.values, ..image.layers() },
+    };
     let mut after = if replace { Overrides::new() } else { before.clone() };
     for change in changes {
         let row = broker_def(change.name);

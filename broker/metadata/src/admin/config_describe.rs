@@ -84,8 +84,9 @@ fn describe(
             Ok(topic_configs(&topic.configs, image, config))
         }
         RESOURCE_BROKER if name.is_empty() => Ok(cluster_defaults(image)),
+        // Each broker knows its own configuration file: clients ask the one that they mean.
         RESOURCE_BROKER => {
-            check_broker_name(name, image)?;
+            check_own_name(name, image)?;
             Ok(broker_configs(image, config))
         }
         RESOURCE_GROUP => {
@@ -93,7 +94,7 @@ fn describe(
             Ok(group_configs(name, image))
         }
         // There is no logger whose level could be asked for or changed by name.
-        RESOURCE_BROKER_LOGGER => check_broker_name(name, image).map(|()| Vec::new()),
+        RESOURCE_BROKER_LOGGER => check_own_name(name, image).map(|()| Vec::new()),
         RESOURCE_CLIENT_METRICS if name.is_empty() => Err(Refused::new(
             ErrorCode::INVALID_REQUEST,
             "Client metrics subscription name must not be empty",
@@ -130,12 +131,22 @@ pub(super) fn check_group_name(name: &str) -> Result<(), Refused> {
     Ok(())
 }
 
-pub(super) fn check_broker_name(name: &str, image: &MetadataImage) -> Result<(), Refused> {
+fn check_own_name(name: &str, image: &MetadataImage) -> Result<(), Refused> {
     if name.parse() == Ok(image.node.id) {
         return Ok(());
     }
+    Err(unexpected_broker(name, image))
+}
+
+/// Any broker of the cluster: what is altered is kept by the metadata, whoever was asked.
+pub(super) fn known_broker(name: &str, image: &MetadataImage) -> Result<i32, Refused> {
+    let id = name.parse().ok().filter(|id| image.broker(*id).is_some());
+    id.ok_or_else(|| unexpected_broker(name, image))
+}
+
+fn unexpected_broker(name: &str, image: &MetadataImage) -> Refused {
     let message = format!("Unexpected broker id, expected {}, but received {name}", image.node.id);
-    Err(Refused::new(ErrorCode::INVALID_REQUEST, message))
+    Refused::new(ErrorCode::INVALID_REQUEST, message)
 }
 
 pub(super) fn unsupported_resource(resource_type: i8) -> Refused {

@@ -8,6 +8,7 @@ use kafka_protocol::messages::describe_log_dirs_response::{
 use kafka_protocol::messages::{DescribeLogDirsRequest, DescribeLogDirsResponse, TopicName};
 
 use super::{StatusOf, index_of, text};
+use crate::assignment::PartitionInfo;
 use crate::image::{MetadataImage, Topic};
 
 /// The data directory and its file system, which the shell looks up.
@@ -27,7 +28,13 @@ pub fn describe_log_dirs(
     status: StatusOf<'_>,
 ) -> DescribeLogDirsResponse {
     let topics = match &request.topics {
-        None => image.topics.values().map(|topic| described(topic, None, status)).collect(),
+        None => image
+            .topics
+            .values()
+            .map(|topic| described(topic, None, image, status))
+            // A topic of which all is elsewhere is not named.
+            .filter(|topic| !topic.partitions.is_empty())
+            .collect(),
         Some(asked) => {
             let mut wanted: BTreeMap<&str, BTreeSet<i32>> = BTreeMap::new();
             for topic in asked {
@@ -36,7 +43,7 @@ pub fn describe_log_dirs(
             wanted
                 .iter()
                 .filter_map(|(name, partitions)| image.topics.get(*name).map(|topic| (topic, partitions)))
-                .map(|(topic, partitions)| described(topic, Some(partitions), status))
+                .map(|(topic, partitions)| described(topic, Some(partitions), image, status))
                 .filter(|topic| !topic.partitions.is_empty())
                 .collect()
         }
@@ -49,13 +56,19 @@ pub fn describe_log_dirs(
     DescribeLogDirsResponse::default().with_results(vec![result])
 }
 
-fn described(topic: &Topic, only: Option<&BTreeSet<i32>>, status: StatusOf<'_>) -> DescribeLogDirsTopic {
+fn described(
+    topic: &Topic,
+    only: Option<&BTreeSet<i32>>,
+    image: &MetadataImage,
+    status: StatusOf<'_>,
+) -> DescribeLogDirsTopic {
+    let here = |info: &PartitionInfo| image.nodes.is_empty() || info.is_held_by(image.node.id);
     let partitions = topic
         .partitions
         .iter()
         .enumerate()
         .map(|(position, info)| (index_of(position), info))
-        .filter(|(index, _)| only.is_none_or(|only| only.contains(index)))
+        .filter(|(index, info)| here(info) && only.is_none_or(|only| only.contains(index)))
         .map(|(index, info)| {
             DescribeLogDirsPartition::default()
                 .with_partition_index(index)

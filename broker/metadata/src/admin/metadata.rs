@@ -10,7 +10,7 @@ use kafka_protocol::messages::metadata_response::{
 use kafka_protocol::messages::{BrokerId, MetadataRequest, MetadataResponse, TopicName};
 use kafka_protocol::protocol::StrBytes;
 
-use super::{CLUSTER_OPERATIONS, OPERATIONS_NOT_ASKED, StatusOf, TOPIC_OPERATIONS, index_of, text};
+use super::{CLUSTER_OPERATIONS, Live, OPERATIONS_NOT_ASKED, TOPIC_OPERATIONS, index_of, text};
 use crate::broker_config::BrokerConfig;
 use crate::image::{MetadataImage, Topic};
 use crate::topic_name;
@@ -36,7 +36,7 @@ pub fn metadata(
     version: i16,
     image: &MetadataImage,
     config: &BrokerConfig,
-    status: StatusOf<'_>,
+    live: Live<'_>,
 ) -> MetadataPlan {
     let asked = request.topics.as_deref();
     let all = match asked {
@@ -46,7 +46,7 @@ pub fn metadata(
     let mut answer = Answer {
         version,
         image,
-        status,
+        live,
         operations: if request.include_topic_authorized_operations && version >= 8 {
             TOPIC_OPERATIONS
         } else {
@@ -68,15 +68,20 @@ pub fn metadata(
             .collect()
     };
     let mut response = MetadataResponse::default()
-        .with_brokers(vec![
-            MetadataResponseBroker::default()
-                .with_node_id(BrokerId(image.node.id))
-                .with_host(text(&image.node.host))
-                .with_port(i32::from(image.node.port))
-                .with_rack(image.node.rack.as_deref().map(text)),
-        ])
+        .with_brokers(
+            live.brokers(image)
+                .into_iter()
+                .map(|broker| {
+                    MetadataResponseBroker::default()
+                        .with_node_id(BrokerId(broker.id))
+                        .with_host(text(broker.host))
+                        .with_port(i32::from(broker.port))
+                        .with_rack(broker.rack.map(text))
+                })
+                .collect(),
+        )
         .with_cluster_id(Some(text(&image.cluster_id)))
-        .with_controller_id(BrokerId(image.node.id))
+        .with_controller_id(BrokerId(live.controller_id))
         .with_topics(topics);
     if request.include_cluster_authorized_operations && (8..=10).contains(&version) {
         response.cluster_authorized_operations = CLUSTER_OPERATIONS;
@@ -87,7 +92,7 @@ pub fn metadata(
 struct Answer<'a> {
     version: i16,
     image: &'a MetadataImage,
-    status: StatusOf<'a>,
+    live: Live<'a>,
     operations: i32,
     may_create: bool,
     to_create: BTreeSet<String>,
@@ -141,25 +146,23 @@ impl Answer<'_> {
             .iter()
             .enumerate()
             .map(|(index, info)| {
-                let status = (self.status)(info.group_id);
-                let replicas: Vec<BrokerId> = info.replicas.iter().copied().map(BrokerId).collect();
-                let partition = MetadataResponsePartition::default()
-                    .with_partition_index(index_of(index))
-                    .with_leader_epoch(status.leader_epoch);
-                if status.damaged {
-                    // Nobody can lead it until it is repaired; clients keep asking.
-                    partition
-                        .with_error_code(ErrorCode::LEADER_NOT_AVAILABLE.0)
-                        .with_leader_id(BrokerId(-1))
-                        .with_offline_replicas(vec![BrokerId(self.image.node.id)])
-                        .with_isr_nodes(Vec::new())
-                        .with_replica_nodes(replicas)
-                } else {
-                    partition
-                        .with_leader_id(BrokerId(self.image.node.id))
-                        .with_isr_nodes(replicas.clone())
-                        .with_replica_nodes(replicas)
+                let mut found = self.live.describe(info, self.image);
+                let mut error = found.error();
+                if self.version == 0 && !found.offline.is_empty() {
+                    // Which replicas are offline has no field yet, and clients look every replica up among the brokers.
+                    found.replicas.retain(|id| !found.offline.contains(id));
+                    if error == ErrorCode::NONE {
+                        error = ErrorCode::REPLICA_NOT_AVAILABLE;
+                    }
                 }
+                MetadataResponsePartition::default()
+                    .with_error_code(error.0)
+                    .with_partition_index(index_of(index))
+                    .with_leader_id(BrokerId(found.leader_id))
+                    .with_leader_epoch(found.leader_epoch)
+                    .with_replica_nodes(found.replicas)
+                    .with_isr_nodes(found.in_sync)
+                    .with_offline_replicas(found.offline)
             })
             .collect();
         MetadataResponseTopic::default()

@@ -7,7 +7,7 @@ use kafka_protocol::messages::TopicName;
 use kafka_protocol::protocol::{Decodable, Encodable, StrBytes};
 use uuid::Uuid;
 
-use super::{AdminPlan, PartitionStatus};
+use super::{AdminPlan, Live, PartitionStatus, StatusOf};
 use crate::broker_config::BrokerConfig;
 use crate::command::Command;
 use crate::image::{Applied, MetadataImage, NodeInfo};
@@ -31,8 +31,7 @@ pub(super) fn image(topics: &[(&str, i32, u128)]) -> MetadataImage {
         let command = Command::CreateTopic {
             name: name.to_string(),
             id: Uuid::from_u128(*id),
-            partitions: *partitions,
-            replication_factor: 1,
+            assignments: (0..*partitions).map(|_| vec![NODE_ID]).collect(),
             configs: BTreeMap::new(),
         };
         image.apply(&command).unwrap();
@@ -45,7 +44,16 @@ pub(super) fn ids() -> impl Iterator<Item = Uuid> {
 }
 
 pub(super) fn healthy(_: u64) -> PartitionStatus {
-    PartitionStatus { leader_epoch: 3, damaged: false, size_bytes: 100 }
+    PartitionStatus { leader_id: NODE_ID, leader_epoch: 3, size_bytes: 100, ..PartitionStatus::default() }
+}
+
+/// All nodes run, and the first one leads.
+pub(super) fn live(status: StatusOf<'_>) -> Live<'_> {
+    Live { controller_id: NODE_ID, status, is_up: &|_| true }
+}
+
+pub(super) fn up(_: i32) -> bool {
+    true
 }
 
 pub(super) fn s(text: &str) -> StrBytes {

@@ -1,10 +1,9 @@
-use flumen_protocol::error_code::ErrorCode;
 use kafka_protocol::messages::describe_log_dirs_request::DescribableLogDirTopic;
 use kafka_protocol::messages::describe_topic_partitions_request::{Cursor, TopicRequest};
 use kafka_protocol::messages::metadata_request::MetadataRequestTopic;
 use kafka_protocol::messages::{
     DescribeClusterRequest, DescribeLogDirsRequest, DescribeTopicPartitionsRequest,
-    DescribeTopicPartitionsResponse, FindCoordinatorRequest, MetadataRequest,
+    DescribeTopicPartitionsResponse, MetadataRequest,
 };
 use uuid::Uuid;
 
@@ -30,7 +29,7 @@ fn all_topics_or_none_depends_on_the_version() {
     let config = BrokerConfig::default();
     for version in 0..=13 {
         let all = if version == 0 { asking(Some(vec![])) } else { asking(None) };
-        let plan = metadata(&wire(&all, version), version, &image, &config, &healthy);
+        let plan = metadata(&wire(&all, version), version, &image, &config, live(&healthy));
         let response = wire(&plan.response, version);
         assert_eq!(response.topics.len(), 2, "{version}");
         let a = &response.topics[1];
@@ -56,7 +55,8 @@ fn all_topics_or_none_depends_on_the_version() {
         );
         assert!(plan.to_create.is_empty());
         if version >= 1 {
-            let none = metadata(&wire(&asking(Some(vec![])), version), version, &image, &config, &healthy);
+            let none =
+                metadata(&wire(&asking(Some(vec![])), version), version, &image, &config, live(&healthy));
             assert!(none.response.topics.is_empty());
         }
     }
@@ -71,15 +71,15 @@ fn unknown_names_are_created_when_the_client_and_the_broker_agree() {
         let topics = ["new", "new", "a_b", "no good", "__consumer_offsets", "__cluster_metadata"];
         let request = asking(Some(topics.iter().map(|name| named(name)).collect()));
         let request = wire(&request, version);
-        let plan = metadata(&request, version, &image, &on, &healthy);
+        let plan = metadata(&request, version, &image, &on, live(&healthy));
         let codes: Vec<_> = wire(&plan.response, version).topics.iter().map(|t| t.error_code).collect();
         assert_eq!(codes, [3, 17, 17, 3, 3], "{version}");
         assert_eq!(plan.to_create, ["__consumer_offsets", "new"]);
-        let plan = metadata(&request, version, &image, &off, &healthy);
+        let plan = metadata(&request, version, &image, &off, live(&healthy));
         let codes: Vec<_> = plan.response.topics.iter().map(|t| t.error_code).collect();
         assert_eq!((codes, plan.to_create.len()), (vec![3, 3, 17, 3, 3], 0));
         let quiet = request.with_allow_auto_topic_creation(false);
-        let plan = metadata(&quiet, version, &image, &on, &healthy);
+        let plan = metadata(&quiet, version, &image, &on, live(&healthy));
         assert_eq!(plan.to_create.is_empty(), version >= 4, "{version}");
     }
 }
@@ -87,7 +87,7 @@ fn unknown_names_are_created_when_the_client_and_the_broker_agree() {
 #[test]
 fn one_request_creates_a_bounded_number_of_topics() {
     let request = asking(Some((0..1500).map(|i| named(&format!("t{i}"))).collect()));
-    let plan = metadata(&request, 9, &image(&[]), &BrokerConfig::default(), &healthy);
+    let plan = metadata(&request, 9, &image(&[]), &BrokerConfig::default(), live(&healthy));
     assert_eq!((plan.response.topics.len(), plan.to_create.len()), (1500, 1000));
 }
 
@@ -97,7 +97,7 @@ fn topics_are_found_by_id_from_version_12() {
     let config = BrokerConfig::default();
     for version in 12..=13 {
         let request = wire(&asking(Some(vec![by_id(1), by_id(9), by_id(0)])), version);
-        let plan = metadata(&request, version, &image, &config, &healthy);
+        let plan = metadata(&request, version, &image, &config, live(&healthy));
         let response = wire(&plan.response, version);
         let found: Vec<_> = response
             .topics
@@ -110,7 +110,7 @@ fn topics_are_found_by_id_from_version_12() {
     }
     for version in 10..=11 {
         let request = asking(Some(vec![by_id(1).with_name(Some(topic("a")))]));
-        let plan = metadata(&wire(&request, version), version, &image, &config, &healthy);
+        let plan = metadata(&wire(&request, version), version, &image, &config, live(&healthy));
         assert_eq!(wire(&plan.response, version).topics[0].error_code, 42);
     }
 }
@@ -121,7 +121,7 @@ fn damaged_partitions_have_no_leader() {
     let status = |group: u64| PartitionStatus { damaged: group == 2, ..healthy(group) };
     for version in 0..=13 {
         let request = asking(Some(vec![named("a")]));
-        let plan = metadata(&request, version, &image, &BrokerConfig::default(), &status);
+        let plan = metadata(&request, version, &image, &BrokerConfig::default(), live(&status));
         let response = wire(&plan.response, version);
         let [good, bad] = &response.topics[0].partitions[..] else { panic!() };
         assert_eq!((good.error_code, bad.error_code, bad.leader_id.0), (0, 5, -1));
@@ -136,7 +136,7 @@ fn operations_are_listed_when_asked_for() {
         .with_include_topic_authorized_operations(true)
         .with_include_cluster_authorized_operations(true);
     for version in 0..=13 {
-        let plan = metadata(&request, version, &image, &BrokerConfig::default(), &healthy);
+        let plan = metadata(&request, version, &image, &BrokerConfig::default(), live(&healthy));
         let response = wire(&plan.response, version);
         let topic_operations = response.topics[0].topic_authorized_operations;
         assert_eq!(topic_operations, if version >= 8 { 3576 } else { i32::MIN });
@@ -151,7 +151,7 @@ fn a_dynamic_switch_counts() {
     let set = [("auto.create.topics.enable".to_string(), Some("false".to_string()))].into();
     image.apply(&crate::Command::SetBrokerConfigs { node_id: None, set }).unwrap();
     let request = asking(Some(vec![named("new")]));
-    let plan = metadata(&request, 9, &image, &BrokerConfig::default(), &healthy);
+    let plan = metadata(&request, 9, &image, &BrokerConfig::default(), live(&healthy));
     assert!(plan.to_create.is_empty());
 }
 
@@ -160,7 +160,8 @@ fn the_cluster_is_described() {
     let image = image(&[]);
     for version in 0..=2 {
         let request = DescribeClusterRequest::default().with_include_cluster_authorized_operations(true);
-        let response = wire(&describe_cluster(&wire(&request, version), version, &image), version);
+        let response =
+            wire(&describe_cluster(&wire(&request, version), version, &image, live(&healthy)), version);
         assert_eq!((response.error_code, &*response.cluster_id), (0, "cluster"));
         assert_eq!((response.controller_id.0, response.brokers.len()), (NODE_ID, 1));
         assert_eq!(response.brokers[0].rack.as_deref(), Some("r1"));
@@ -168,37 +169,8 @@ fn the_cluster_is_described() {
     }
     for (endpoint, code) in [(2, 114), (3, 115), (0, 115)] {
         let request = DescribeClusterRequest::default().with_endpoint_type(endpoint);
-        let response = wire(&describe_cluster(&request, 1, &image), 1);
+        let response = wire(&describe_cluster(&request, 1, &image, live(&healthy)), 1);
         assert_eq!((response.error_code, response.brokers.len()), (code, 0));
-    }
-}
-
-#[test]
-fn groups_are_coordinated_here_and_transactions_not_yet() {
-    let image = image(&[]);
-    let ready =
-        |group: &str| if group == "broken" { ErrorCode::COORDINATOR_NOT_AVAILABLE } else { ErrorCode::NONE };
-    for version in 0..=6 {
-        for (key_type, key, code) in [(0, "g", 0), (0, "broken", 15), (1, "txn", 15), (9, "g", 42)] {
-            if version == 0 && key_type != 0 {
-                continue;
-            }
-            let mut request = FindCoordinatorRequest::default().with_key_type(key_type);
-            if version >= 4 {
-                request.coordinator_keys = vec![s(key)];
-            } else {
-                request.key = s(key);
-            }
-            let request = wire(&request, version);
-            let response = wire(&find_coordinator(&request, version, &image, &ready), version);
-            let (found, node) = if version >= 4 {
-                assert_eq!(&*response.coordinators[0].key, key);
-                (response.coordinators[0].error_code, response.coordinators[0].node_id.0)
-            } else {
-                (response.error_code, response.node_id.0)
-            };
-            assert_eq!((found, node), (code, if code == 0 { NODE_ID } else { -1 }), "{version} {key}");
-        }
     }
 }
 
@@ -214,7 +186,7 @@ fn page(
         .with_cursor(
             cursor.map(|(name, at)| Cursor::default().with_topic_name(topic(name)).with_partition_index(at)),
         );
-    wire(&describe_topic_partitions(&wire(&request, 0), image, &healthy), 0)
+    wire(&describe_topic_partitions(&wire(&request, 0), image, live(&healthy)), 0)
 }
 
 fn shape(response: &DescribeTopicPartitionsResponse) -> Vec<(String, i16, Vec<i32>)> {

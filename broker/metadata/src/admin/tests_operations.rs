@@ -9,15 +9,30 @@ use kafka_protocol::messages::elect_leaders_request::TopicPartitions;
 use kafka_protocol::messages::{
     AlterClientQuotasRequest, AlterPartitionReassignmentsRequest, BrokerId, DescribeClientQuotasRequest,
     DescribeQuorumRequest, DescribeUserScramCredentialsRequest, ElectLeadersRequest,
-    ListConfigResourcesRequest,
+    ListConfigResourcesRequest, ListPartitionReassignmentsRequest,
 };
 
 use super::testing::*;
 use super::*;
 use crate::image::MetadataImage;
 
-const QUORUM: QuorumState =
-    QuorumState { leader_epoch: 4, high_watermark: 90, log_end_offset: 91, now_ms: 1_700_000_000_000 };
+const NOW_MS: i64 = 1_700_000_000_000;
+
+fn quorum(ids: &[i32]) -> QuorumState {
+    let replica = |id: &i32| QuorumReplica {
+        id: *id,
+        log_end_offset: 91,
+        last_fetch_ms: NOW_MS,
+        last_caught_up_ms: NOW_MS,
+    };
+    QuorumState {
+        leader_id: NODE_ID,
+        leader_epoch: 4,
+        high_watermark: 90,
+        voters: ids.iter().map(replica).collect(),
+        observers: Vec::new(),
+    }
+}
 
 fn quorum_of(name: &str, index: i32) -> DescribeQuorumRequest {
     let partition = PartitionData::default().with_partition_index(index);
@@ -31,14 +46,14 @@ fn the_quorum_is_this_node_and_no_other_partition_has_one() {
     for version in 0..=2 {
         let ask = |name, index| {
             let request = wire(&quorum_of(name, index), version);
-            wire(&describe_quorum(&request, version, &image, QUORUM), version)
+            wire(&describe_quorum(&request, version, &image, &quorum(&[NODE_ID])), version)
         };
         let answer = ask("__cluster_metadata", 0);
         let partition = &answer.topics[0].partitions[0];
         assert_eq!((partition.error_code, partition.leader_id.0, partition.leader_epoch), (0, NODE_ID, 4));
         assert_eq!((partition.high_watermark, partition.current_voters[0].log_end_offset), (90, 91));
         let caught_up = partition.current_voters[0].last_caught_up_timestamp;
-        assert_eq!(caught_up, if version >= 1 { QUORUM.now_ms } else { -1 }, "{version}");
+        assert_eq!(caught_up, if version >= 1 { NOW_MS } else { -1 }, "{version}");
         let nodes: Vec<_> = answer.nodes.iter().map(|n| (n.node_id.0, n.listeners[0].port)).collect();
         assert_eq!(nodes, if version >= 2 { vec![(NODE_ID, 9092)] } else { vec![] });
         for (name, index) in [("__cluster_metadata", 1), ("a", 0)] {
@@ -52,7 +67,7 @@ fn the_quorum_is_this_node_and_no_other_partition_has_one() {
 fn elections_are_not_needed_where_the_log_is_whole() {
     let image = image(&[("a", 2, 1), ("b", 1, 2)]);
     let damaged_group = image.topics["a"].partitions[1].group_id;
-    let status = |group| PartitionStatus { damaged: group == damaged_group, ..PartitionStatus::default() };
+    let status = |group| PartitionStatus { damaged: group == damaged_group, ..healthy(group) };
     for version in 0..=2 {
         let elect = |kind: i8, named: Option<(&str, Vec<i32>)>| {
             let topics = named.map(|(name, partitions)| {
@@ -62,7 +77,9 @@ fn elections_are_not_needed_where_the_log_is_whole() {
             if version >= 1 {
                 request.election_type = kind;
             }
-            let answer = wire(&elect_leaders(&wire(&request, version), version, &image, &status), version);
+            let answer = elect_leaders(&wire(&request, version), version, &image, live(&status));
+            assert!(answer.transfers.is_empty());
+            let answer = wire(&answer.response, version);
             let results = answer.replica_election_results.iter();
             let codes: Vec<_> = results
                 .flat_map(|t| t.partition_result.iter().map(|p| (p.partition_id, p.error_code)))
@@ -88,7 +105,7 @@ fn reassign(image: &MetadataImage, name: &str, index: i32, replicas: Option<&[i3
     ]);
     let mut codes = (0..=1).map(|version| {
         let answer = alter_partition_reassignments(&wire(&request, version), version, image);
-        let answer = wire(&answer, version);
+        let answer = wire(&answer.response, version);
         assert_eq!(answer.error_code, 0);
         answer.responses[0].partitions[0].error_code
     });
@@ -106,7 +123,11 @@ fn a_partition_may_only_be_assigned_to_where_it_is() {
     }
     assert_eq!(reassign(&image, "a", 0, None), 85);
     assert_eq!((reassign(&image, "a", 1, None), reassign(&image, "b", 0, None)), (3, 3));
-    assert!(wire(&list_partition_reassignments(), 0).topics.is_empty());
+    assert!(
+        wire(&list_partition_reassignments(&ListPartitionReassignmentsRequest::default(), &image), 0)
+            .topics
+            .is_empty()
+    );
 }
 
 #[test]

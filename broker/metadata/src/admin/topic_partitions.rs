@@ -10,8 +10,9 @@ use kafka_protocol::messages::{
     BrokerId, DescribeTopicPartitionsRequest, DescribeTopicPartitionsResponse, TopicName,
 };
 
-use super::{OPERATIONS_NOT_ASKED, PartitionStatus, StatusOf, TOPIC_OPERATIONS, index_of, text};
-use crate::image::{MetadataImage, PartitionInfo, Topic};
+use super::{Live, OPERATIONS_NOT_ASKED, TOPIC_OPERATIONS, index_of, text};
+use crate::assignment::PartitionInfo;
+use crate::image::{MetadataImage, Topic};
 use crate::topic_name;
 
 /// Partitions in one answer whatever the client asks for: Kafka's max.request.partition.size.limit.
@@ -20,7 +21,7 @@ pub const PARTITIONS_MAX: usize = 2000;
 pub fn describe_topic_partitions(
     request: &DescribeTopicPartitionsRequest,
     image: &MetadataImage,
-    status: StatusOf<'_>,
+    live: Live<'_>,
 ) -> DescribeTopicPartitionsResponse {
     if let Some(cursor) = &request.cursor {
         let listed =
@@ -56,7 +57,7 @@ pub fn describe_topic_partitions(
         };
         let first = if name == from_topic { from_partition } else { 0 };
         let end = first.saturating_add(left).min(topic.partitions.len());
-        response.topics.push(describe(topic, first..end, image, status));
+        response.topics.push(describe(topic, first..end, image, live));
         left -= end.saturating_sub(first);
         if end < topic.partitions.len() {
             response.next_cursor = Some(cursor(name, end));
@@ -89,7 +90,7 @@ fn describe(
     topic: &Topic,
     range: std::ops::Range<usize>,
     image: &MetadataImage,
-    status: StatusOf<'_>,
+    live: Live<'_>,
 ) -> DescribeTopicPartitionsResponseTopic {
     let partitions = topic
         .partitions
@@ -97,7 +98,7 @@ fn describe(
         .enumerate()
         .skip(range.start)
         .take(range.len())
-        .map(|(index, info)| partition(index, info, image.node.id, status(info.group_id)))
+        .map(|(index, info)| partition(index, info, image, live))
         .collect();
     DescribeTopicPartitionsResponseTopic::default()
         .with_name(Some(TopicName(text(&topic.name))))
@@ -110,21 +111,18 @@ fn describe(
 fn partition(
     index: usize,
     info: &PartitionInfo,
-    node_id: i32,
-    status: PartitionStatus,
+    image: &MetadataImage,
+    live: Live<'_>,
 ) -> DescribeTopicPartitionsResponsePartition {
-    let replicas: Vec<BrokerId> = info.replicas.iter().copied().map(BrokerId).collect();
-    let partition = DescribeTopicPartitionsResponsePartition::default()
+    let found = live.describe(info, image);
+    DescribeTopicPartitionsResponsePartition::default()
+        .with_error_code(found.error().0)
         .with_partition_index(index_of(index))
-        .with_leader_epoch(status.leader_epoch)
+        .with_leader_id(BrokerId(found.leader_id))
+        .with_leader_epoch(found.leader_epoch)
+        .with_replica_nodes(found.replicas)
+        .with_isr_nodes(found.in_sync)
+        .with_offline_replicas(found.offline)
         .with_eligible_leader_replicas(Some(Vec::new()))
-        .with_last_known_elr(Some(Vec::new()));
-    if status.damaged {
-        return partition
-            .with_error_code(ErrorCode::LEADER_NOT_AVAILABLE.0)
-            .with_leader_id(BrokerId(-1))
-            .with_offline_replicas(vec![BrokerId(node_id)])
-            .with_replica_nodes(replicas);
-    }
-    partition.with_leader_id(BrokerId(node_id)).with_isr_nodes(replicas.clone()).with_replica_nodes(replicas)
+        .with_last_known_elr(Some(Vec::new()))
 }

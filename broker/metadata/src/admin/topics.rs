@@ -11,21 +11,22 @@ use kafka_protocol::messages::{
 };
 use uuid::Uuid;
 
-use super::{AdminPlan, Fail, Refused, text, topic_configs};
+use super::{AdminPlan, Fail, IsUp, Refused, text, topic_configs};
+use crate::assignment::REPLICAS_MAX;
 use crate::broker_config::BrokerConfig;
 use crate::command::Command;
 use crate::config_def::Layers;
 use crate::image::{MetadataImage, TOPIC_PARTITIONS_MAX, Topic};
+use crate::placement::Placer;
 use crate::topic_config::{check_setting, check_together};
 use crate::topic_name::{self, METADATA_TOPIC, OFFSETS_TOPIC};
 
 /// Kafka's bound on one request: each partition is a log that must be made before the answer.
 pub const PARTITIONS_PER_REQUEST_MAX: i32 = 10_000;
 
-/// A topic that may be created, with defaults filled in.
+/// A topic that may be created, with defaults filled in and its replicas placed.
 struct NewTopic {
-    partitions: i32,
-    replication_factor: i16,
+    assignments: Vec<Vec<i32>>,
     configs: BTreeMap<String, String>,
 }
 
@@ -34,10 +35,17 @@ impl NewTopic {
         Command::CreateTopic {
             name: name.to_string(),
             id,
-            partitions: self.partitions,
-            replication_factor: self.replication_factor,
+            assignments: self.assignments,
             configs: self.configs,
         }
+    }
+
+    fn partitions(&self) -> i32 {
+        super::index_of(self.assignments.len())
+    }
+
+    fn replication_factor(&self) -> i16 {
+        self.assignments.first().and_then(|replicas| i16::try_from(replicas.len()).ok()).unwrap_or(i16::MAX)
     }
 }
 
@@ -47,9 +55,11 @@ pub fn create_topics(
     version: i16,
     image: &MetadataImage,
     config: &BrokerConfig,
+    is_up: IsUp<'_>,
     ids: impl IntoIterator<Item = Uuid>,
 ) -> AdminPlan<CreateTopicsResponse> {
     let config = config.with_dynamic(image);
+    let mut placer = Placer::new(image, is_up);
     let mut ids = ids.into_iter();
     let mut commands = Vec::new();
     let mut results: Vec<CreatableTopicResult> = Vec::with_capacity(request.topics.len());
@@ -71,11 +81,13 @@ pub fn create_topics(
         let checked = if twice.contains(name) {
             Err(Refused::new(ErrorCode::INVALID_REQUEST, "Duplicate topic name."))
         } else {
-            check_new_topic(topic, &planned, image, &config)
+            check_new_topic(topic, &planned, &mut placer, partitions_left, image, &config)
         };
         let checked = checked.and_then(|new| {
-            partitions_left =
-                partitions_left.checked_sub(new.partitions).filter(|left| *left >= 0).ok_or_else(too_many)?;
+            partitions_left = partitions_left
+                .checked_sub(new.partitions())
+                .filter(|left| *left >= 0)
+                .ok_or_else(too_many)?;
             let id = ids.next().ok_or_else(|| {
                 Refused::new(
                     ErrorCode::UNKNOWN_SERVER_ERROR,
@@ -89,8 +101,8 @@ pub fn create_topics(
             Ok((new, id)) => {
                 planned.insert(name.to_string());
                 let mut result = result
-                    .with_num_partitions(new.partitions)
-                    .with_replication_factor(new.replication_factor);
+                    .with_num_partitions(new.partitions())
+                    .with_replication_factor(new.replication_factor());
                 if version >= 5 {
                     result.configs = Some(created_configs(&new.configs, image, &config));
                 }
@@ -139,18 +151,20 @@ fn created_configs(
 fn check_new_topic(
     topic: &CreatableTopic,
     planned: &BTreeSet<String>,
+    placer: &mut Placer,
+    partitions_left: i32,
     image: &MetadataImage,
     config: &BrokerConfig,
 ) -> Result<NewTopic, Refused> {
     check_new_name(topic.name.as_str(), planned, image)?;
     let given = topic.configs.iter().map(|entry| (entry.name.as_str(), entry.value.as_deref()));
     let configs = check_new_configs(topic.name.as_str(), given, image, config)?;
-    let (partitions, replication_factor) = if topic.assignments.is_empty() {
-        check_counts(topic.num_partitions, topic.replication_factor, config)?
+    let assignments = if topic.assignments.is_empty() {
+        place_counts(topic.num_partitions, topic.replication_factor, placer, partitions_left, config)?
     } else {
         check_assignments(topic, image)?
     };
-    Ok(NewTopic { partitions, replication_factor, configs })
+    Ok(NewTopic { assignments, configs })
 }
 
 fn check_new_name(name: &str, planned: &BTreeSet<String>, image: &MetadataImage) -> Result<(), Refused> {
@@ -192,40 +206,56 @@ fn check_new_configs<'a>(
     Ok(configs)
 }
 
-fn check_counts(
+fn place_counts(
     partitions: i32,
     replication_factor: i16,
+    placer: &mut Placer,
+    partitions_max: i32,
     config: &BrokerConfig,
-) -> Result<(i32, i16), Refused> {
+) -> Result<Vec<Vec<i32>>, Refused> {
     let replication_factor =
         if replication_factor == -1 { config.default_replication_factor } else { replication_factor };
     let partitions = if partitions == -1 { config.num_partitions } else { partitions };
-    if replication_factor < 1 {
+    let Some(factor) = usize::try_from(replication_factor).ok().filter(|factor| *factor > 0) else {
         let message = "Replication factor must be larger than 0, or -1 to use the default value.";
         return Err(Refused::new(ErrorCode::INVALID_REPLICATION_FACTOR, message));
-    }
-    if replication_factor > 1 {
-        let message = format!(
-            "Unable to replicate the partition {replication_factor} time(s): The target replication factor of \
-             {replication_factor} cannot be reached because only 1 broker(s) are registered."
-        );
-        return Err(Refused::new(ErrorCode::INVALID_REPLICATION_FACTOR, message));
-    }
-    if partitions < 1 {
+    };
+    check_factor(factor, placer)?;
+    let Some(count) = usize::try_from(partitions).ok().filter(|count| *count > 0) else {
         let message = "Number of partitions was set to an invalid non-positive value.";
         return Err(Refused::new(ErrorCode::INVALID_PARTITIONS, message));
-    }
-    if partitions > TOPIC_PARTITIONS_MAX {
+    };
+    if partitions > TOPIC_PARTITIONS_MAX.min(partitions_max) {
         return Err(too_many());
     }
-    Ok((partitions, replication_factor))
+    placer.place(&[], count, factor).ok_or_else(|| not_enough_nodes(factor, placer))
+}
+
+fn check_factor(replication_factor: usize, placer: &Placer) -> Result<(), Refused> {
+    if replication_factor > placer.node_count() {
+        return Err(not_enough_nodes(replication_factor, placer));
+    }
+    if replication_factor > REPLICAS_MAX {
+        let message = format!("A partition can have {REPLICAS_MAX} replicas at most.");
+        return Err(Refused::new(ErrorCode::INVALID_REPLICATION_FACTOR, message));
+    }
+    Ok(())
+}
+
+pub(super) fn not_enough_nodes(replication_factor: usize, placer: &Placer) -> Refused {
+    let nodes = placer.node_count();
+    let message = format!(
+        "Unable to replicate the partition {replication_factor} time(s): The target replication factor of \
+         {replication_factor} cannot be reached because only {nodes} broker(s) are registered."
+    );
+    Refused::new(ErrorCode::INVALID_REPLICATION_FACTOR, message)
 }
 
 pub(super) fn bad_assignment(message: impl Into<String>) -> Refused {
     Refused::new(ErrorCode::INVALID_REPLICA_ASSIGNMENT, message)
 }
 
-fn check_assignments(topic: &CreatableTopic, image: &MetadataImage) -> Result<(i32, i16), Refused> {
+fn check_assignments(topic: &CreatableTopic, image: &MetadataImage) -> Result<Vec<Vec<i32>>, Refused> {
     if topic.replication_factor != -1 {
         let message =
             "A manual partition assignment was specified, but replication factor was not set to -1.";
@@ -235,6 +265,7 @@ fn check_assignments(topic: &CreatableTopic, image: &MetadataImage) -> Result<(i
         let message = "A manual partition assignment was specified, but numPartitions was not set to -1.";
         return Err(Refused::new(ErrorCode::INVALID_REQUEST, message));
     }
+    let factor = topic.assignments.first().map(|first| first.broker_ids.len());
     let mut by_index: BTreeMap<i32, &CreatableReplicaAssignment> = BTreeMap::new();
     for assignment in &topic.assignments {
         if by_index.insert(assignment.partition_index, assignment).is_some() {
@@ -242,31 +273,48 @@ fn check_assignments(topic: &CreatableTopic, image: &MetadataImage) -> Result<(i
                 format!("Found multiple manual assignments for partition {}.", assignment.partition_index);
             return Err(bad_assignment(message));
         }
-        check_replicas(&assignment.broker_ids, image)?;
+        check_replicas(&assignment.broker_ids, factor, image)?;
     }
     if !by_index.keys().copied().eq(0..super::index_of(by_index.len())) {
         return Err(bad_assignment("Partitions should be a consecutive 0-based integer sequence."));
     }
-    Ok((super::index_of(by_index.len()), 1))
+    let ids = |one: &CreatableReplicaAssignment| one.broker_ids.iter().map(|id| id.0).collect();
+    Ok(by_index.into_values().map(ids).collect())
 }
 
-/// One broker, this one: what else a list can hold is an error.
-pub(super) fn check_replicas(replicas: &[BrokerId], image: &MetadataImage) -> Result<(), Refused> {
+/// Whether brokers may hold a partition, of a topic whose others have `factor` replicas.
+pub(super) fn check_replicas(
+    replicas: &[BrokerId],
+    factor: Option<usize>,
+    image: &MetadataImage,
+) -> Result<(), Refused> {
     if replicas.is_empty() {
         return Err(bad_assignment("The manual partition assignment includes an empty replica list."));
     }
-    let distinct: BTreeSet<i32> = replicas.iter().map(|replica| replica.0).collect();
-    if distinct.len() != replicas.len() {
-        return Err(bad_assignment(
-            "The manual partition assignment names a broker twice for one partition.",
-        ));
+    let mut distinct = BTreeSet::new();
+    for id in replicas.iter().map(|replica| replica.0) {
+        if image.broker(id).is_none() {
+            return Err(bad_assignment(format!(
+                "The manual partition assignment includes broker {id}, but no such broker is registered."
+            )));
+        }
+        if !distinct.insert(id) {
+            return Err(bad_assignment(format!(
+                "The manual partition assignment includes the broker {id} more than once."
+            )));
+        }
     }
-    match distinct.into_iter().find(|replica| *replica != image.node.id) {
-        None => Ok(()),
-        Some(unknown) => Err(bad_assignment(format!(
-            "The manual partition assignment includes broker {unknown}, but no such broker is registered."
-        ))),
+    if replicas.len() > REPLICAS_MAX {
+        return Err(bad_assignment(format!("A partition can have {REPLICAS_MAX} replicas at most.")));
     }
+    if let Some(factor) = factor.filter(|factor| *factor != replicas.len()) {
+        return Err(bad_assignment(format!(
+            "The manual partition assignment includes a partition with {} replica(s), but this is not consistent with \
+             previous partitions, which have {factor} replica(s).",
+            replicas.len()
+        )));
+    }
+    Ok(())
 }
 
 fn offsets_topic_configs(config: &BrokerConfig) -> BTreeMap<String, String> {
@@ -279,24 +327,31 @@ fn offsets_topic_configs(config: &BrokerConfig) -> BTreeMap<String, String> {
     ])
 }
 
-/// Creates the topic of committed offsets; nothing when it exists.
-pub fn plan_offsets_topic(image: &MetadataImage, config: &BrokerConfig, id: Uuid) -> Vec<Command> {
+/// Creates the topic of committed offsets; nothing when it exists. Fewer nodes than it should have replicas hold it
+/// nevertheless: without it no group could be served.
+pub fn plan_offsets_topic(
+    image: &MetadataImage,
+    config: &BrokerConfig,
+    is_up: IsUp<'_>,
+    id: Uuid,
+) -> Vec<Command> {
     if image.topics.contains_key(OFFSETS_TOPIC) {
         return Vec::new();
     }
-    vec![Command::CreateTopic {
-        name: OFFSETS_TOPIC.to_string(),
-        id,
-        partitions: config.offsets_topic_num_partitions,
-        replication_factor: 1,
-        configs: offsets_topic_configs(config),
-    }]
+    let mut placer = Placer::new(image, is_up);
+    let wanted = usize::try_from(config.offsets_topic_replication_factor).unwrap_or(1);
+    let factor = wanted.clamp(1, REPLICAS_MAX).min(placer.node_count());
+    let count = usize::try_from(config.offsets_topic_num_partitions).unwrap_or(1);
+    let Some(assignments) = placer.place(&[], count, factor) else { return Vec::new() };
+    let (name, configs) = (OFFSETS_TOPIC.to_string(), offsets_topic_configs(config));
+    vec![Command::CreateTopic { name, id, assignments, configs }]
 }
 
 /// Creates a topic that a client asked for; nothing when it exists.
 pub fn plan_auto_create(
     image: &MetadataImage,
     config: &BrokerConfig,
+    is_up: IsUp<'_>,
     name: &str,
     id: Uuid,
 ) -> Result<Vec<Command>, Refused> {
@@ -304,34 +359,41 @@ pub fn plan_auto_create(
         return Ok(Vec::new());
     }
     if name == OFFSETS_TOPIC {
-        return Ok(plan_offsets_topic(image, config, id));
+        return Ok(plan_offsets_topic(image, config, is_up, id));
     }
     if !config.with_dynamic(image).auto_create_topics_enable {
         let message = format!("Topic '{name}' does not exist, and auto.create.topics.enable is false.");
         return Err(Refused::new(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, message));
     }
-    Ok(vec![plan_create_topic(image, config, name, -1, -1, &BTreeMap::new(), id)?])
+    let asked = TopicToCreate { name, partitions: -1, replication_factor: -1, configs: &BTreeMap::new() };
+    Ok(vec![plan_create_topic(image, config, is_up, asked, id)?])
 }
 
-/// Creates one topic, for callers that do not speak Kafka's protocol. -1 means the broker's default.
+/// A topic as callers ask for it that do not speak Kafka's protocol. -1 means the broker's default.
+#[derive(Debug, Clone, Copy)]
+pub struct TopicToCreate<'a> {
+    pub name: &'a str,
+    pub partitions: i32,
+    pub replication_factor: i16,
+    pub configs: &'a BTreeMap<String, String>,
+}
+
 pub fn plan_create_topic(
     image: &MetadataImage,
     config: &BrokerConfig,
-    name: &str,
-    partitions: i32,
-    replication_factor: i16,
-    configs: &BTreeMap<String, String>,
+    is_up: IsUp<'_>,
+    asked: TopicToCreate<'_>,
     id: Uuid,
 ) -> Result<Command, Refused> {
+    let TopicToCreate { name, partitions, replication_factor, configs } = asked;
     let config = config.with_dynamic(image);
     check_new_name(name, &BTreeSet::new(), image)?;
     let given = configs.iter().map(|(name, value)| (name.as_str(), Some(value.as_str())));
     let configs = check_new_configs(name, given, image, &config)?;
-    let (partitions, replication_factor) = check_counts(partitions, replication_factor, &config)?;
-    if partitions > PARTITIONS_PER_REQUEST_MAX {
-        return Err(too_many());
-    }
-    Ok(NewTopic { partitions, replication_factor, configs }.command(name, id))
+    let mut placer = Placer::new(image, is_up);
+    let assignments =
+        place_counts(partitions, replication_factor, &mut placer, PARTITIONS_PER_REQUEST_MAX, &config)?;
+    Ok(NewTopic { assignments, configs }.command(name, id))
 }
 
 pub fn delete_topics(

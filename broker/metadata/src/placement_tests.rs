@@ -1,0 +1,129 @@
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+use crate::command::Command;
+use crate::image::NodeInfo;
+use crate::nodes::NodeRecord;
+
+fn node(id: i32, rack: Option<usize>) -> Command {
+    Command::RegisterNode(NodeRecord {
+        id,
+        host: format!("h{id}"),
+        port: 9092,
+        rack: rack.map(|rack| format!("r{rack}")),
+        rpc_address: format!("h{id}:33145"),
+        directory_id: Uuid::from_u128(1),
+        boot_id: 1,
+        version_max: 1,
+        state: NodeState::Active,
+    })
+}
+
+fn cluster(racks: &[Option<usize>]) -> MetadataImage {
+    let info = NodeInfo { id: 0, host: "h0".into(), port: 9092, rack: None };
+    let mut image = MetadataImage::empty(info);
+    for (id, rack) in (0..).zip(racks) {
+        image.apply(&node(id, *rack)).unwrap();
+    }
+    image
+}
+
+fn spread(counts: &BTreeMap<i32, usize>, nodes: usize) -> usize {
+    let most = counts.values().copied().max().unwrap_or(0);
+    let least = if counts.len() < nodes { 0 } else { counts.values().copied().min().unwrap_or(0) };
+    most - least
+}
+
+fn count<'a>(ids: impl Iterator<Item = &'a i32>) -> BTreeMap<i32, usize> {
+    let mut counts = BTreeMap::new();
+    for id in ids {
+        *counts.entry(*id).or_default() += 1;
+    }
+    counts
+}
+
+proptest! {
+    /// Topics one after another, as a cluster sees them.
+    #[test]
+    fn replicas_are_apart_and_nodes_are_even(
+        nodes in 1usize..9,
+        racks in proptest::option::of(1usize..5),
+        topics in proptest::collection::vec((1usize..14, 1usize..6), 1..8),
+    ) {
+        let of: Vec<Option<usize>> = (0..nodes).map(|at| racks.map(|racks| at % racks)).collect();
+        let mut image = cluster(&of);
+        for (number, (partitions, replication_factor)) in (1u128..).zip(&topics) {
+            let placed = Placer::new(&image, &|_| true).place(&[], *partitions, *replication_factor);
+            if *replication_factor > nodes {
+                prop_assert_eq!(placed, None);
+                continue;
+            }
+            let assignments = placed.unwrap();
+            prop_assert_eq!(assignments.len(), *partitions);
+            let all_racks: BTreeSet<_> = of.iter().collect();
+            for replicas in &assignments {
+                let distinct: BTreeSet<_> = replicas.iter().collect();
+                prop_assert_eq!(distinct.len(), *replication_factor, "a node twice in {:?}", replicas);
+                let in_racks: BTreeSet<_> = replicas.iter().map(|id| of[*id as usize]).collect();
+                prop_assert_eq!(in_racks.len(), all_racks.len().min(*replication_factor));
+            }
+            // Racks of unlike sizes cannot be both spread and even.
+            if racks.is_none_or(|racks| nodes % racks == 0) {
+                let uneven = 1 + usize::from(racks.is_some());
+                prop_assert!(spread(&count(assignments.iter().flatten()), nodes) <= uneven, "{:?}", assignments);
+                let first = count(assignments.iter().filter_map(|replicas| replicas.first()));
+                prop_assert!(spread(&first, nodes) <= uneven, "{:?}", assignments);
+            }
+            let name = format!("t{number}");
+            let id = Uuid::from_u128(number);
+            let configs = BTreeMap::new();
+            image.apply(&Command::CreateTopic { name, id, assignments, configs }).unwrap();
+        }
+        if racks.is_none() {
+            let partitions: Vec<_> = image.topics.values().flat_map(|topic| &topic.partitions).collect();
+            prop_assert!(spread(&count(partitions.iter().flat_map(|info| &info.replicas)), nodes) <= 1);
+        }
+    }
+}
+
+#[test]
+fn nodes_that_do_not_run_or_are_leaving_are_avoided() {
+    let mut image = cluster(&[None; 4]);
+    image.apply(&Command::SetNodeState { id: 3, state: NodeState::Decommissioning }).unwrap();
+    let mut placer = Placer::new(&image, &|id| id != 1);
+    assert_eq!(placer.node_count(), 3);
+    let placed = placer.place(&[], 6, 2).unwrap();
+    assert!(placed.iter().flatten().all(|id| matches!(id, 0 | 2)), "{placed:?}");
+    // With nobody else left, one that does not run is better than none, and does not come first.
+    let placed = placer.place(&[], 3, 3).unwrap();
+    assert!(placed.iter().all(|replicas| replicas[2] == 1), "{placed:?}");
+    assert_eq!(placer.place(&[], 1, 4), None);
+}
+
+#[test]
+fn a_new_node_does_not_get_a_whole_topic() {
+    let mut image = cluster(&[None; 2]);
+    let assignments = vec![vec![0], vec![1], vec![0], vec![1]];
+    let configs = BTreeMap::new();
+    image
+        .apply(&Command::CreateTopic { name: "old".into(), id: Uuid::from_u128(1), assignments, configs })
+        .unwrap();
+    image.apply(&node(2, None)).unwrap();
+    let placed = Placer::new(&image, &|_| true).place(&[], 4, 1).unwrap();
+    assert_eq!(placed, [[2], [0], [1], [2]]);
+    // More partitions of a topic go where it has fewest.
+    let existing = [PartitionInfo::at_rest(1, vec![2]), PartitionInfo::at_rest(2, vec![0])];
+    assert_eq!(Placer::new(&image, &|_| true).place(&existing, 1, 1).unwrap(), [[1]]);
+}
+
+#[test]
+fn what_stays_stays_and_the_new_one_is_in_another_rack() {
+    let image = cluster(&[Some(0), Some(0), Some(1), Some(2)]);
+    let topic = [PartitionInfo::at_rest(1, vec![2, 0])];
+    let placed = Placer::new(&image, &|_| true).place_again(&topic, &[2, 0], 3);
+    assert_eq!(placed, Some(vec![2, 0, 3]));
+    assert_eq!(Placer::new(&image, &|_| true).place_again(&topic, &[2, 0], 5), None);
+}

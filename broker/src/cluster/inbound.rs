@@ -1,0 +1,217 @@
+//! What another broker says, on one connection of one of its shards, served on one shard here.
+//!
+//! Raft's messages go to the shards whose groups they are for: those of another shard take one mailbox message per frame.
+//! Requests are answered beside them, in any order. The side that is spoken to shows that it lives, too.
+//!
+//! Bounds: `requests::UNANSWERED_MAX` requests at a time, each of `REQUEST_BYTES_MAX`; a full mailbox of a shard makes this
+//! connection wait, and with it the sender.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use flumen_peer::{Answer, BODY_MAX, Frame, RaftFrame, Request};
+use flumen_protocol::error_code::ErrorCode;
+use flumen_raft::Message;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::requests::{self, Answered};
+use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
+use super::{change, floors, hand_over, joins, node_id_of, remote_log};
+use crate::dispatch;
+use crate::net::connection::Peer;
+use crate::node::Node;
+use crate::partition::raft_id;
+use crate::shard::Shard;
+
+/// Who speaks, and in which version of the frames.
+#[derive(Clone, Copy, Debug)]
+pub struct Sender {
+    pub node_id: i32,
+    pub boot_id: u64,
+    pub version: u16,
+}
+
+/// The connection is over: all shards hear of it, as their groups may sleep.
+pub async fn left(node: &Arc<Node>, sender: Sender) {
+    let Some(cluster) = &node.cluster else { return };
+    cluster.members.leave(sender.node_id, sender.boot_id);
+    for shard in &node.shards {
+        let _ = shard.post(move |shard| shard.on_node_down(raft_id(sender.node_id))).await;
+    }
+}
+
+pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, rest: BytesMut, sender: Sender) {
+    let shard = shard.clone();
+    tokio::task::spawn_local(async move {
+        for other in &shard.node.shards {
+            let _ = other.post(move |shard| shard.links.nudge(sender.node_id)).await;
+        }
+        let error = match TcpStream::from_std(stream) {
+            Ok(stream) => serve(&shard, stream, rest, sender).await,
+            Err(error) => error.into(),
+        };
+        tracing::info!(node = sender.node_id, shard = shard.id, %error, "a broker's connection ended");
+        left(&shard.node, sender).await;
+    });
+}
+
+async fn serve(shard: &Rc<Shard>, stream: TcpStream, rest: BytesMut, sender: Sender) -> LinkError {
+    let from = stream.peer_addr();
+    let (mut reads, writes) = stream.into_split();
+    let (answers, to_send) = mpsc::channel(requests::UNANSWERED_MAX);
+    let Ok(address) = from else { return LinkError::Closed };
+    let peer = Rc::new(Peer { address, forwarded: true });
+    let outcome = tokio::select! {
+        outcome = hear(shard, &mut reads, rest, sender, &peer, answers) => outcome,
+        outcome = answer(&writes, to_send, sender.version) => outcome,
+        () = shard.stop.notified() => Err(LinkError::Closed),
+    };
+    outcome.err().unwrap_or(LinkError::Closed)
+}
+
+async fn answer(
+    writes: &OwnedWriteHalf,
+    mut answers: mpsc::Receiver<Answer>,
+    version: u16,
+) -> Result<(), LinkError> {
+    let mut sequence = 0;
+    loop {
+        match timeout(ALIVE_INTERVAL, answers.recv()).await {
+            Ok(Some(answer)) => write(writes, &mut frame_of(answer, version)).await?,
+            Ok(None) => return Ok(()),
+            Err(_) => {
+                sequence += 1;
+                write_frame(writes, &Frame::Alive { sequence }, version).await?;
+            }
+        }
+    }
+}
+
+fn frame_of(answer: Answer, version: u16) -> VecDeque<Bytes> {
+    Frame::Answer(answer).encode(version).into()
+}
+
+async fn hear(
+    shard: &Rc<Shard>,
+    reads: &mut OwnedReadHalf,
+    rest: BytesMut,
+    sender: Sender,
+    peer: &Rc<Peer>,
+    answers: mpsc::Sender<Answer>,
+) -> Result<(), LinkError> {
+    let mut reader = FrameReader::new(rest);
+    let unanswered = Rc::new(Cell::new(0));
+    loop {
+        match reader.next_frame(reads, BODY_MAX).await? {
+            Frame::Raft(raft) => deliver(shard, sender, &raft).await?,
+            Frame::Alive { .. } | Frame::CatchUp(_) => {}
+            Frame::Leads(leads) => {
+                for lead in leads {
+                    let epoch = i32::try_from(lead.epoch).map_err(|_| LinkError::Unexpected("an epoch"))?;
+                    let lagging = lead.lagging.into_iter().filter_map(node_id_of).collect();
+                    shard.node.leaders.hear(lead.group, sender.node_id, epoch, lagging);
+                }
+            }
+            Frame::Request(request) => {
+                serve_request(shard, sender, peer, request, &answers, &unanswered).await?
+            }
+            Frame::Hello(_) => return Err(LinkError::Unexpected("a hello")),
+            Frame::Refusal(_) => return Err(LinkError::Unexpected("a refusal")),
+            Frame::Answer(_) => return Err(LinkError::Unexpected("an answer")),
+        }
+    }
+}
+
+/// One that is not registered yet may ask to be, and nothing else; one that was removed has no say any more.
+fn is_known(node: &Node, node_id: i32) -> bool {
+    node.cluster.as_ref().is_some_and(|cluster| cluster.knows(&node.image.load(), node_id))
+}
+
+async fn deliver(shard: &Rc<Shard>, sender: Sender, raft: &RaftFrame) -> Result<(), LinkError> {
+    let node = &shard.node;
+    if node_id_of(raft.from) != Some(sender.node_id) || raft.to != node.raft_id() {
+        return Err(LinkError::Unexpected("messages of other nodes"));
+    }
+    if !is_known(node, sender.node_id) {
+        return Ok(());
+    }
+    let mut elsewhere: Vec<Vec<(u64, Message)>> = vec![Vec::new(); node.shards.len()];
+    for item in raft.items() {
+        let (group_id, message) = item?;
+        match node.shard_of(group_id) {
+            home if home == shard.id => shard.deliver(raft.from, group_id, message),
+            home => elsewhere[home].push((group_id, message)),
+        }
+    }
+    for (home, messages) in elsewhere.into_iter().enumerate().filter(|(_, messages)| !messages.is_empty()) {
+        let from = raft.from;
+        let job = move |shard: &Rc<Shard>| {
+            messages.into_iter().for_each(|(group_id, message)| shard.deliver(from, group_id, message));
+        };
+        node.shards[home].post(job).await.map_err(|_| LinkError::Closed)?;
+    }
+    Ok(())
+}
+
+async fn serve_request(
+    shard: &Rc<Shard>,
+    sender: Sender,
+    peer: &Rc<Peer>,
+    request: Request,
+    answers: &mpsc::Sender<Answer>,
+    unanswered: &Rc<Cell<usize>>,
+) -> Result<(), LinkError> {
+    let id = request.id;
+    if unanswered.get() >= requests::UNANSWERED_MAX || request.body.len() > requests::REQUEST_BYTES_MAX {
+        let refused = Answer { id, code: ErrorCode::BROKER_NOT_AVAILABLE.0, body: Bytes::new() };
+        return answers.send(refused).await.map_err(|_| LinkError::Closed);
+    }
+    unanswered.set(unanswered.get() + 1);
+    let (shard, peer, answers, unanswered) =
+        (shard.clone(), peer.clone(), answers.clone(), unanswered.clone());
+    tokio::task::spawn_local(async move {
+        let answered = carry_out(&shard, sender, &peer, request).await;
+        unanswered.set(unanswered.get() - 1);
+        // The asker may be gone.
+        let _ = answers.send(Answer { id, code: answered.code, body: answered.body }).await;
+    });
+    Ok(())
+}
+
+async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Request) -> Answered {
+    let failed = |code: ErrorCode| Answered { code: code.0, body: Bytes::new() };
+    let known = is_known(&shard.node, sender.node_id);
+    match request.kind {
+        requests::CHANGE => change::answer(&shard.node, &request.body, known).await,
+        _ if !known => failed(ErrorCode::CLUSTER_AUTHORIZATION_FAILED),
+        requests::KAFKA => {
+            match dispatch::handle(shard, peer, BytesMut::from(&request.body[..])).await {
+                Ok(dispatch::Answer::Ready(segments)) => Answered { code: 0, body: segments.concat().into() },
+                // Produce and acks=0: no broker passes these on.
+                Ok(_) => failed(ErrorCode::INVALID_REQUEST),
+                Err(error) => {
+                    tracing::debug!(%error, "a request that another broker passed on failed");
+                    failed(ErrorCode::INVALID_REQUEST)
+                }
+            }
+        }
+        requests::METADATA => change::answer_metadata(&shard.node).await,
+        requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
+        requests::READ => remote_log::answer_read(&shard.node, request.body).await,
+        requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
+        requests::MEMBERS => joins::answer(&shard.node, request.body).await,
+        requests::FLOORS => floors::answer(&shard.node, request.body).await,
+        requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
+        requests::STATUS => {
+            let status = crate::cluster_view::own_status(&shard.node).await;
+            Answered { code: 0, body: status.to_string().into() }
+        }
+        _ => failed(ErrorCode::UNSUPPORTED_VERSION),
+    }
+}

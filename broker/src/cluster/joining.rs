@@ -1,0 +1,143 @@
+//! How a starting process learns which cluster it belongs to: from its data directory, or from its seeds.
+//!
+//! The thin shell around `bootstrap::decide`: asks every seed who it is, again and again, stores the decision, and returns.
+//! A directory that belongs to a cluster asks nobody. It does not register the node; the controller does.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bytes::{Bytes, BytesMut};
+use flumen_peer::{Frame, HELLO_BODY_MAX, Request, VERSION_MIN};
+use futures_util::future::join_all;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::ClusterOptions;
+use super::bootstrap::{Decision, Presence, State, decide};
+use super::identity::{ClusterId, Founder, Identity};
+use super::listener::{Rpc, stranger};
+use super::requests;
+use super::wire::{FrameReader, LinkError, write_frame};
+
+const ASK_TIME_MAX: Duration = Duration::from_secs(2);
+const ASK_INTERVAL: Duration = Duration::from_millis(100);
+/// Node ids of the largest cluster, as text.
+const PRESENCE_BYTES_MAX: usize = 64 << 10;
+
+/// The identity of this directory, and where others reach this node.
+pub async fn find_cluster(
+    options: &ClusterOptions,
+    node_id: i32,
+    boot_id: u64,
+    data_dir: &Path,
+    rpc: &Arc<Rpc>,
+) -> anyhow::Result<(Identity, String)> {
+    let identity = Identity::load(data_dir)?;
+    let (identity, own_seed) = match identity {
+        Some(identity) if identity.node_id != node_id => bail!(
+            "{} belongs to node {} of cluster {}; start it with --node-id {}, or give node {node_id} a directory of its own",
+            data_dir.display(),
+            identity.node_id,
+            identity.cluster_id,
+            identity.node_id
+        ),
+        Some(identity) => {
+            let own = identity.founders.iter().find(|f| f.node_id == node_id).map(|f| f.address.clone());
+            (identity, own)
+        }
+        None => {
+            refuse_data_of_one(data_dir)?;
+            let own = Presence { node_id, boot_id, seeds: options.seeds.clone(), state: State::Empty };
+            let (cluster_id, founders, own_seed) = ask_until_decided(&own).await?;
+            let identity =
+                Identity { cluster_id, node_id, directory_id: Uuid::new_v4(), founders, registered: false };
+            identity.store(data_dir)?;
+            (identity, own_seed)
+        }
+    };
+    let address = match (&options.advertise_rpc, own_seed) {
+        (Some(advertised), _) => advertised.clone(),
+        (None, Some(seed)) => seed,
+        (None, None) if options.rpc.ip().is_unspecified() => {
+            bail!(
+                "--rpc {} names no address that others could connect to; add --advertise-rpc HOST:PORT",
+                options.rpc
+            )
+        }
+        (None, None) => options.rpc.to_string(),
+    };
+    rpc.set_state(State::Member {
+        cluster_id: identity.cluster_id.to_string(),
+        founders: identity.founders.clone(),
+        nodes: Vec::new(),
+    });
+    tracing::info!(cluster_id = %identity.cluster_id, node_id, address, founders = identity.founders.len(), "member of a cluster");
+    Ok((identity, address))
+}
+
+/// Topics of a broker that was alone belong to no cluster yet, and would be lost in one that somebody else forms.
+fn refuse_data_of_one(data_dir: &Path) -> anyhow::Result<()> {
+    let log = data_dir.join("log");
+    let has_data = data_dir.join("metadata").exists()
+        || std::fs::read_dir(&log).with_context(|| format!("{}", log.display()))?.next().is_some();
+    if has_data {
+        bail!(
+            "{} holds the topics of a broker that was alone; start it without --rpc, or give this node an empty data directory",
+            data_dir.display()
+        );
+    }
+    Ok(())
+}
+
+async fn ask_until_decided(own: &Presence) -> anyhow::Result<(ClusterId, Vec<Founder>, Option<String>)> {
+    let mut told = String::new();
+    loop {
+        let answers =
+            join_all(own.seeds.iter().map(|seed| async {
+                timeout(ASK_TIME_MAX, who_is(own, seed)).await.ok().and_then(Result::ok)
+            }))
+            .await;
+        match decide(own, &answers) {
+            Decision::Wait(sentence) => {
+                if sentence != told {
+                    tracing::info!("{sentence}");
+                    told = sentence;
+                }
+                tokio::time::sleep(ASK_INTERVAL).await;
+            }
+            Decision::Refuse(sentence) => bail!(sentence),
+            Decision::Found(founders) => {
+                let own_seed = founders.iter().find(|f| f.node_id == own.node_id).map(|f| f.address.clone());
+                return Ok((ClusterId::random(), founders, own_seed));
+            }
+            Decision::Adopt { cluster_id, founders, address } => {
+                return Ok((parse(&cluster_id)?, founders, Some(address)));
+            }
+            Decision::Join { cluster_id, founders } => return Ok((parse(&cluster_id)?, founders, None)),
+        }
+    }
+}
+
+fn parse(cluster_id: &str) -> anyhow::Result<ClusterId> {
+    cluster_id.parse().map_err(anyhow::Error::msg)
+}
+
+async fn who_is(own: &Presence, seed: &str) -> Result<Presence, LinkError> {
+    let stream = TcpStream::connect(seed).await?;
+    stream.set_nodelay(true)?;
+    let (mut reads, writes) = stream.into_split();
+    let mut reader = FrameReader::new(BytesMut::new());
+    write_frame(&writes, &Frame::Hello(stranger(own)), 0).await?;
+    let Frame::Hello(_) = reader.next_frame(&mut reads, HELLO_BODY_MAX).await? else {
+        return Err(LinkError::Unexpected("something other than a hello"));
+    };
+    let question = Request { id: 1, kind: requests::WHO, body: Bytes::new() };
+    write_frame(&writes, &Frame::Request(question), VERSION_MIN).await?;
+    match reader.next_frame(&mut reads, PRESENCE_BYTES_MAX).await? {
+        Frame::Answer(answer) => Ok(serde_json::from_slice(&answer.body).map_err(std::io::Error::other)?),
+        _ => Err(LinkError::Unexpected("something other than an answer")),
+    }
+}

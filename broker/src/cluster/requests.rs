@@ -1,0 +1,54 @@
+//! What one broker asks of another, in frames of kind `Request` and `Answer`.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+/// Who are you? JSON of a `bootstrap::Presence` both ways. Answered to anybody who speaks the protocol.
+pub const WHO: u16 = 1;
+/// A request of a Kafka client, as it came, for the leader of the metadata; the answer is the client's.
+pub const KAFKA: u16 = 2;
+/// JSON of a `change::Intent`; the answer is a `change::Done`, or a code and a sentence.
+pub const CHANGE: u16 = 3;
+/// The metadata as a snapshot file holds it.
+pub const METADATA: u16 = 4;
+/// What a broker knows of itself, for the admin API.
+pub const STATUS: u16 = 5;
+
+/// Group and Raft number of the replica that is to lead it, 8 bytes each; code 0 when the leader tries to hand over.
+pub const HAND_OVER: u16 = 6;
+/// A batch of the broker's own for a log that another one leads: group id u64, batch; the answer is its offset, i64.
+pub const APPEND: u16 = 7;
+/// Group id u64, offset i64, bytes u32; the answer is high watermark i64, log start i64, batches.
+pub const READ: u16 = 8;
+/// Everything below is exported: group id u64, offset i64.
+pub const LET_GO: u16 = 9;
+/// Where logs begin, and below which offsets all replicas have them; see `floors`.
+pub const FLOORS: u16 = 10;
+/// Who the members of a group are: group id u64; the answer is the index of the entry that made it so, u64, and they.
+pub const MEMBERS: u16 = 11;
+
+/// What is asked; a request of a Kafka client that is larger is not about metadata.
+pub const REQUEST_BYTES_MAX: usize = 8 << 20;
+/// Asked over one connection and not answered.
+pub const UNANSWERED_MAX: usize = 256;
+/// After so long whoever asked has given up.
+pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// Why there is no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AskError {
+    /// Nothing was asked: no connection, or no room.
+    #[error("the broker is not connected")]
+    NotSent,
+    /// Asked, and the answer will not come. What was asked for may have happened.
+    #[error("the broker went away before it answered")]
+    Lost,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answered {
+    /// An error code of Kafka's, 0 for none.
+    pub code: i16,
+    pub body: Bytes,
+}
