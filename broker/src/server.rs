@@ -35,7 +35,7 @@ use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
 use crate::net::listener;
 use crate::node::{CONTROLLER_SHARD, Node};
-use crate::shard::Shard;
+use crate::shard::{Shard, group_of};
 
 /// What the command line says.
 #[derive(Clone, Debug)]
@@ -83,7 +83,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             scope.spawn(|| data_dir.recover(warm_bytes)).join().unwrap_or_else(|panic| resume_unwind(panic))
         })?;
         let recovered: RecoveredGroups =
-            Arc::new(Mutex::new(recovered.into_iter().map(|g| (g.group_id, g)).collect()));
+            Arc::new(Mutex::new(recovered.into_iter().map(|g| (group_of(g.group_id), g)).collect()));
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,

@@ -22,6 +22,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::balancer;
 use crate::cluster::links::Links;
+use crate::cluster::{floors, joins};
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
 use crate::handlers::produce::ProduceLine;
@@ -58,6 +59,8 @@ pub struct Shard {
     slots: RefCell<Slab<Rc<Partition>>>,
     awake: RefCell<AwakeSet>,
     somebody_woke: Notify,
+    /// A client deleted records, and followers should hear of it.
+    pub floors_changed: Notify,
     /// Messages for other brokers.
     pub outbox: Outbox,
     /// Connections to other brokers.
@@ -89,6 +92,7 @@ impl Shard {
             slots: RefCell::default(),
             awake: RefCell::default(),
             somebody_woke: Notify::new(),
+            floors_changed: Notify::new(),
             outbox: Outbox::default(),
             links: Links::default(),
             staged: Default::default(),
@@ -106,6 +110,9 @@ impl Shard {
             tokio::task::spawn_local(self.clone().watch_durability(lane));
         }
         tokio::task::spawn_local(self.clone().keep_ticking());
+        if self.node.cluster.is_some() {
+            tokio::task::spawn_local(floors::keep_told(self.clone()));
+        }
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
         tokio::task::spawn_local(self.clone().keep_forced());
@@ -151,8 +158,11 @@ impl Shard {
         if let Some(existing) = self.partition(spec.group_id) {
             return Ok(existing);
         }
-        let dir_name = dir_name(&spec.topic, spec.index, spec.group_id);
-        let log = self.store.create(spec.group_id, &dir_name, group_config(&spec.config))?;
+        // A replica that comes to a group that exists may have been here before, and the store never takes a number again.
+        let returns = !spec.replicas.contains(&self.node.config.node_id);
+        let id = if returns { number_of_its_own(spec.group_id) } else { spec.group_id };
+        let dir_name = dir_name(&spec.topic, spec.index, id);
+        let log = self.store.create(id, &dir_name, group_config(&spec.config))?;
         Ok(self.insert(spec, log))
     }
 
@@ -161,6 +171,9 @@ impl Shard {
         let partition = Partition::open(self, spec, log);
         partition.slot.set(self.slots.borrow_mut().insert(partition.clone()));
         partition.stay_awake();
+        if partition.is_joining() {
+            tokio::task::spawn_local(joins::join(self.clone(), partition.clone()));
+        }
         let before = self.partitions.borrow_mut().insert(group_id, partition.clone());
         assert!(before.is_none(), "a partition is opened once");
         if &*partition.topic == OFFSETS_TOPIC && partition.damage().is_none() && partition.serves() {
@@ -176,7 +189,7 @@ impl Shard {
             self.slots.borrow_mut().remove(partition.slot.get());
             self.coordinators.remove(group_id);
             self.node.forget_gauges(group_id);
-            if let Err(error) = self.store.delete(group_id).await {
+            if let Err(error) = self.store.delete(partition.store_id()).await {
                 tracing::warn!(group_id, %error, "a deleted partition's files remain; the next start removes them");
             }
         }
@@ -345,6 +358,21 @@ impl Shard {
             tokio::time::sleep(RETENTION_INTERVAL).await;
         }
     }
+}
+
+/// Bits of a number in the store that are the Raft group; the others tell replicas of one group from each other that were
+/// here one after the other.
+const GROUP_BITS: u32 = 40;
+
+fn number_of_its_own(group_id: u64) -> u64 {
+    // Random, and never 0; the highest bit stays free.
+    let which = (uuid::Uuid::new_v4().as_u128() as u64 & 0x7f_ffff).max(1);
+    group_id | which << GROUP_BITS
+}
+
+/// The Raft group of a number in the store.
+pub fn group_of(store_id: u64) -> u64 {
+    if store_id == flumen_storage::UNKNOWN_GROUP { store_id } else { store_id & ((1 << GROUP_BITS) - 1) }
 }
 
 /// The directory of a partition; the group id makes a recreated topic's directory a different one.

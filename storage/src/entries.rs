@@ -52,6 +52,14 @@ impl Inner {
         })
     }
 
+    /// With a log start of `offset`: index of the last entry that goes with its segment, and the offset after it.
+    pub fn gone_below(&self, offset: i64) -> Option<(u64, i64)> {
+        let last = self.segments.len().checked_sub(1)?;
+        let first = (0..last).find(|at| self.segment_end(*at) > offset).unwrap_or(last);
+        let segment = &self.segments[first];
+        (segment.first_index > 0).then(|| (segment.first_index - 1, segment.base))
+    }
+
     /// Other replicas cannot be sent what lies below `offset`, which is where a segment begins, or the end of all.
     pub fn raise_before(&mut self, offset: i64) {
         if offset <= self.marks.before().offset {
@@ -72,7 +80,7 @@ impl Inner {
 /// and the anchor say; an index of `None` is known at the anchor's offset.
 fn start(entries: &[IndexEntry], base: i64, anchor: Anchor, index: u64) -> (u64, i64, Option<u64>) {
     let near = |entry: &&IndexEntry| {
-        entry.raft_index > 0 && entry.raft_index <= index && entry.offset >= anchor.offset
+        (anchor.index..=index).contains(&entry.raft_index) && entry.offset >= anchor.offset
     };
     if let Some(entry) = entries.iter().rev().find(near) {
         return (u64::from(entry.position), entry.offset, Some(entry.raft_index));
@@ -176,6 +184,11 @@ impl GroupLog {
             };
             let before = out.next;
             let done = read_segment(&self.shard, &self.group, place, anchor, &mut out).await?;
+            // Gone meanwhile.
+            if out.next == before && out.entries.is_empty() && low <= self.before().0 {
+                let inner = self.group.inner.borrow();
+                return Err(ReadError::OutOfRange { start: inner.marks.before().offset, end: inner.log_end });
+            }
             if done || out.next == before {
                 return Ok(out.entries);
             }
@@ -250,6 +263,10 @@ async fn read_segment(
             return Err(ReadError::Io(io::ErrorKind::Interrupted.into()));
         }
         let inner = group.inner.borrow();
+        if out.next <= inner.marks.before().index {
+            // It went meanwhile; what is left of the marks does not tell what it was.
+            return Ok(false);
+        }
         let mut counter = Counter { numbering: Numbering::new(&inner.marks, next), anchor };
         let mut walk = Walk::with_holes(&piece, offset, place.name.holes_to());
         let mut short = None;

@@ -85,6 +85,9 @@ struct Run {
     index: Vec<IndexEntry>,
     builder: IndexBuilder,
     last_index: u64,
+    /// Of its last batch; a control entry behind that may be replaced, and leaves no trace in the segment.
+    last_batch: u64,
+    last_batch_term: u64,
     last_term: u64,
     end: i64,
     first_timestamp: i64,
@@ -113,6 +116,8 @@ fn plan_run(inner: &Inner) -> Option<Run> {
             active.map_or(0, |segment| segment.bytes),
         ),
         last_index: inner.flushed_index,
+        last_batch: 0,
+        last_batch_term: 0,
         last_term: inner.flushed_term,
         end: inner.flushed_end,
         first_timestamp: active.and_then(|segment| segment.first_timestamp).unwrap_or(-1),
@@ -156,6 +161,7 @@ fn plan_run(inner: &Inner) -> Option<Run> {
                 entry.index,
                 entry.max_timestamp,
             ));
+            (run.last_batch, run.last_batch_term) = (entry.index, entry.term);
             run.bufs.push(entry.bytes.clone());
             run.bytes += bytes;
         }
@@ -165,8 +171,8 @@ fn plan_run(inner: &Inner) -> Option<Run> {
         run.end = entry.next_offset;
     }
     if run.bytes > 0 {
-        let term = u32::try_from(run.last_term).unwrap_or(u32::MAX);
-        run.index.extend(run.builder.end(run.end, run.position + run.bytes, term, run.last_index + 1));
+        let term = u32::try_from(run.last_batch_term).unwrap_or(u32::MAX);
+        run.index.extend(run.builder.end(run.end, run.position + run.bytes, term, run.last_batch + 1));
     }
     Some(run)
 }

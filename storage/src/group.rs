@@ -864,12 +864,15 @@ impl GroupLog {
         }
         let lane = self.next_lane(inner);
         // Before the lane changes: it is the one of the last record.
-        if !shard.wal(lane).fits_all(0, 0, 1) {
+        if !shard.wal(lane).fits_all(8, 8, 1) {
             return Err(StageError::NoSpace);
         }
         let wal = self.enter_lane(inner, lane);
-        let record = RecordHeader { kind: LOG_START, group: self.group.id, index: 0, term: 0, offset };
-        let placed = wal.append(&shard.next_lsn, &record, &[], Class::Stage);
+        // With the index of the last entry that goes, and where the next one begins: with the segments the places go that
+        // would tell.
+        let (index, begins) = inner.gone_below(offset).unwrap_or((0, 0));
+        let record = RecordHeader { kind: LOG_START, group: self.group.id, index, term: 0, offset };
+        let placed = wal.append(&shard.next_lsn, &record, &begins.to_le_bytes(), Class::Stage);
         let (lsn, file_seq) = placed.expect("there was room for it");
         inner.touch(self.group.id, wal, file_seq);
         inner.last_lsn = lsn;

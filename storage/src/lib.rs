@@ -36,6 +36,7 @@ mod read;
 mod recovery;
 mod replay;
 mod restore;
+mod restore_numbers;
 mod retention;
 mod ring;
 mod segment_index;

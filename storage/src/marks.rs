@@ -135,6 +135,20 @@ impl Marks {
         index
     }
 
+    /// The index of the batch that is the `count`-th before the entry at `index`; `None` before the log's beginning.
+    pub fn batches_back(&self, mut index: u64, count: u64) -> Option<u64> {
+        for _ in 0..count {
+            index -= 1;
+            while self.at(index).is_some_and(|mark| mark.control.is_some()) {
+                index -= 1;
+            }
+            if index <= self.before.index {
+                return None;
+            }
+        }
+        Some(index)
+    }
+
     /// First index of every run of one term after `before`, and the term.
     pub fn terms(&self) -> Vec<(u64, u64)> {
         let mut last = self.before.term;
@@ -236,7 +250,9 @@ pub(crate) struct Numbering<'a> {
 
 impl<'a> Numbering<'a> {
     pub fn new(marks: &'a Marks, next: Option<u64>) -> Self {
-        Self { marks, next }
+        let mut numbering = Self { marks, next: None };
+        numbering.resume(next.unwrap_or(0));
+        numbering
     }
 
     /// The next entry stands at `offset`: where the log begins, its index is known.
@@ -255,14 +271,27 @@ impl<'a> Numbering<'a> {
         index
     }
 
+    /// Whether `index` may be that of the entry at `offset` of a segment, where the batch, or the one before it, is of `term`.
+    /// In a log that was cut since, all from there on has another term, or another place.
+    pub fn may_be(&self, index: u64, term: u64, offset: i64) -> bool {
+        if index <= self.marks.before().index {
+            return true;
+        }
+        let of = |index: u64| self.marks.term_at(index);
+        let after = self.marks.after(index);
+        let fits_before = after.checked_sub(1).is_none_or(|at| self.marks.marks[at].offset <= offset);
+        let fits_after = self.marks.marks.get(after).is_none_or(|next| next.offset >= offset);
+        fits_before && fits_after && (of(index) == Some(term) || of(index - 1) == Some(term))
+    }
+
     /// Of the next entry; 0 if it cannot be said.
     pub fn next(&self) -> u64 {
         self.next.unwrap_or(0)
     }
 
-    /// `index` is that of the next entry; 0 says that nobody knows.
+    /// `index` is that of the next entry; 0 says that nobody knows. Before the log begins there are no marks to count by.
     pub fn resume(&mut self, index: u64) {
-        self.next = (index > 0).then_some(index);
+        self.next = (index > self.marks.before().index).then_some(index);
     }
 }
 
@@ -299,6 +328,8 @@ mod tests {
         let terms: Vec<_> = [3, 4, 5, 6, 11, 12, 99].map(|index| marks.term_at(index)).into();
         assert_eq!(terms, [None, Some(2), Some(2), Some(3), Some(3), Some(5), Some(5)]);
         assert_eq!([5, 6, 7, 8].map(|index| marks.next_batch(index)), [5, 8, 8, 8]);
+        assert_eq!([1, 2, 5].map(|count| marks.batches_back(10, count)), [Some(9), Some(8), None]);
+        assert_eq!(marks.batches_back(10, 3), Some(5));
         assert_eq!(marks.at(7).unwrap().control.as_deref(), Some(&b"members"[..]));
         assert!(marks.at(8).is_none() && marks.at(12).unwrap().control.is_none());
         let mut numbering = Numbering::new(&marks, None);

@@ -224,7 +224,10 @@ fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
             let membership = cursor.u64().map(|index| (index, payload.slice(24..)));
             Some(Action::Hard(HardState { term: header.term, vote, commit }, membership))
         }
-        LOG_START => Some(Action::LogStart(header.offset)),
+        LOG_START => {
+            let begins = Cursor::new(&payload).i64().filter(|_| header.index > 0);
+            Some(Action::LogStart(header.offset, begins.map(|begins| (header.index, begins))))
+        }
         GROUP_STATE => GroupState::decode(&payload)
             .filter(|state| state.group == header.group)
             .map(|state| Action::State(Box::new(state))),

@@ -20,7 +20,8 @@ pub enum Action {
     Hard(HardState, Option<(u64, Bytes)>),
     /// The log begins with this state and these producers; nothing before it counts.
     Beginning(Box<GroupState>, Bytes),
-    LogStart(i64),
+    /// With the index of the last entry that went with its segment, and the offset after it.
+    LogStart(i64, Option<(u64, i64)>),
     Entry {
         index: u64,
         term: u64,
@@ -51,6 +52,8 @@ pub struct Replayed {
     pub entries: Vec<LogEntry>,
     /// The newest producer snapshot.
     pub producers: Option<Bytes>,
+    /// The log began anew at this offset, with these.
+    pub began: Option<(i64, Bytes)>,
     /// Segments are to be cut at this offset before anything is added.
     pub cut: Option<i64>,
     pub deleted: bool,
@@ -81,27 +84,42 @@ pub fn replay(
     };
     if deleted {
         // From its deletion on nobody keeps its records together.
-        return Ok(Some(Replayed { state, entries: Vec::new(), producers: None, cut: None, deleted }));
+        return Ok(Some(Replayed {
+            state,
+            entries: Vec::new(),
+            producers: None,
+            began: None,
+            cut: None,
+            deleted,
+        }));
     }
     let mut entries: VecDeque<LogEntry> = VecDeque::new();
     let mut cut = None;
     let mut producers = None;
+    let mut began = None;
+    let mut begins_after: Option<(u64, i64)> = None;
     // The last entry that came before the ones it follows, and its term. Those were in a file that is gone, and all that
     // was not in segments by then is written again further on, unless it was replaced before.
     let mut ahead: Option<(u64, u64)> = None;
     for (position, action) in records.iter().filter(|(position, _)| *position >= begins_at) {
         match action {
             Action::State(_) | Action::Delete => {}
-            Action::Beginning(_, snapshot) => producers = Some(snapshot.clone()),
+            Action::Beginning(state, snapshot) => {
+                producers = Some(snapshot.clone());
+                began = Some((state.flushed_end, snapshot.clone()));
+            }
             Action::Producers(snapshot) => producers = Some(snapshot.clone()),
-            Action::LogStart(_) if mutant::is(Mutant::ForgetsLogStart) => {}
+            Action::LogStart(..) if mutant::is(Mutant::ForgetsLogStart) => {}
             Action::Hard(hard, membership) => {
                 if *position > base_at {
                     state.hard_state = *hard;
                     state.membership = membership.clone().or(state.membership.take());
                 }
             }
-            Action::LogStart(offset) => state.log_start = state.log_start.max(*offset),
+            Action::LogStart(offset, gone) => {
+                state.log_start = state.log_start.max(*offset);
+                begins_after = begins_after.max(*gone);
+            }
             Action::Entry { index, term, offset, is_batch, payload } => {
                 let (index, term, offset) = (*index, *term, *offset);
                 ahead = ahead.filter(|(at, of)| index > *at || term <= *of);
@@ -186,7 +204,10 @@ pub fn replay(
         let control = (!entry.is_batch).then_some(&entry.payload);
         state.marks.note(entry.index, entry.term, entry.offset, control, state.flushed_index);
     }
-    Ok(Some(Replayed { state, entries: entries.into(), producers, cut, deleted }))
+    if let Some((index, offset)) = begins_after.filter(|(_, offset)| *offset <= state.log_start) {
+        state.marks.raise(index, offset);
+    }
+    Ok(Some(Replayed { state, entries: entries.into(), producers, began, cut, deleted }))
 }
 
 /// Where the log began anew last: what stands before that does not count. A state that was written since says so too, as the
@@ -246,7 +267,7 @@ mod tests {
             entry(4, 2, 4, 1),
             // Written again; cut short before 4.
             entry(3, 2, 3, 1),
-            Action::LogStart(2),
+            Action::LogStart(2, None),
         ]);
         let out = replay(None, &records).unwrap().unwrap();
         assert_eq!(indexes(&out), [(1, 1), (2, 1), (3, 2), (4, 2)]);

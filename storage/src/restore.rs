@@ -19,6 +19,7 @@ use crate::marks::{Marks, Numbering};
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
 use crate::replay::{LogEntry, Replayed};
+use crate::restore_numbers::{Counted, Numbered};
 use crate::segment_index::{
     self, INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
 };
@@ -93,11 +94,11 @@ fn log_path(dir: &Path, base: i64) -> PathBuf {
 }
 
 /// What a directory has, by base.
-struct OnDisk {
+pub(crate) struct OnDisk {
     /// Segments that count, with their lengths.
     segments: BTreeMap<i64, u64>,
     /// Which of them compaction has written.
-    compacted: BTreeMap<i64, Compacted>,
+    pub(crate) compacted: BTreeMap<i64, Compacted>,
     /// What compaction left unfinished, or did not come to remove.
     leftovers: Vec<PathBuf>,
 }
@@ -123,14 +124,14 @@ impl OnDisk {
         }
     }
 
-    fn name(&self, base: i64) -> SegmentName {
+    pub(crate) fn name(&self, base: i64) -> SegmentName {
         SegmentName { base, compacted: self.compacted.get(&base).copied() }
     }
 }
 
 /// Walks a segment from a batch on to `bytes`; returns the offset reached. All of a compacted one must have the checksum
 /// that its name says.
-fn scan(
+pub(crate) fn scan(
     files: &FileSystem,
     (dir, name): (&Path, SegmentName),
     bytes: u64,
@@ -182,23 +183,24 @@ fn scan(
     Ok(offset)
 }
 
-struct Index {
-    entries: Vec<IndexEntry>,
+pub(crate) struct Index {
+    pub entries: Vec<IndexEntry>,
     builder: IndexBuilder,
-    rebuilt: bool,
+    pub rebuilt: bool,
     /// So many of the entries are in the file, and nothing else is.
     in_file: Option<usize>,
 }
 
 /// The index of a segment that must end at `end` after `bytes`; from its file as far as that is good. `numbering` is where the
 /// segment begins, and afterwards where it ends.
-fn load_index(
+pub(crate) fn load_index(
     files: &FileSystem,
     dir: &Path,
     name: SegmentName,
     bytes: u64,
     end: i64,
     numbering: &mut Numbering<'_>,
+    from_scratch: bool,
 ) -> Result<Index, RestoreError> {
     let base = name.base;
     if name.holes_to().is_some_and(|named| named != end) {
@@ -207,9 +209,17 @@ fn load_index(
     }
     let raw = files.read(&dir.join(name.index_file())).unwrap_or_default();
     let mut entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
+    if from_scratch {
+        entries.clear();
+    }
     // An entry that disagrees with where the segment ends was written for other content.
     entries
         .retain(|entry| entry.offset <= end && (u64::from(entry.position) == bytes) == (entry.offset == end));
+    // So was one that names an index which has another term, and all behind it.
+    let stale = entries
+        .iter()
+        .position(|entry| !numbering.may_be(entry.raft_index, u64::from(entry.term), entry.offset));
+    entries.truncate(stale.unwrap_or(entries.len()));
     let whole = entries.last().is_some_and(|e| u64::from(e.position) == bytes && e.offset == end);
     // Missing batches leave no trace where holes are allowed, but in the checksum over all of them.
     if name.compacted.is_some() && !whole {
@@ -263,7 +273,12 @@ fn load_index(
     Ok(Index { entries, builder, rebuilt: true, in_file: None })
 }
 
-fn write_index(files: &FileSystem, dir: &Path, name: SegmentName, entries: &[IndexEntry]) -> io::Result<()> {
+pub(crate) fn write_index(
+    files: &FileSystem,
+    dir: &Path,
+    name: SegmentName,
+    entries: &[IndexEntry],
+) -> io::Result<()> {
     files.write(&dir.join(name.index_file()), &index_bytes(name.base, entries))
 }
 
@@ -301,7 +316,7 @@ fn restore_producers(
     files: &FileSystem,
     dir: &Path,
     listed: &[DirEntry],
-    candidates: [Option<&Bytes>; 2],
+    candidates: [Option<&Bytes>; 3],
     (on_disk, segments): (&OnDisk, &[(i64, u64)]),
     flushed_end: i64,
     entries: &[LogEntry],
@@ -471,7 +486,7 @@ pub(crate) fn restore(
 ) -> Result<Outcome, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
     let damaged = |reason: String| Err(RestoreError::Damaged(reason));
-    let Replayed { mut state, entries, producers: wal_snapshot, cut, .. } = replayed;
+    let Replayed { mut state, entries, producers: wal_snapshot, began, cut, .. } = replayed;
     let mut afterwards = Vec::new();
     let on_disk = OnDisk::of(&found.listed, dir);
     let mut segments: Vec<(i64, u64)> = on_disk
@@ -535,48 +550,25 @@ pub(crate) fn restore(
     while segments.get(1).is_some_and(|next| next.0 <= state.log_start) {
         segments.remove(0);
     }
-    // What is counted must be there, batch after batch; whole indexes say so without reading the segments.
-    let mut last_index = None;
-    let marks = state.marks.clone();
-    let mut numbering = Numbering::new(&marks, None);
-    let mut first_indexes: Vec<u64> = Vec::with_capacity(segments.len());
-    for at in 0..segments.len() {
-        let (base, bytes) = segments[at];
-        let end = segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
-        let name = on_disk.name(base);
-        numbering.meet(base);
-        let known = marks.next_batch(numbering.next());
-        let index = load_index(files, dir, name, bytes, end, &mut numbering)?;
-        let own =
-            index.entries.first().filter(|entry| entry.position == 0).map_or(0, |entry| entry.raft_index);
-        first_indexes.push(if name.compacted.is_some() {
-            0
-        } else if own > 0 {
-            own
-        } else {
-            known
-        });
-        if index.rebuilt {
-            write_index(files, dir, name, &index.entries).map_err(io)?;
-        }
-        if at + 1 == segments.len() && name.compacted.is_none() {
-            last_index = Some((base, index));
-        }
-    }
-    // Segments that were counted to another end than the state's say nothing of indexes.
-    if numbering.next() > 0
-        && marks.up_to(state.flushed_index).next_batch(numbering.next()) != state.flushed_index + 1
-    {
-        first_indexes.fill(0);
-    }
-    begin_where_known(&mut state, &segments, &first_indexes, &on_disk);
+    let marks = state.marks.up_to(state.flushed_index);
+    let counted = Counted {
+        files,
+        dir,
+        on_disk: &on_disk,
+        segments: &segments,
+        marks: &marks,
+        flushed: (state.flushed_index, state.flushed_end),
+    };
+    let Numbered { first_indexes, last_index, after_batches } = counted.check()?;
+    counted.begin_where_known(&first_indexes, &mut state.marks);
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
     let mut names_changed = false;
     let producers = restore_producers(
         files,
         dir,
         &found.listed,
-        [found.snapshot.as_ref(), wal_snapshot.as_ref()],
+        // A later one may be of entries that were replaced.
+        [found.snapshot.as_ref(), wal_snapshot.as_ref(), began.as_ref().map(|(_, producers)| producers)],
         (&on_disk, &segments),
         state.flushed_end,
         &entries,
@@ -584,7 +576,16 @@ pub(crate) fn restore(
         &mut names_changed,
     )?;
     let mut written = Vec::new();
-    let mut last = (u32::try_from(state.flushed_term).unwrap_or(0), state.flushed_index + 1);
+    // In none of its segments; a later snapshot goes with what Raft cuts.
+    if let Some((offset, producers)) = began {
+        let path = dir.join(format!("{offset:020}.snapshot"));
+        files.write(&path, &producers).map_err(io)?;
+        written.push(path);
+        names_changed = true;
+    }
+    let last_term =
+        after_batches.checked_sub(1).and_then(|last| marks.term_at(last)).unwrap_or(state.flushed_term);
+    let mut last = (u32::try_from(last_term).unwrap_or(0), after_batches);
     let mut appender = Appender {
         files,
         dir,
@@ -689,33 +690,6 @@ pub(crate) fn restore(
         changed,
         names_changed,
     })
-}
-
-/// Lets the log begin, for other replicas, no earlier than all that follows is there, whole, and has indexes.
-fn begin_where_known(
-    state: &mut GroupState,
-    segments: &[(i64, u64)],
-    first_indexes: &[u64],
-    on_disk: &OnDisk,
-) {
-    let before = state.marks.before();
-    let end_of = |at: usize| segments.get(at + 1).map_or(state.flushed_end, |next| next.0);
-    let first = segments.first().map_or(state.flushed_end, |segment| segment.0);
-    let mut from = before.offset.max(first);
-    for (at, (base, _)) in segments.iter().enumerate() {
-        let unknown =
-            on_disk.compacted.contains_key(base) || (first_indexes[at] == 0 && *base >= before.offset);
-        if unknown && end_of(at) > before.offset {
-            from = from.max(end_of(at));
-        }
-    }
-    if from == before.offset {
-        return;
-    }
-    match segments.iter().position(|segment| segment.0 == from).filter(|at| first_indexes[*at] > 0) {
-        Some(at) => state.marks.raise(first_indexes[at] - 1, from),
-        None => state.marks.raise(state.flushed_index, state.flushed_end),
-    }
 }
 
 /// The newest entries, copied out of the WAL's pages, as far as the budget goes.

@@ -421,6 +421,11 @@ impl Group {
         self.node.raft.raft_log.last_index()
     }
 
+    /// The entry that made the membership what it is.
+    pub fn membership_index(&self) -> u64 {
+        self.membership_index
+    }
+
     pub fn membership(&self) -> &Membership {
         &self.membership
     }

@@ -18,11 +18,13 @@
 
 pub mod bootstrap;
 pub mod change;
+pub mod floors;
 pub mod forward;
 pub mod hand_over;
 pub mod identity;
 mod inbound;
 pub mod joining;
+pub mod joins;
 pub mod leaders;
 pub mod leaving;
 pub mod links;
@@ -44,7 +46,7 @@ use identity::Identity;
 use members::Members;
 
 /// Of the data directory; a node that cannot read what another writes does not come together with it.
-const DATA_FORMAT: u16 = 2;
+const DATA_FORMAT: u16 = 3;
 
 /// What the command line says of the cluster.
 #[derive(Clone, Debug)]

@@ -23,6 +23,10 @@ pub const APPEND: u16 = 7;
 pub const READ: u16 = 8;
 /// Everything below is exported: group id u64, offset i64.
 pub const LET_GO: u16 = 9;
+/// Where logs begin, and below which offsets all replicas have them; see `floors`.
+pub const FLOORS: u16 = 10;
+/// Who the members of a group are: group id u64; the answer is the index of the entry that made it so, u64, and they.
+pub const MEMBERS: u16 = 11;
 
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;

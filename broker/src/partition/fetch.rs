@@ -173,6 +173,9 @@ impl Partition {
             // Answered when no crash can bring them back.
             self.log.delete_below(target).await.map_err(|e| FetchError::Storage(e.to_string()))?;
             self.note_log_start();
+            if let Some(shard) = self.shard.upgrade() {
+                shard.floors_changed.notify_one();
+            }
         }
         self.publish_gauges();
         Ok(self.log_start_offset())

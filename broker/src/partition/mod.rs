@@ -32,6 +32,7 @@ pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
+use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
 use crate::shard::Shard;
 use pending::Pending;
@@ -63,6 +64,8 @@ pub struct Partition {
     state: RefCell<State>,
     /// The only voter: all that is on this disk is committed.
     alone: Cell<bool>,
+    /// A new replica of a group that exists: it does not know the members, and takes part in nothing.
+    joining: Cell<bool>,
     /// As Raft said last.
     leads: Cell<bool>,
     serves: Cell<bool>,
@@ -71,6 +74,10 @@ pub struct Partition {
     /// Where Raft believes that the log begins.
     told_before: Cell<u64>,
     refused_to_offer: Cell<bool>,
+    /// As the leader said: all replicas have everything below.
+    everywhere_known: Cell<i64>,
+    /// What followers were told last.
+    told_floor: Cell<Option<Floor>>,
     /// A new group's first replica stands for election in the next ticks.
     ticks_to_stand: Cell<u8>,
     /// The highest raft output number known to be durable, collected before raft is told once.
@@ -119,6 +126,7 @@ impl Partition {
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let node_id = raft_id(shard.node.config.node_id);
         let (raft, fresh) = start_group(&spec, &log, node_id);
+        let joins = fresh && !raft.membership().contains(node_id);
         let alone = raft.membership().is_alone(node_id);
         let (last_index, end) = (log.last_index(), log.log_end_offset());
         let committed = raft.status().committed_index;
@@ -155,11 +163,14 @@ impl Partition {
                 pending_here: VecDeque::new(),
             }),
             alone: Cell::new(alone),
+            joining: Cell::new(joins),
             leads: Cell::new(false),
             serves: Cell::new(false),
             committed: Cell::new(None),
             told_before: Cell::new(0),
             refused_to_offer: Cell::new(false),
+            everywhere_known: Cell::new(0),
+            told_floor: Cell::new(None),
             ticks_to_stand: Cell::new(if eager { replica::STAND_TICKS } else { 0 }),
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),
@@ -356,7 +367,7 @@ fn start_group(spec: &PartitionSpec, log: &GroupLog, node_id: u64) -> (Group, bo
             seed: spec.group_id,
         };
         let group = Group::start(&start).map_err(|error| error.to_string())?;
-        if fresh && !membership.is_alone(node_id) {
+        if fresh && membership.contains(node_id) && !membership.is_alone(node_id) {
             // Before anything depends on it: what the metadata says may change later.
             let stored = flumen_storage::HardState::default();
             log.stage_with(Some(stored), Some((0, membership.encode())), &[])
@@ -372,6 +383,30 @@ fn start_group(spec: &PartitionSpec, log: &GroupLog, node_id: u64) -> (Group, bo
             (alone(), false)
         }
     }
+}
+
+/// The group of an empty log whose membership, as of the entry at `index`, was learned from the leader.
+fn group_that_joins(
+    log: &GroupLog,
+    node_id: u64,
+    group_id: u64,
+    index: u64,
+    membership: &Membership,
+) -> Result<Group, String> {
+    let found = log.raft_start();
+    Group::start(&GroupStart {
+        node_id,
+        membership: membership.clone(),
+        membership_index: index,
+        membership_entries: Vec::new(),
+        hard_state: flumen_raft::HardState::default(),
+        before: found.before,
+        terms: found.terms,
+        last_index: found.last_index,
+        last_term: found.last_term,
+        seed: group_id,
+    })
+    .map_err(|error| error.to_string())
 }
 
 /// A broker's number in Raft, where 0 is nobody.

@@ -2,10 +2,11 @@
 //!
 //! Nothing here waits. What Raft answers is carried out by `Partition::advance`.
 
-use flumen_raft::{Body, Message, ProposeError, Status, StepError, Target};
+use flumen_raft::{Body, Membership, Message, ProposeError, Status, StepError, Target};
 
 use super::Partition;
 use super::fetch::FetchError;
+use crate::cluster::floors::Floor;
 
 /// A new group's first replica stands for election in the first of so many ticks and again in the last, as the others may
 /// have heard of the group later.
@@ -27,7 +28,11 @@ impl Partition {
     /// What another replica says. A message that makes no sense is dropped, and so is one that there is no room for: Raft
     /// says it again.
     pub fn step(&self, from: u64, message: Message) {
-        if self.damage().is_some() || message.from != from || !self.has_room_for(&message) {
+        if self.damage().is_some()
+            || self.joining.get()
+            || message.from != from
+            || !self.has_room_for(&message)
+        {
             return;
         }
         let outcome = self.state.borrow_mut().raft.step(message);
@@ -43,7 +48,7 @@ impl Partition {
 
     /// Time passes for Raft; false when the group sleeps. `advance` has to follow.
     pub fn tick(&self) -> bool {
-        if self.damage().is_some() {
+        if self.damage().is_some() || self.joining.get() {
             return false;
         }
         let mut state = self.state.borrow_mut();
@@ -111,6 +116,85 @@ impl Partition {
         self.state.borrow().raft.status()
     }
 
+    pub(crate) fn is_joining(&self) -> bool {
+        self.joining.get() && self.damage().is_none()
+    }
+
+    /// Who the members are, and the index of the entry that made it so.
+    pub(crate) fn members(&self) -> (u64, Membership) {
+        let raft = &self.state.borrow().raft;
+        (raft.membership_index(), raft.membership().clone())
+    }
+
+    /// The leader of the group has told a new replica who the members are. As long as it is none of them it goes on asking.
+    /// One that is said to vote has lost what it had promised to keep, and never takes part.
+    pub(crate) fn join(&self, index: u64, membership: Membership) {
+        if !self.is_joining() || !membership.contains(self.node_id) {
+            return;
+        }
+        if membership.is_voter(self.node_id) {
+            self.refuse("it votes in its group, and its log is gone: move the replica away from this broker, and back");
+            return;
+        }
+        let stored = flumen_storage::HardState::default();
+        let started = super::group_that_joins(&self.log, self.node_id, self.group_id, index, &membership);
+        let staged = self.log.stage_with(Some(stored), Some((index, membership.encode())), &[]);
+        match (started, staged) {
+            (Ok(group), Ok(_)) => self.state.borrow_mut().raft = group,
+            // The log has no room now: it asks again.
+            (Ok(_), Err(error)) => {
+                tracing::warn!(topic = %self.topic, partition = self.index, %error, "a new replica has to wait");
+                return;
+            }
+            (Err(error), _) => return self.refuse(&format!("its Raft group cannot start: {error}")),
+        }
+        self.joining.set(false);
+        self.advance();
+        self.stay_awake();
+    }
+
+    /// The number of the log in the store.
+    pub(crate) fn store_id(&self) -> u64 {
+        self.log.group_id()
+    }
+
+    /// Kafka ids of the other members, where this one leads them.
+    pub(crate) fn followers(&self) -> Vec<i32> {
+        let others = self.state.borrow().raft.membership().others(self.node_id);
+        others.into_iter().filter_map(|id| i32::try_from(id).ok()?.checked_sub(1)).collect()
+    }
+
+    /// What followers should hear, with the leader's epoch; `None` where there is nothing new, unless it is asked for.
+    pub(crate) fn floor_to_tell(&self, again: bool) -> Option<(i32, Floor)> {
+        if self.alone.get() || !self.serves.get() || self.damage().is_some() {
+            return None;
+        }
+        let everywhere = if self.config.borrow().compacts() { self.everywhere() } else { 0 };
+        let floor =
+            Floor { log_start: self.log_start_offset(), everywhere: everywhere.min(self.high_watermark()) };
+        let is_new = self.told_floor.replace(Some(floor)) != Some(floor);
+        (is_new || again).then(|| (self.leader_epoch(), floor))
+    }
+
+    /// The leader of this epoch says so. Nothing that is not committed here goes, nor what an export has not settled.
+    pub(crate) fn hear_floor(&self, epoch: i32, floor: Floor) {
+        if self.alone.get() || self.is_leader() || epoch != self.leader_epoch() || self.damage().is_some() {
+            return;
+        }
+        self.everywhere_known.set(self.everywhere_known.get().max(floor.everywhere));
+        let to = floor.log_start.min(self.high_watermark()).min(self.hold_offset.get());
+        if to > self.log_start_offset() {
+            match self.log.advance_log_start(to) {
+                Ok(_) => self.note_log_start(),
+                // Told again.
+                Err(error) => {
+                    tracing::debug!(topic = %self.topic, partition = self.index, %error, "the log start stays");
+                }
+            }
+            self.publish_gauges();
+        }
+    }
+
     /// All replicas have what lies below this offset, as far as is known here. Compaction loses the indexes by which others
     /// could be sent it.
     pub(super) fn everywhere(&self) -> i64 {
@@ -119,7 +203,7 @@ impl Partition {
         }
         if !self.serves.get() {
             // Only a leader hears how far the others are.
-            return 0;
+            return self.everywhere_known.get();
         }
         let status = self.raft_status();
         let behind = status.peers.iter().map(|peer| peer.matched_index).min().unwrap_or(0);
@@ -138,14 +222,14 @@ impl Partition {
 
     /// Another broker is gone; true when this partition has a replica there.
     pub fn on_node_down(&self, raft_id: u64) -> bool {
-        self.damage().is_none() && self.state.borrow_mut().raft.on_node_down(raft_id)
+        self.damage().is_none() && !self.joining.get() && self.state.borrow_mut().raft.on_node_down(raft_id)
     }
 
     /// Sees to it that the group is ticked for as long as it does not sleep. A group of one needs no time.
     pub(crate) fn stay_awake(&self) {
         let awake = {
             let raft = &self.state.borrow().raft;
-            !raft.is_asleep() && !raft.membership().is_alone(self.node_id)
+            !self.joining.get() && !raft.is_asleep() && !raft.membership().is_alone(self.node_id)
         };
         if awake && let Some(shard) = self.shard.upgrade() {
             shard.wake(self.slot.get());

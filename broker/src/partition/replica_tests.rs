@@ -13,25 +13,25 @@ use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo, TopicConfig};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::produce::ProducePartitionResult;
 use flumen_protocol::record::BatchBuilder;
-use flumen_raft::Message;
+use flumen_raft::{Message, Target};
 use flumen_storage::{DataDir, ShardStore, StoreConfig};
 use tokio::sync::oneshot;
 
 use super::{AppendError, Completion, Origin, Partition, PartitionSpec, ProduceInFlight};
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
-use crate::node::Node;
-use crate::shard::Shard;
+use crate::node::{Node, now_ms};
+use crate::shard::{Shard, group_of};
 
 const GROUP: u64 = 7;
 
-fn spec() -> PartitionSpec {
+fn spec(replicas: &[i32]) -> PartitionSpec {
     PartitionSpec {
         topic: "orders".into(),
         index: 0,
         group_id: GROUP,
         config: TopicConfig { segment_bytes: 1 << 20, retention_ms: -1, ..TopicConfig::default() },
-        replicas: vec![0, 1, 2],
+        replicas: replicas.to_vec(),
         exported: false,
     }
 }
@@ -42,7 +42,7 @@ struct Broker {
     thread: JoinHandle<()>,
 }
 
-fn start(id: i32, path: &Path) -> Broker {
+fn start(id: i32, path: &Path, replicas: &[i32]) -> Broker {
     let config = BrokerConfig { node_id: id, ..BrokerConfig::default() };
     let info = NodeInfo { id, host: "localhost".to_owned(), port: 9092, rack: None };
     let (handle, mailbox) = ShardHandle::new();
@@ -50,7 +50,7 @@ fn start(id: i32, path: &Path) -> Broker {
     let node = Node::new(config, path.to_owned(), MetadataImage::empty(info), vec![handle], exports, None);
     let node = Arc::new(node);
     let (stop, stopped) = oneshot::channel();
-    let (for_thread, path) = (node.clone(), path.to_owned());
+    let (for_thread, path, spec) = (node.clone(), path.to_owned(), spec(replicas));
     let thread = std::thread::spawn(move || {
         let dir = DataDir::open(&path).unwrap();
         let recovered = dir.recover(1 << 20).unwrap();
@@ -61,9 +61,9 @@ fn start(id: i32, path: &Path) -> Broker {
                 StoreConfig { wal_file_bytes: 4 << 20, cache_bytes: 2 << 20, ..StoreConfig::default() };
             let store = ShardStore::open(&dir, config).await.unwrap();
             let shard = Shard::new(0, for_thread, store);
-            match recovered.into_iter().find(|group| group.group_id == GROUP) {
-                Some(group) => drop(shard.attach(spec(), group)),
-                None => drop(shard.create(spec()).unwrap()),
+            match recovered.into_iter().find(|group| group_of(group.group_id) == GROUP) {
+                Some(group) => drop(shard.attach(spec, group)),
+                None => drop(shard.create(spec).unwrap()),
             }
             tokio::select! {
                 () = shard.serve(mailbox) => {}
@@ -90,21 +90,27 @@ impl Broker {
 struct Three {
     dirs: Vec<tempfile::TempDir>,
     brokers: RefCell<Vec<Option<Rc<Broker>>>>,
+    /// As the metadata says.
+    replicas: RefCell<Vec<i32>>,
     /// Nothing gets in or out.
     cut_off: RefCell<BTreeSet<usize>>,
 }
 
 impl Three {
-    fn new() -> Rc<Three> {
+    fn new(replicas: &[i32]) -> Rc<Three> {
         let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
-        let three =
-            Three { dirs, brokers: RefCell::new(vec![None, None, None]), cut_off: RefCell::default() };
+        let three = Three {
+            dirs,
+            brokers: RefCell::new(vec![None, None, None]),
+            replicas: RefCell::new(replicas.to_vec()),
+            cut_off: RefCell::default(),
+        };
         (0..3).for_each(|at| three.start(at));
         Rc::new(three)
     }
 
     fn start(&self, at: usize) {
-        let broker = start(at as i32, self.dirs[at].path());
+        let broker = start(at as i32, self.dirs[at].path(), &self.replicas.borrow());
         self.brokers.borrow_mut()[at] = Some(Rc::new(broker));
     }
 
@@ -176,7 +182,12 @@ impl Three {
         loop {
             for at in 0..3 {
                 let Some(broker) = self.brokers.borrow()[at].clone() else { continue };
-                if !self.cut_off.borrow().contains(&at) && broker.run(|p| p.may_serve() && p.serves()).await {
+                let leads = |shard: Rc<Shard>| async move {
+                    shard
+                        .partition(GROUP)
+                        .is_some_and(|partition| partition.may_serve() && partition.serves())
+                };
+                if !self.cut_off.borrow().contains(&at) && broker.node.shards[0].run(leads).await.unwrap() {
                     return at;
                 }
             }
@@ -222,7 +233,8 @@ async fn content(broker: &Broker, from: i64) -> Vec<u8> {
 
 fn batch(value: &[u8], producer: Option<(i64, i32)>) -> BytesMut {
     let mut builder = BatchBuilder::new();
-    builder.append(1_000, None, Some(value), &[]);
+    // Of now: a producer of long ago is forgotten.
+    builder.append(now_ms(), None, Some(value), &[]);
     if let Some((id, sequence)) = producer {
         builder.producer(id, 0, sequence);
     }
@@ -255,7 +267,7 @@ async fn send(
                 false => Completion::ProduceHere(in_flight.clone(), 0),
             };
             let appended =
-                partition.append(records, Origin::Client, 1_000, Some(completion)).map_err(|(e, _)| e)?;
+                partition.append(records, Origin::Client, now_ms(), Some(completion)).map_err(|(e, _)| e)?;
             in_flight.set(0, |r| r.base_offset = appended.base_offset);
             in_flight.submitted();
             Ok(answer)
@@ -278,10 +290,14 @@ async fn produce(three: &Three, value: &[u8], producer: Option<(i64, i32)>) -> i
 }
 
 fn with_three<Fut: Future<Output = ()>>(test: impl FnOnce(Rc<Three>) -> Fut) {
+    with_replicas(&[0, 1, 2], test);
+}
+
+fn with_replicas<Fut: Future<Output = ()>>(replicas: &[i32], test: impl FnOnce(Rc<Three>) -> Fut) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
-        let three = Three::new();
+        let three = Three::new(replicas);
         tokio::task::spawn_local(three.clone().wires());
         test(three.clone()).await;
         for at in 0..3 {
@@ -311,6 +327,34 @@ fn three_replicas_have_one_log() {
                 assert_eq!(asked.await.unwrap().unwrap_err(), ErrorCode::NOT_LEADER_OR_FOLLOWER);
             }
         }
+    });
+}
+
+#[test]
+fn records_that_a_client_deletes_go_on_every_replica() {
+    with_three(|three| async move {
+        for _ in 0..10 {
+            produce(&three, b"value", None).await;
+        }
+        three.agree(0).await;
+        let leader = three.leader().await;
+        let delete = |shard: Rc<Shard>| async move {
+            let partition = shard.partition(GROUP).unwrap();
+            partition.delete_records(7).await.map_err(|error| error.code())
+        };
+        for (at, broker) in three.up().iter().enumerate().filter(|(at, _)| *at != leader) {
+            let refused = broker.node.shards[0].run(delete).await.unwrap();
+            assert_eq!(refused, Err(ErrorCode::NOT_LEADER_OR_FOLLOWER), "node {at}");
+        }
+        assert_eq!(three.at(leader).node.shards[0].run(delete).await.unwrap(), Ok(7));
+        let (epoch, floor) = three.at(leader).run(|p| p.floor_to_tell(false).unwrap()).await;
+        assert_eq!(three.at(leader).run(|p| p.floor_to_tell(false)).await, None, "it is not new");
+        for broker in three.up() {
+            broker.run(move |p| p.hear_floor(epoch - 1, floor)).await;
+            broker.run(move |p| p.hear_floor(epoch, floor)).await;
+            assert_eq!(broker.run(|p| p.log_start_offset()).await, 7);
+        }
+        three.agree(7).await;
     });
 }
 
@@ -436,5 +480,72 @@ fn what_a_cut_off_leader_wrote_alone_is_replaced() {
         assert_eq!(three.agree(0).await, log);
         let producers = three.at(old).run(|p| p.producers()).await;
         assert_eq!(producers.iter().map(|p| (p.0, p.2)).collect::<Vec<_>>(), [(3, 7)]);
+    });
+}
+
+impl Three {
+    /// Asks whoever leads until the members are these; a new replica hears from the leader who they are.
+    async fn move_to(&self, voters: &[u64], learners: &[u64]) {
+        let target = Target { voters: voters.to_vec(), learners: learners.to_vec() };
+        loop {
+            let leader = self.at(self.leader().await);
+            let wanted = target.clone();
+            let (index, members) = leader
+                .run(move |p| {
+                    let _ = p.propose_membership(wanted);
+                    p.members()
+                })
+                .await;
+            for broker in self.up() {
+                let members = members.clone();
+                broker.run(move |p| p.join(index, members)).await;
+            }
+            if members.voters == voters && members.learners == learners && !members.is_joint() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// As the metadata does with a replica that is moved away.
+    async fn remove(&self, at: usize) {
+        let delete = |shard: Rc<Shard>| async move { shard.delete(GROUP).await };
+        self.at(at).node.shards[0].run(delete).await.unwrap();
+    }
+
+    async fn create(&self, at: usize, replicas: &[i32]) {
+        let spec = spec(replicas);
+        let create = move |shard: Rc<Shard>| async move { drop(shard.create(spec).unwrap()) };
+        self.at(at).node.shards[0].run(create).await.unwrap();
+        *self.replicas.borrow_mut() = replicas.to_vec();
+    }
+}
+
+/// Regression: the replica that came back took old changes of members from a wrong beginning; and its number, which the store
+/// had seen deleted, made the next start take it for deleted.
+#[test]
+fn a_replica_moves_away_and_back() {
+    with_replicas(&[0, 1], |three| async move {
+        for _ in 0..5 {
+            produce(&three, b"before", None).await;
+        }
+        // To the third, and away from each of the first two in turn.
+        three.move_to(&[1, 2], &[3]).await;
+        three.agree(0).await;
+        three.move_to(&[1, 2, 3], &[]).await;
+        for (away, voters, replicas) in [(0, [2, 3], [1, 2]), (1, [1, 3], [0, 2])] {
+            three.move_to(&voters, &[]).await;
+            three.remove(away).await;
+            produce(&three, b"without it", None).await;
+            three.create(away, &replicas).await;
+            three.move_to(&voters, &[away as u64 + 1]).await;
+            three.agree(0).await;
+            three.move_to(&[1, 2, 3], &[]).await;
+            produce(&three, b"with it", None).await;
+            three.kill(away).await;
+            produce(&three, b"while it is away", None).await;
+            three.start(away);
+            three.agree(0).await;
+        }
     });
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use flumen_io::simulated::Machine;
 use flumen_protocol::record::{self, RecordError};
 use flumen_protocol::record_batch;
-use flumen_storage::{GroupLog, ReadError, RecoveredGroup};
+use flumen_storage::{GroupLog, Payload, ReadError, RecoveredGroup};
 
 use crate::model::{Log, Partition};
 
@@ -281,23 +281,33 @@ fn without_tail(
     });
     if let (Some(log), Some(found)) = (&mut entries, found) {
         let kept = floor.as_ref().map_or(0, |floor| floor.common(log));
-        if found.last_index >= kept {
-            log.entries.truncate(usize::try_from(found.last_index).unwrap_or(usize::MAX));
+        if found.last_index >= kept.max(log.before.0) {
+            log.entries.truncate(usize::try_from(found.last_index - log.before.0).unwrap_or(usize::MAX));
         }
     }
     let moved = |head: &Option<Log>| {
         head.as_ref().map(|head| Log { log_start: start.unwrap_or(head.log_start), ..head.clone() })
     };
-    heads.iter().filter_map(|(_, head)| with_head(entries.as_ref(), moved(head).as_ref())).collect()
+    // Damage can take out of one lane that the log began anew, and leave what the other lane had after that.
+    let before = entries.as_ref().filter(|_| loss == Loss::DamagedEnd).map(|log| log.before);
+    let of_this_log =
+        |head: Option<Log>| head.map(|head| Log { before: before.unwrap_or(head.before), ..head });
+    heads
+        .iter()
+        .filter_map(|(_, head)| with_head(entries.as_ref(), of_this_log(moved(head)).as_ref()))
+        .collect()
 }
 
 /// Entries of one state, the rest of another, cut to what the entries allow. `None`: they do not go together.
 fn with_head(state: Option<&Log>, head: Option<&Log>) -> Option<Option<Log>> {
     match (state, head) {
         (None, None) => Some(None),
+        // What is known since it began anew says that it did.
+        (Some(state), Some(head)) if state.before != head.before => None,
         (Some(state), Some(head)) => {
             let mut log = state.clone();
             log.hard = head.hard;
+            log.membership.clone_from(&head.membership);
             log.hard.commit = log.hard.commit.min(log.last_index());
             // An entry proves its term, and nobody has voted in a term of which there is only that.
             if log.last_term() > log.hard.term {
@@ -344,7 +354,9 @@ fn producers(state: &Log, found: &RecoveredGroup) -> Result<(), String> {
     for (id, (epoch, sequence, base)) in &want {
         match found.producers.producer(*id) {
             Some(known) if known == (*epoch, *sequence) => {}
-            None if *base < state.log_start => {}
+            // Those that it began with are in none of its batches, and must be known for as long as all of these are there.
+            None if *base < state.log_start
+                && !(state.brought.contains_key(id) && state.log_start == state.before.2) => {}
             known => {
                 return Err(format!("producer {id} is {known:?}, not {:?}", (epoch, sequence)));
             }
@@ -389,8 +401,14 @@ pub async fn content(
     for state in candidates.into_iter().flatten() {
         let bound = bound.map(|bound| bound.min(state.log_end()));
         match same_records(&state, bound, (start, end), &pieces, true) {
+            Ok(reached) if reached == end && log.raft_start().membership != state.membership => {
+                let (found, want) = (log.raft_start().membership, &state.membership);
+                // Where bits rot, the middle of what was said may be missing.
+                mismatch = Mismatch::Noticeable(format!("the members are {found:?}, not {want:?}"));
+            }
             Ok(reached) if reached == end => {
                 epochs(&state, log).map_err(Mismatch::Wrong)?;
+                all_entries(&state, log, bound, max_bytes).await?;
                 return Ok(state);
             }
             Ok(reached) => mismatch = Mismatch::Wrong(format!("the log reaches {reached}, not {end}")),
@@ -398,6 +416,107 @@ pub async fn content(
         }
     }
     Err(mismatch)
+}
+
+/// What Raft is told of the log, and every entry that other replicas could be sent.
+async fn all_entries(
+    state: &Log,
+    log: &GroupLog,
+    bound: Option<i64>,
+    max_bytes: usize,
+) -> Result<(), Mismatch> {
+    let wrong = |what: String| Err(Mismatch::Wrong(what));
+    let start = log.raft_start();
+    let ((before, term), offset) = (start.before, log.before().2);
+    if (start.last_index, start.last_term) != (state.last_index(), state.last_term()) {
+        return wrong(format!(
+            "Raft is told that the log ends at {} in term {}",
+            start.last_index, start.last_term
+        ));
+    }
+    // Only compaction takes indexes away.
+    if bound.is_none() && offset > state.log_start.max(state.before.2) {
+        // Where bits rot, indexes go too.
+        let what = format!("entries can be sent from {offset} on, and the log begins at {}", state.log_start);
+        return Err(Mismatch::Noticeable(what));
+    }
+    if let Some(entry) = state.entry(before)
+        && (entry.term, entry.next) != (term, offset)
+    {
+        return wrong(format!("before the first entry is {before} of term {term} up to {offset}"));
+    }
+    let mut at = before + 1;
+    while at <= start.last_index {
+        let found =
+            log.read_entries(at, start.last_index + 1, max_bytes).await.map_err(|error| match error {
+                ReadError::Damaged { .. } => Mismatch::Noticeable(format!("reading entry {at}: {error}")),
+                error => Mismatch::Wrong(format!("reading entry {at}: {error}")),
+            })?;
+        if found.is_empty() {
+            return wrong(format!("no entry {at} of {} to {}", before + 1, start.last_index));
+        }
+        for entry in &found {
+            same_entry(state, entry)?;
+            let run = start.terms.iter().rev().find(|(first, _)| *first <= entry.index);
+            if run.map_or(term, |(_, term)| *term) != entry.term {
+                return wrong(format!(
+                    "Raft is told another term of entry {} than {}",
+                    entry.index, entry.term
+                ));
+            }
+        }
+        at += found.len() as u64;
+    }
+    let applied = state.membership.as_ref().map_or(0, |(index, _)| *index);
+    let changes = state.entries.iter().filter(|entry| {
+        entry.index > applied.max(before) && entry.batch.is_none() && !entry.control.is_empty()
+    });
+    let changes: Vec<_> = changes.map(|entry| (entry.index, entry.control.clone())).collect();
+    if changes != start.controls {
+        return wrong(format!("Raft is told of control entries {:?}, not {changes:?}", start.controls));
+    }
+    for index in [before, before + (start.last_index - before) / 2, start.last_index] {
+        if log.end_of(index) != Some(state.end_of(index)) && index >= before {
+            return wrong(format!(
+                "entry {index} ends at {:?}, not {}",
+                log.end_of(index),
+                state.end_of(index)
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// An entry as it was staged.
+pub fn same_entry(state: &Log, found: &flumen_storage::Entry) -> Result<(), Mismatch> {
+    let Some(want) = state.entry(found.index) else {
+        return Err(Mismatch::Wrong(format!("entry {}, where the log ends", found.index)));
+    };
+    let same = match (&found.payload, &want.batch) {
+        (Payload::Batch(bytes), Some(batch)) => bytes == batch,
+        (Payload::Control(bytes), None) => *bytes == want.control,
+        _ => false,
+    };
+    if found.term != want.term || !same {
+        let shown = |payload: &Payload| match payload {
+            Payload::Batch(bytes) => describe(bytes),
+            Payload::Control(bytes) => format!("control {bytes:?}"),
+        };
+        let wanted = want.batch.as_deref().map_or_else(|| format!("control {:?}", want.control), describe);
+        let what = format!(
+            "entry {} is {} of term {}, not {wanted} of term {}",
+            found.index,
+            shown(&found.payload),
+            found.term,
+            want.term
+        );
+        // Nothing that Kafka's checksum covers may differ unnoticed.
+        return Err(match &found.payload {
+            Payload::Batch(bytes) if !record_batch::crc_ok(bytes) => Mismatch::Noticeable(what),
+            _ => Mismatch::Wrong(what),
+        });
+    }
+    Ok(())
 }
 
 /// Leader epochs are those of the batches.

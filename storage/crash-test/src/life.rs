@@ -49,6 +49,7 @@ pub struct Report {
     pub refusals: u64,
     pub staged: u64,
     pub compactions: u64,
+    pub begun: u64,
     pub counters: Counters,
     pub trace: u64,
 }
@@ -62,6 +63,7 @@ impl Report {
         self.refusals += other.refusals;
         self.staged += other.staged;
         self.compactions += other.compactions;
+        self.begun += other.begun;
         self.counters.add(&other.counters);
     }
 
@@ -229,11 +231,13 @@ impl Life {
             slots: std::mem::take(&mut self.slots),
             next_group: self.next_group,
             partitions: self.plan.partitions,
+            replicated: self.plan.replicated,
             violation: None,
             poisoned: false,
             process_ends: Rc::default(),
             stage_count: self.report.staged,
             compactions: 0,
+            begun: 0,
         }));
         let seen = Rc::clone(&world);
         let result = paused(async {
@@ -248,6 +252,7 @@ impl Life {
         self.next_group = world.next_group;
         self.report.staged = world.stage_count;
         self.report.compactions += world.compactions;
+        self.report.begun += world.begun;
         for slot in self.slots.values_mut() {
             slot.log = None;
         }

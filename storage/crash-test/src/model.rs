@@ -18,13 +18,20 @@ pub struct Entry {
     pub next: i64,
     /// `None` for an entry without records.
     pub batch: Option<Bytes>,
+    /// What such an entry says.
+    pub control: Bytes,
 }
+
+/// Who the members are, as of the entry at an index.
+pub type Membership = (u64, Bytes);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     Create,
     Entry(Entry),
-    Hard(HardState),
+    Hard(HardState, Option<Membership>),
+    /// The log begins anew after this, with producers that it has no batch of.
+    Begin(Box<Log>),
     LogStart(i64),
     Delete,
 }
@@ -44,28 +51,33 @@ pub struct Log {
     pub entries: Vec<Entry>,
     pub hard: HardState,
     pub log_start: i64,
+    /// Index, term and end of the entry before the first.
+    pub before: (u64, u64, i64),
+    pub membership: Option<Membership>,
+    /// Producers that it began with: epoch, last sequence, base offset.
+    pub brought: BTreeMap<i64, (i16, i32, i64)>,
 }
 
 impl Log {
     pub fn last_index(&self) -> u64 {
-        self.entries.last().map_or(0, |entry| entry.index)
+        self.entries.last().map_or(self.before.0, |entry| entry.index)
     }
 
     pub fn last_term(&self) -> u64 {
-        self.entries.last().map_or(0, |entry| entry.term)
+        self.entries.last().map_or(self.before.1, |entry| entry.term)
     }
 
     pub fn log_end(&self) -> i64 {
-        self.entries.last().map_or(0, |entry| entry.next)
+        self.entries.last().map_or(self.before.2, |entry| entry.next)
     }
 
     pub fn entry(&self, index: u64) -> Option<&Entry> {
-        self.entries.get(usize::try_from(index.checked_sub(1)?).ok()?)
+        self.entries.get(usize::try_from(index.checked_sub(self.before.0 + 1)?).ok()?)
     }
 
     /// Offset after the entry at `index`.
     pub fn end_of(&self, index: u64) -> i64 {
-        self.entry(index).map_or(0, |entry| entry.next)
+        self.entry(index).map_or(self.before.2, |entry| entry.next)
     }
 
     /// Batches that a reader of the whole log gets.
@@ -81,17 +93,26 @@ impl Log {
 
     /// Entries that both have, from the first on.
     pub fn common(&self, other: &Log) -> u64 {
-        self.entries.iter().zip(&other.entries).take_while(|(mine, theirs)| mine == theirs).count() as u64
+        if self.before != other.before {
+            return self.before.0.min(other.before.0);
+        }
+        let same = self.entries.iter().zip(&other.entries).take_while(|(mine, theirs)| mine == theirs);
+        self.before.0 + same.count() as u64
     }
 
     fn apply(&mut self, change: &Change) {
         match change {
             Change::Entry(entry) => {
-                self.entries.truncate(usize::try_from(entry.index - 1).unwrap_or(usize::MAX));
+                let kept = entry.index - 1 - self.before.0;
+                self.entries.truncate(usize::try_from(kept).unwrap_or(usize::MAX));
                 assert_eq!(self.last_index() + 1, entry.index, "the workload stages without gaps");
                 self.entries.push(entry.clone());
             }
-            Change::Hard(hard) => self.hard = *hard,
+            Change::Hard(hard, membership) => {
+                self.hard = *hard;
+                self.membership = membership.clone().or(self.membership.take());
+            }
+            Change::Begin(log) => *self = (**log).clone(),
             Change::LogStart(offset) => self.log_start = self.log_start.max(*offset),
             Change::Create | Change::Delete => {}
         }
@@ -99,7 +120,7 @@ impl Log {
 
     /// Last batch of every idempotent producer: epoch, last sequence, base offset.
     pub fn producers(&self) -> BTreeMap<i64, (i16, i32, i64)> {
-        let mut found = BTreeMap::new();
+        let mut found = self.brought.clone();
         for batch in self.entries.iter().filter_map(|entry| entry.batch.as_ref()) {
             if let Ok(header) = record_batch::parse_header(batch)
                 && header.has_producer_id()

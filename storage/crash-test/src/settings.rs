@@ -60,7 +60,12 @@ pub struct Plan {
     pub partitions: u64,
     pub clients: usize,
     pub crashes: u64,
+    /// The partitions have members, and sometimes begin anew.
+    pub replicated: bool,
 }
+
+/// Seeds below this mean what they meant before partitions had members; some of them are kept because they failed once.
+pub const REPLICATED_FROM: u64 = 6_000;
 
 impl Plan {
     pub fn of(seed: u64, crashes: u64, log: bool) -> Plan {
@@ -85,6 +90,7 @@ impl Plan {
             partitions: 2 + random.below(4),
             clients: 2 + usize::try_from(random.below(3)).unwrap_or(0),
             crashes,
+            replicated: seed >= REPLICATED_FROM,
         }
     }
 }

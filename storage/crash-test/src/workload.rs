@@ -12,9 +12,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use flumen_io::simulated::{Fault, Machine, Random};
 use flumen_protocol::record::BatchBuilder;
+use flumen_protocol::record_batch;
 use flumen_storage::{
-    AdvanceError, CompactError, CompactionConfig, CreateError, DeleteError, Durability, Entry, GroupConfig,
-    GroupId, GroupLog, HardState, Lane, Lsn, Payload, ReadError, ShardStore, StageError,
+    AdvanceError, Beginning, CompactError, CompactionConfig, CreateError, DeleteError, Durability, Entry,
+    GroupConfig, GroupId, GroupLog, HardState, Lane, Lsn, Payload, ProducerState, ReadError, ShardStore,
+    StageError,
 };
 use tokio::sync::Notify;
 
@@ -59,6 +61,8 @@ pub struct World {
     pub slots: BTreeMap<GroupId, Slot>,
     pub next_group: GroupId,
     pub partitions: u64,
+    /// The partitions have members, and sometimes begin anew.
+    pub replicated: bool,
     /// First broken promise.
     pub violation: Option<String>,
     /// A store took no more writes.
@@ -68,6 +72,7 @@ pub struct World {
     pub stage_count: u64,
     /// Passes of compaction that changed something or found that there was nothing to change.
     pub compactions: u64,
+    pub begun: u64,
 }
 
 impl Slot {
@@ -199,9 +204,11 @@ fn stage(
     let (mut entries, mut changes) = (Vec::new(), Vec::new());
     for k in 0..count {
         let index = first + k;
+        let mut control = Bytes::new();
         let (payload, next, bytes) = if world.random.below(8) == 0 {
             let size = world.random.below(40) as usize;
-            (Payload::Control(Bytes::from(vec![9; size])), offset, None)
+            control = Bytes::from(vec![9; size]);
+            (Payload::Control(control.clone()), offset, None)
         } else {
             // A client whose batch was replaced does not know; to keep sequences simple it is another one.
             let producer = (!replaces && world.random.below(2) == 0)
@@ -214,19 +221,26 @@ fn stage(
             }
             (Payload::Batch(bytes.clone()), offset + records, Some(bytes))
         };
-        changes.push(Change::Entry(model::Entry { index, term, base: offset, next, batch: bytes }));
+        changes.push(Change::Entry(model::Entry { index, term, base: offset, next, batch: bytes, control }));
         entries.push(Entry { index, term, payload });
         offset = next;
     }
     let slot = world.slots.get_mut(&id)?;
     let hard = with_hard.then(|| HardState { term, vote: 1 + term % 3, commit: slot.commit.min(first - 1) });
-    changes.extend(hard.map(Change::Hard));
+    let commit = slot.commit;
+    let change = hard.is_some() && world.replicated && world.random.below(3) == 0;
+    let membership = change.then(|| {
+        let size = 1 + world.random.below(40) as usize;
+        (commit, Bytes::from(vec![world.random.below(250) as u8; size]))
+    });
+    let slot = world.slots.get_mut(&id)?;
+    changes.extend(hard.map(|hard| Change::Hard(hard, membership.clone())));
     if changes.is_empty() {
         return None;
     }
     let total: usize = entries.iter().map(|entry| entry.payload.bytes().len()).sum();
     let promised = count == 1 && !with_hard && !replaces && log.has_room(total);
-    match log.stage(hard, &entries) {
+    match log.stage_with(hard, membership, &entries) {
         Ok(commit) => {
             slot.sequences = sequences;
             // Who only votes does not lead.
@@ -293,13 +307,134 @@ fn state_end(world: &World, id: GroupId) -> u64 {
 fn replace(world: &mut World, id: GroupId) {
     let Some(slot) = world.slots.get(&id) else { return };
     let Some(state) = slot.model.log() else { return };
-    let (kept, last, term) = (slot.commit.max(slot.settled), state.last_index(), term_of(state) + 1);
+    // Where the indexes of batches are kept, every place is found.
+    let settled = if world.replicated && !is_keyed(id) { 0 } else { slot.settled };
+    let (kept, last, term) = (slot.commit.max(settled), state.last_index(), term_of(state) + 1);
     if last <= kept {
         return;
     }
     let first = kept + 1 + world.random.below(last - kept);
     let count = 1 + world.random.below(2);
     stage(world, id, first, term, count, true);
+}
+
+/// What others have begins further on than this log ends, or disagrees with what is not committed of it.
+fn begin_anew(world: &mut World, id: GroupId) {
+    let Some(slot) = world.slots.get(&id) else { return };
+    let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
+    let last = state.last_index();
+    let commit = slot.commit.max(slot.settled.min(last));
+    let (committed_end, term) = (state.end_of(commit).max(state.log_start), term_of(state));
+    let (membership, durable) = (state.membership.clone(), slot.config.durability == Durability::Durable);
+    let index = commit + 1 + world.random.below(last - commit + 20);
+    let offset = committed_end + 1 + i64::try_from(world.random.below(100)).unwrap_or(0);
+    let term = term + world.random.below(2);
+    let mut producers = ProducerState::new();
+    let mut brought = BTreeMap::new();
+    for producer in (100..).take(usize::try_from(world.random.below(PRODUCERS + 1)).unwrap_or(0)) {
+        let sequence = i32::try_from(world.random.below(1000)).unwrap_or(0);
+        let mut builder = BatchBuilder::new();
+        builder.append(world.machine.now_ms(), None, Some(b"elsewhere"), &[]);
+        builder.producer(producer, 0, sequence);
+        let bytes = builder.build(offset - 1);
+        let header = record_batch::parse_header(&bytes).expect("a batch was built");
+        producers.apply(&header);
+        brought.insert(producer, (0, sequence, offset - 1));
+    }
+    let members = (index, Bytes::from(vec![world.random.below(250) as u8; 20]));
+    let membership = if world.random.below(2) == 0 { members } else { membership.unwrap_or(members) };
+    let hard = HardState { term, vote: world.random.below(4), commit: index };
+    let begun = log.begin_anew(&Beginning {
+        hard_state: hard,
+        index,
+        term,
+        offset,
+        membership: membership.clone(),
+        producers: producers.encode(offset, -1).into(),
+    });
+    let Some(slot) = world.slots.get_mut(&id) else { return };
+    match begun {
+        Ok(commit) => {
+            slot.sequences =
+                brought.iter().map(|(producer, (_, sequence, _))| (*producer, sequence + 1)).collect();
+            (slot.commit, slot.settled) = (index, index);
+            slot.elected = false;
+            let state = model::Log {
+                entries: Vec::new(),
+                hard,
+                log_start: offset,
+                before: (index, term, offset),
+                membership: Some(membership),
+                brought,
+            };
+            slot.model.stage(Change::Begin(Box::new(state)), Some(commit), durable);
+            world.begun += 1;
+            world
+                .machine
+                .note(&format!("{id} begins anew after {index} of term {term} at {offset}, {commit:?}"));
+        }
+        Err(StageError::NoSpace) => {}
+        Err(StageError::Poisoned) => world.poisoned = true,
+        Err(StageError::Damaged) if world.may_be_refused() => world.take_out_of_service(id),
+        Err(error) => world.blame(format!("group {id}: beginning anew after {index}: {error}")),
+    }
+}
+
+/// A replica is behind and is sent some entries.
+async fn read_entries(world: &Shared, id: GroupId) {
+    let (log, low, high, max_bytes, before, commit) = {
+        let mut world = world.borrow_mut();
+        let Some(slot) = world.slots.get(&id) else { return };
+        let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
+        let (first, last, before, commit) =
+            (log.before().0 + 1, state.last_index(), state.before, slot.commit);
+        if first > last {
+            return;
+        }
+        let low = first + world.random.below(last - first + 1);
+        let high = low + 1 + world.random.below(last - low + 1);
+        (log, low, high, 1 + world.random.below(60_000) as usize, before, commit)
+    };
+    let found = log.read_entries(low, high, max_bytes).await;
+    let mut world = world.borrow_mut();
+    let Some(slot) = world.slots.get(&id) else { return };
+    let Some(state) = slot.model.log().filter(|state| state.before == before) else { return };
+    let verdict = match found {
+        // They were replaced meanwhile, by fewer.
+        Ok(found) if found.is_empty() && low > commit => Ok(()),
+        Ok(found)
+            if found.is_empty() || found[0].index != low || found.last().is_some_and(|e| e.index >= high) =>
+        {
+            let what = format!(
+                "asked for entries {low} to {high}, got {}; they begin after {:?}",
+                found.len(),
+                log.before()
+            );
+            Err(Mismatch::Wrong(what))
+        }
+        // Others may have been replaced meanwhile.
+        Ok(found) => found
+            .iter()
+            .filter(|entry| entry.index <= commit)
+            .try_for_each(|entry| check::same_entry(state, entry)),
+        // Compaction or retention took them meanwhile, or a cut.
+        Err(ReadError::OutOfRange { .. }) if log.before().0 >= low => Ok(()),
+        Err(ReadError::Io(error)) if error.kind() == std::io::ErrorKind::Interrupted => Ok(()),
+        Err(ReadError::Io(error))
+            if error.kind() == std::io::ErrorKind::NotFound && log.before().0 >= low =>
+        {
+            Ok(())
+        }
+        Err(error) if world.may_not_read(&error) => Ok(()),
+        Err(error) => Err(Mismatch::Wrong(format!("reading entries from {low}: {error}"))),
+    };
+    match verdict {
+        Ok(()) => {}
+        Err(Mismatch::Noticeable(_)) if world.theme == Theme::Damage => {}
+        Err(Mismatch::Noticeable(reason) | Mismatch::Wrong(reason)) => {
+            world.blame(format!("group {id}: {reason}"));
+        }
+    }
 }
 
 /// What is acknowledged is committed: it may leave the WAL, and readers may see it.
@@ -506,7 +641,7 @@ async fn delete(world: &Shared, id: GroupId) {
 }
 
 async fn read(world: &Shared, id: GroupId) {
-    let (log, from, upper, max_bytes) = {
+    let (log, from, upper, max_bytes, before) = {
         let mut world = world.borrow_mut();
         let Some(log) = world.slots.get(&id).and_then(|slot| slot.log.clone()) else { return };
         let (start, end) = (log.log_start_offset(), log.high_watermark());
@@ -514,7 +649,8 @@ async fn read(world: &Shared, id: GroupId) {
             return;
         }
         let from = start + i64::try_from(world.random.below((end - start) as u64)).unwrap_or(0);
-        (log, from, end, 1 + world.random.below(20_000) as usize)
+        let before = world.slots.get(&id).and_then(|slot| slot.model.log()).map(|state| state.before);
+        (log, from, end, 1 + world.random.below(20_000) as usize, before)
     };
     let found = match log.read_cached(from, upper, max_bytes) {
         Some(found) => Ok(found),
@@ -523,6 +659,10 @@ async fn read(world: &Shared, id: GroupId) {
     let mut world = world.borrow_mut();
     let Some(slot) = world.slots.get(&id) else { return };
     let Some(state) = slot.model.log() else { return };
+    if Some(state.before) != before {
+        // What it read is of a log that is no more.
+        return;
+    }
     let verdict = match found {
         Ok(found) => check::same_records(state, slot.bound(id), (from, upper), &found, false).map(drop),
         Err(ReadError::OutOfRange { .. }) if state.log_start > from => Ok(()),
@@ -547,7 +687,8 @@ pub async fn client(world: Shared, actions: u64) {
                 return;
             }
             let pause = world.random.below(12);
-            (pause, world.random.below(100), world.pick_slot())
+            let extra = if world.replicated { world.random.below(60) } else { u64::MAX };
+            (pause, if extra < 6 { 100 + extra } else { world.random.below(100) }, world.pick_slot())
         };
         match pause {
             0 => {
@@ -576,6 +717,8 @@ pub async fn client(world: Shared, actions: u64) {
             82..=84 => reconfigure(&mut world.borrow_mut(), id),
             85..=86 => create_any(&mut world.borrow_mut()),
             87 => delete(&world, id).await,
+            100 => begin_anew(&mut world.borrow_mut(), id),
+            101.. => read_entries(&world, id).await,
             88..=90 if is_keyed(id) => compact(&world, id).await,
             _ => read(&world, id).await,
         }

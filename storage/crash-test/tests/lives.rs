@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use flumen_crash_test::{Life, Report};
+use flumen_crash_test::{Life, REPLICATED_FROM, Report};
 
 /// Crashes in each life; part of what a seed means.
 const CRASHES: u64 = 8;
@@ -53,12 +53,15 @@ fn live(seed: u64) -> Report {
 #[test]
 fn ten_thousand_crashes_keep_every_promise() {
     let (next, points, compactions) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let begun = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 while points.load(Ordering::Relaxed) < CRASH_POINTS {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    let report = live(seed);
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    // With members and without.
+                    let report = live(number / 2 + (number % 2) * REPLICATED_FROM);
+                    begun.fetch_add(report.begun, Ordering::Relaxed);
                     let lived = report.crash_points();
                     compactions.fetch_add(report.compactions, Ordering::Relaxed);
                     let before = points.fetch_add(lived, Ordering::Relaxed);
@@ -72,6 +75,9 @@ fn ten_thousand_crashes_keep_every_promise() {
     let (seeds, compactions) = (next.into_inner(), compactions.into_inner());
     println!("{compactions} passes of compaction");
     assert!(compactions > CRASH_POINTS / 20, "compaction hardly ever ran");
+    let begun = begun.into_inner();
+    println!("{begun} logs began anew");
+    assert!(begun > CRASH_POINTS / 20, "hardly any log ever began anew");
     println!("{seeds} seeds, {} crash points", points.into_inner());
     assert!(seeds > CRASH_POINTS / CRASHES / 4, "a life has few more crashes than it was given");
 }
@@ -86,7 +92,7 @@ fn what_failed_once_holds() {
 #[test]
 fn a_seed_is_one_run() {
     // One of each theme.
-    for seed in 5_000..5_008 {
+    for seed in (5_000..5_008).chain(REPLICATED_FROM..REPLICATED_FROM + 8) {
         let (first, second) = (live(seed), live(seed));
         assert_eq!(first.trace, second.trace, "seed {seed}");
         assert_eq!((first.staged, first.crash_points()), (second.staged, second.crash_points()));

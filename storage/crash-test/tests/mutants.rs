@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use flumen_crash_test::Life;
+use flumen_crash_test::{Life, REPLICATED_FROM};
 use flumen_storage::mutant::{MUTANTS, become_mutant};
 
 const CRASHES: u64 = 8;
@@ -32,7 +32,8 @@ fn every_mutant_is_caught() {
                             continue;
                         }
                         become_mutant(Some(*mutant));
-                        let caught = (0..SEEDS_MAX).find_map(|seed| Life::run(seed, CRASHES, false).err());
+                        let seeds = REPLICATED_FROM..REPLICATED_FROM + SEEDS_MAX;
+                        let caught = seeds.into_iter().find_map(|seed| Life::run(seed, CRASHES, false).err());
                         become_mutant(None);
                         match caught {
                             Some(failure) => println!(
