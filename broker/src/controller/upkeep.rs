@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use flumen_metadata::Command;
+use flumen_metadata::{Command, NodeState};
 use flumen_raft::{ProposeError, Status, Target};
 
 use super::Controller;
@@ -68,8 +68,13 @@ impl Controller {
         let nodes: BTreeSet<u64> = self.image.borrow().nodes.keys().map(|id| raft_id(*id)).collect();
         let young = nodes.len() < cluster.identity.founders.len();
         let status = self.log.raft_status();
-        if let Some(to) = successor_wanted(&status, &nodes, young) {
-            tracing::info!(to, "this node was removed; another is to lead the metadata");
+        let up = self.shard.node.is_up();
+        let active: BTreeSet<u64> = (self.image.borrow().nodes.values())
+            .filter(|node| node.state == NodeState::Active && up(node.id))
+            .map(|node| raft_id(node.id))
+            .collect();
+        if let Some(to) = successor_wanted(&status, &active, young) {
+            tracing::info!(to, "this node is to lead nothing; another is to lead the metadata");
             // A refusal means that it leads no more.
             let _ = self.log.transfer_leader(to);
             return;
@@ -83,14 +88,14 @@ impl Controller {
     }
 }
 
-/// Who is to lead when the leader itself was removed: the voter that has most.
-fn successor_wanted(status: &Status, nodes: &BTreeSet<u64>, young: bool) -> Option<u64> {
+/// Who is to lead when the leader is to stop doing so, or to leave: of the nodes that may lead the voter that has most.
+fn successor_wanted(status: &Status, active: &BTreeSet<u64>, young: bool) -> Option<u64> {
     let own = status.leadership.leader_id;
-    if young || nodes.contains(&own) || status.membership.is_joint() {
+    if young || active.contains(&own) || status.membership.is_joint() {
         return None;
     }
     let able =
-        status.peers.iter().filter(|peer| peer.id != own && !peer.is_learner && nodes.contains(&peer.id));
+        status.peers.iter().filter(|peer| peer.id != own && !peer.is_learner && active.contains(&peer.id));
     able.max_by_key(|peer| peer.matched_index).map(|peer| peer.id)
 }
 
