@@ -12,10 +12,11 @@ use serde_json::{Value, json};
 use crate::flumen::Flumen;
 use crate::kafka::{ends_of, read_all};
 use crate::load::Load;
-use crate::process::free_port;
+use crate::process::free_ports;
 use crate::witness::{Witness, judge};
 
 const POLL: Duration = Duration::from_millis(50);
+const NODES_MAX: usize = 8;
 const PROGRESS_RECORDS: usize = 300;
 /// A batch's base offset and length, before the length counts.
 const BATCH_PREFIX_BYTES: usize = 12;
@@ -42,7 +43,9 @@ impl Cluster {
         settings: &[&str],
         environment: Vec<(&'static str, String)>,
     ) -> anyhow::Result<Cluster> {
-        let rpc: Vec<String> = (0..nodes).map(|_| format!("127.0.0.1:{}", free_port())).collect();
+        ensure!(nodes <= NODES_MAX, "{nodes} nodes are more than a test needs");
+        let ports = free_ports::<{ 3 * NODES_MAX }>();
+        let rpc: Vec<String> = ports[..nodes].iter().map(|port| format!("127.0.0.1:{port}")).collect();
         let mut cluster = Cluster {
             nodes: Vec::new(),
             dir: dir.to_path_buf(),
@@ -50,7 +53,7 @@ impl Cluster {
             settings: settings.iter().map(ToString::to_string).collect(),
         };
         for (at, rpc) in rpc.iter().enumerate() {
-            let mut node = cluster.idle(at, rpc);
+            let mut node = cluster.idle(at, rpc, ports[NODES_MAX + at], ports[2 * NODES_MAX + at]);
             node.environment.clone_from(&environment);
             cluster.nodes.push(node);
         }
@@ -58,17 +61,18 @@ impl Cluster {
         Ok(cluster)
     }
 
-    fn idle(&self, at: usize, rpc: &str) -> Flumen {
+    fn idle(&self, at: usize, rpc: &str, kafka: u16, admin: u16) -> Flumen {
         let id = (at + 1).to_string();
         let more = ["--node-id", &id, "--rpc", rpc, "--seeds", &self.seeds, "--shards", "1"];
         let settings: Vec<&str> = self.settings.iter().map(String::as_str).collect();
-        Flumen::idle_at(&self.dir.join(format!("n{id}")), free_port(), free_port(), &settings, &more)
+        Flumen::idle_at(&self.dir.join(format!("n{id}")), kafka, admin, &settings, &more)
     }
 
     /// One more node, which joins; its position.
     pub fn add(&mut self) -> anyhow::Result<usize> {
         let at = self.nodes.len();
-        let mut node = self.idle(at, &format!("127.0.0.1:{}", free_port()));
+        let [rpc, kafka, admin] = free_ports();
+        let mut node = self.idle(at, &format!("127.0.0.1:{rpc}"), kafka, admin);
         node.restart()?;
         self.nodes.push(node);
         Ok(at)
@@ -272,7 +276,9 @@ impl Cluster {
 /// Batches in the segments of a stopped node by their base offset; `None` when it has no replica.
 fn batches_of(data: &Path, partition: &str) -> anyhow::Result<Option<BTreeMap<i64, Vec<u8>>>> {
     let named = |path: &PathBuf| {
-        path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(&format!("{partition}.g")))
+        // One that was given up may wait for its files to go.
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        name.starts_with(&format!("{partition}.g")) && !name.ends_with(".deleted")
     };
     let inside = |dir: &Path| -> anyhow::Result<Vec<PathBuf>> {
         Ok(std::fs::read_dir(dir)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?)

@@ -102,10 +102,14 @@ impl Drop for Process {
 
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0")
-        .and_then(|l| l.local_addr())
-        .map(|a| a.port())
-        .expect("loopback has a free port")
+    free_ports::<1>()[0]
+}
+
+/// Different ones.
+pub fn free_ports<const N: usize>() -> [u16; N] {
+    let bind = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    let listeners: [std::net::TcpListener; N] = std::array::from_fn(bind);
+    listeners.map(|listener| listener.local_addr().expect("a bound socket has an address").port())
 }
 
 /// `preferred` when nobody listens there, else a free one.

@@ -103,3 +103,28 @@ fn partitions_move_to_a_new_node_and_leaders_go_home() {
 
     cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut witnesses).unwrap();
 }
+
+/// A node that had a replica once gets the whole log again, with every change of members that it has seen and missed.
+#[test]
+fn a_replica_that_was_given_up_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 4, &["group.initial.rebalance.delay.ms=0"]).unwrap();
+    cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();
+    let kafka = cluster.kafka();
+    let mut load = Load::start_at(&kafka, TOPIC, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "four nodes").unwrap();
+    for target in [[4, 3, 1], [1, 4, 2], [2, 3, 4], [3, 1, 2], [4, 1, 2], [2, 1, 3]] {
+        assert_eq!(reassign(&cluster, 0, Some(&target)), 0);
+        await_at_rest(&cluster);
+        assert_eq!(described(&cluster).0[0], target);
+        cluster.progress(&load, &format!("partition 0 is on {target:?}")).unwrap();
+        let health = cluster.any().unwrap().cli(&["cluster", "health"]).unwrap();
+        assert!(!health.stdout.contains("PARTITION_DAMAGED"), "{}", health.stdout);
+        // What a node believes of the members after it got the log is what it starts with.
+        let leader = cluster.leader_of(TOPIC, 0).unwrap();
+        cluster.nodes[leader].kill_9();
+        cluster.progress(&load, &format!("node {} killed", leader + 1)).unwrap();
+        cluster.nodes[leader].restart().unwrap();
+    }
+    cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut []).unwrap();
+}
