@@ -256,7 +256,8 @@ impl Controller {
             && self.shard.node.cluster.is_some()
         {
             // Asked for again until another leads, which a node that is to leave sees to.
-            let message = format!("node {id} leads the metadata; it hands over after flumen cluster decommission {id}");
+            let message =
+                format!("node {id} leads the metadata; it hands over after flumen cluster decommission {id}");
             return Err(TopicError { code: ErrorCode::NOT_CONTROLLER, message });
         }
         let up = self.shard.node.is_up();
