@@ -116,6 +116,8 @@ fn members_wanted(status: &Status, nodes: &BTreeSet<u64>, young: bool) -> Option
             status.peers.iter().any(|peer| {
                 peer.id == *id
                     && peer.is_active
+                    // A new member passes for active before anything was heard of it.
+                    && peer.matched_index > 0
                     && peer.matched_index + CAUGHT_UP_ENTRIES_MAX >= status.last_index
             })
         };
