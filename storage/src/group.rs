@@ -57,7 +57,9 @@ fn hard_state_payload(hard_state: HardState, membership: Option<&(u64, Bytes)>) 
     let mut payload = Vec::with_capacity(16);
     payload.extend_from_slice(&vote.to_le_bytes());
     payload.extend_from_slice(&hard_state.commit.to_le_bytes());
-    if let Some((index, members)) = membership {
+    if let Some((index, members)) = membership
+        && !mutant::is(Mutant::ForgetsMembers)
+    {
         payload.extend_from_slice(&index.to_le_bytes());
         payload.extend_from_slice(members);
     }

@@ -36,10 +36,12 @@ pub enum Mutant {
     CompactsWithoutSync,
     DropsNewestOfKey,
     ForgetsProducers,
+    ForgetsMembers,
+    ForgetsBeginning,
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 29] = [
+pub const MUTANTS: [Mutant; 31] = [
     Mutant::SkipsSegmentSync,
     Mutant::SkipsDirectorySync,
     Mutant::SkipsNameOfFormerRun,
@@ -69,6 +71,8 @@ pub const MUTANTS: [Mutant; 29] = [
     Mutant::CompactsWithoutSync,
     Mutant::DropsNewestOfKey,
     Mutant::ForgetsProducers,
+    Mutant::ForgetsMembers,
+    Mutant::ForgetsBeginning,
 ];
 
 #[cfg(feature = "mutants")]

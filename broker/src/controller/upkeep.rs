@@ -68,6 +68,12 @@ impl Controller {
         let nodes: BTreeSet<u64> = self.image.borrow().nodes.keys().map(|id| raft_id(*id)).collect();
         let young = nodes.len() < cluster.identity.founders.len();
         let status = self.log.raft_status();
+        if let Some(to) = successor_wanted(&status, &nodes, young) {
+            tracing::info!(to, "this node was removed; another is to lead the metadata");
+            // A refusal means that it leads no more.
+            let _ = self.log.transfer_leader(to);
+            return;
+        }
         let Some(target) = members_wanted(&status, &nodes, young) else { return };
         tracing::info!(voters = ?target.voters, learners = ?target.learners, "members of the metadata group change");
         match self.log.propose_membership(target) {
@@ -75,6 +81,17 @@ impl Controller {
             Err(error) => tracing::warn!(%error, "the members of the metadata group could not be changed"),
         }
     }
+}
+
+/// Who is to lead when the leader itself was removed: the voter that has most.
+fn successor_wanted(status: &Status, nodes: &BTreeSet<u64>, young: bool) -> Option<u64> {
+    let own = status.leadership.leader_id;
+    if young || nodes.contains(&own) || status.membership.is_joint() {
+        return None;
+    }
+    let able =
+        status.peers.iter().filter(|peer| peer.id != own && !peer.is_learner && nodes.contains(&peer.id));
+    able.max_by_key(|peer| peer.matched_index).map(|peer| peer.id)
 }
 
 /// The members that the group of the metadata should have next, when not those that it has. `young`: not all founders have
@@ -180,6 +197,13 @@ mod tests {
         assert_eq!(wanted(&status(&[1, 2, 3], &[4], &[]), &[1, 2, 4], false), Some((vec![1, 2], vec![4])));
         assert_eq!(wanted(&status(&[1, 2], &[4], &[]), &[1, 2, 4], false), Some((vec![1, 2, 4], vec![])));
         assert_eq!(wanted(&status(&[3, 1, 2], &[], &[]), &[1, 2], false), None, "the leader goes last");
+        let successor = |behind: &[u64], nodes: &[u64], young| {
+            let nodes = nodes.iter().copied().collect();
+            successor_wanted(&status(&[3, 1, 2], &[4], behind), &nodes, young)
+        };
+        assert_eq!(successor(&[1], &[1, 2, 4], false), Some(2), "and hands over to who has most");
+        assert_eq!(successor(&[], &[1, 2, 3], false), None);
+        assert_eq!(successor(&[], &[1, 2], true), None);
         let mut joint = status(&[1, 2], &[], &[]);
         joint.membership.outgoing = vec![1, 2, 3];
         assert_eq!(wanted(&joint, &[1, 2, 3], false), None);

@@ -39,6 +39,10 @@ const REGRESSIONS: &[u64] = &[
     5633, // a torn block whose checksum did not see states that had changed places
     352,  // a producer whose newest batch was lost, after compaction had taken the one before it
     746,  // a failed sync of one shard that took what another's, under way with it, called safe
+    6000, // a read of entries that retention overtook
+    6070, // producers that a log began with, gone with a later snapshot that Raft cut
+    6186, // entries counted by marks that had gone meanwhile
+    7133, // a state of one lane that knew of a beginning in the other, without its producers
 ];
 
 fn live(seed: u64) -> Report {
