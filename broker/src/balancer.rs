@@ -16,7 +16,7 @@ use flumen_metadata::balance;
 use flumen_metadata::reassignment::{GroupView, Step, Waiting, next_step};
 use flumen_metadata::{MetadataImage, NodeState, PartitionInfo};
 use flumen_protocol::error_code::ErrorCode;
-use flumen_raft::{ProposeError, Status, Target};
+use flumen_raft::{PeerStatus, ProposeError, Status, Target};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -129,7 +129,9 @@ async fn take_step(
 fn view_of(status: &Status) -> GroupView {
     let ids = |ids: &[u64]| ids.iter().filter_map(|id| node_id_of(*id)).collect();
     let own = status.leadership.leader_id;
-    let behind = status.peers.iter().filter(|peer| peer.is_active || peer.id == own).filter_map(|peer| {
+    // Raft takes a new member for active before it has heard of it; one that has nothing has not joined yet.
+    let heard_of = |peer: &&PeerStatus| peer.id == own || (peer.is_active && peer.matched_index > 0);
+    let behind = status.peers.iter().filter(heard_of).filter_map(|peer| {
         let lacks =
             if peer.id == own { 0 } else { status.committed_index.saturating_sub(peer.matched_index) };
         Some((node_id_of(peer.id)?, lacks))

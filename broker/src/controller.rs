@@ -251,6 +251,15 @@ impl Controller {
 
     /// Plans and commits what an intent asks for.
     pub async fn carry_out(self: &Rc<Self>, intent: &Intent) -> Result<Done, TopicError> {
+        if let Intent::RemoveNode { id } = intent
+            && *id == self.shard.node.config.node_id
+            && self.shard.node.cluster.is_some()
+        {
+            // Asked for again until another leads, which a node that is to leave sees to.
+            let message =
+                format!("node {id} leads the metadata; it hands over after flumen cluster decommission {id}");
+            return Err(TopicError { code: ErrorCode::NOT_CONTROLLER, message });
+        }
         let up = self.shard.node.is_up();
         let (refused, outcome) = self
             .change(|image, config| match intent.plan(image, config, &up, Uuid::new_v4()) {

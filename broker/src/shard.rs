@@ -174,7 +174,8 @@ impl Shard {
     }
 
     fn is_alone(&self, spec: &PartitionSpec) -> bool {
-        spec.replicas == [self.node.config.node_id] || (spec.replicas.is_empty() && self.node.cluster.is_none())
+        spec.replicas == [self.node.config.node_id]
+            || (spec.replicas.is_empty() && self.node.cluster.is_none())
     }
 
     fn insert(self: &Rc<Self>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {

@@ -197,8 +197,7 @@ pub(crate) async fn serve(shard: &Rc<Shard>) -> Result<bool, FlushError> {
         job
     };
     // All of them to their end: a run that is dropped half way would leave its group marked as flushing.
-    let jobs: Vec<Job> =
-        stream::iter(large).map(write).buffer_unordered(GROUPS_IN_FLIGHT).collect().await;
+    let jobs: Vec<Job> = stream::iter(large).map(write).buffer_unordered(GROUPS_IN_FLIGHT).collect().await;
     if jobs.iter().any(|job| matches!(job.outcome, Err(FlushError::Poisoned))) {
         return Err(FlushError::Poisoned);
     }

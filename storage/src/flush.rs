@@ -186,7 +186,11 @@ async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushEr
 }
 
 /// As `flush_run`; entries up to the index `upto` need not be committed.
-pub(crate) async fn flush_run_to(shard: &Rc<Shard>, group: &Rc<Group>, upto: u64) -> Result<bool, FlushError> {
+pub(crate) async fn flush_run_to(
+    shard: &Rc<Shard>,
+    group: &Rc<Group>,
+    upto: u64,
+) -> Result<bool, FlushError> {
     if group.deleted.get() {
         return Ok(false);
     }
@@ -733,14 +737,27 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
             continue;
         }
         let state = group.state(shard.wal_id, 0);
-        let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
         group.inner.borrow_mut().record_in(shard, lane);
+        // It began anew since: the state says so, and may be safe before the record of the other lane that has the producers.
+        let begun_with = group.inner.borrow().begun_with.clone();
+        if let Some((offset, producers)) = &begun_with {
+            let record =
+                RecordHeader { kind: PRODUCERS, group: group.id, index: 0, term: 0, offset: *offset };
+            match wal.append(&shard.next_lsn, &record, producers, Class::System) {
+                Ok((_, at)) => group.touch(wal, at),
+                Err(_) => return Ok(false),
+            }
+        }
+        let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
         match wal.append(&shard.next_lsn, &record, &state.encode(), Class::System) {
             Ok((_, at)) => group.touch(wal, at),
             Err(_) => return Ok(false),
         }
         let bytes = group.producers.borrow().encoded_len();
-        if bytes <= SNAPSHOT_BYTES_MAX.min(producers_left) && group.inner.borrow().producers_whole {
+        if begun_with.is_none()
+            && bytes <= SNAPSHOT_BYTES_MAX.min(producers_left)
+            && group.inner.borrow().producers_whole
+        {
             let (offset, snapshot) = encode_producers(group);
             let record = RecordHeader { kind: PRODUCERS, group: group.id, index: 0, term: 0, offset };
             // An entry's share of the ring at most: whatever does not get in is found in the segments.
@@ -797,11 +814,14 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
 /// there is no room for the record now.
 pub(crate) async fn checkpoint(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushError> {
     let _alone = shard.flush_lock.lock().await;
-    if group.deleted.get() || shard.closing.get() {
+    if group.deleted.get() || shard.closing.get() || group.inner.borrow().begun_with.is_some() {
         return Ok(false);
     }
     sync_segments(shard, std::slice::from_ref(group)).await?;
     if group.deleted.get() {
+        return Ok(false);
+    }
+    if group.inner.borrow().begun_with.is_some() {
         return Ok(false);
     }
     let state = group.state(shard.wal_id, 0);

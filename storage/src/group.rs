@@ -57,7 +57,9 @@ pub(crate) fn hard_state_payload(hard_state: HardState, membership: Option<&(u64
     let mut payload = Vec::with_capacity(16);
     payload.extend_from_slice(&vote.to_le_bytes());
     payload.extend_from_slice(&hard_state.commit.to_le_bytes());
-    if let Some((index, members)) = membership {
+    if let Some((index, members)) = membership
+        && !mutant::is(Mutant::ForgetsMembers)
+    {
         payload.extend_from_slice(&index.to_le_bytes());
         payload.extend_from_slice(members);
     }
@@ -546,7 +548,10 @@ impl GroupLog {
         let goes_direct = self.goes_direct(inner, entries);
         if let Some((index, offset)) = cut {
             if goes_direct {
-                return Err(StageError::Gap { index, reason: "the entry it replaces is on its way to a segment" });
+                return Err(StageError::Gap {
+                    index,
+                    reason: "the entry it replaces is on its way to a segment",
+                });
             }
             self.truncate(inner, index, offset)?;
         }

@@ -38,10 +38,12 @@ pub enum Mutant {
     ForgetsProducers,
     CountsBeforeSync,
     AnswersBeforeItCounts,
+    ForgetsMembers,
+    ForgetsBeginning,
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 31] = [
+pub const MUTANTS: [Mutant; 33] = [
     Mutant::SkipsSegmentSync,
     Mutant::SkipsDirectorySync,
     Mutant::SkipsNameOfFormerRun,
@@ -73,6 +75,8 @@ pub const MUTANTS: [Mutant; 31] = [
     Mutant::ForgetsProducers,
     Mutant::CountsBeforeSync,
     Mutant::AnswersBeforeItCounts,
+    Mutant::ForgetsMembers,
+    Mutant::ForgetsBeginning,
 ];
 
 #[cfg(feature = "mutants")]

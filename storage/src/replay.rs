@@ -218,6 +218,9 @@ fn beginning(newest: Option<&GroupState>, records: &[(Position, Action)]) -> Pos
         Action::State(state) => Some((state.anew_lsn, 0)),
         _ => None,
     });
+    if mutant::is(Mutant::ForgetsBeginning) {
+        return (0, 0);
+    }
     recorded.chain(newest.map(|state| (state.anew_lsn, 0))).max().unwrap_or((0, 0))
 }
 

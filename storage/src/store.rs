@@ -31,8 +31,8 @@ use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::segment_name::SegmentName;
 use crate::types::{
-    COMMIT_BUCKETS_US, COMMIT_LANES, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane, LogPoisoned, Lsn,
-    OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
+    COMMIT_BUCKETS_US, COMMIT_LANES, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane,
+    LogPoisoned, Lsn, OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
 };
 use crate::wal::{self, Wal, sync_os_lane};
 use crate::wal_format::{GROUP_DELETE, GROUP_STATE, RecordHeader};

@@ -306,7 +306,12 @@ fn an_os_topic_does_not_wait_for_a_durable_commit() {
     let (data, _) = recover(dir.path());
     let os = GroupConfig { durability: Durability::Os, ..GroupConfig::default() };
     on_shard(async {
-        let config = StoreConfig { io: IoKind::Uring, wal_file_bytes: 16 << 20, direct_batch_bytes: usize::MAX, ..small() };
+        let config = StoreConfig {
+            io: IoKind::Uring,
+            wal_file_bytes: 16 << 20,
+            direct_batch_bytes: usize::MAX,
+            ..small()
+        };
         let store = ShardStore::open(&data, config).await.unwrap();
         let slow = Writer::new(&store, store.create(1, "d-0", GroupConfig::default()).unwrap());
         let fast = Writer::new(&store, store.create(2, "os-0", os).unwrap());
@@ -380,7 +385,12 @@ fn records_keep_their_order_from_one_lane_to_the_other() {
     let (data, _) = recover(dir.path());
     let os = GroupConfig { durability: Durability::Os, ..GroupConfig::default() };
     on_shard(async {
-        let config = StoreConfig { io: IoKind::Uring, wal_file_bytes: 16 << 20, direct_batch_bytes: usize::MAX, ..small() };
+        let config = StoreConfig {
+            io: IoKind::Uring,
+            wal_file_bytes: 16 << 20,
+            direct_batch_bytes: usize::MAX,
+            ..small()
+        };
         let store = ShardStore::open(&data, config).await.unwrap();
         let other = Writer::new(&store, store.create(1, "d-0", GroupConfig::default()).unwrap());
         let moved = store.create(2, "os-0", os).unwrap();

@@ -109,6 +109,11 @@ impl Sender {
     }
 }
 
+fn is_unreachable(code: rdkafka::types::RDKafkaErrorCode) -> bool {
+    use rdkafka::types::RDKafkaErrorCode::{AllBrokersDown, BrokerTransportFailure};
+    matches!(code, AllBrokersDown | BrokerTransportFailure)
+}
+
 fn is_full(code: rdkafka::types::RDKafkaErrorCode) -> bool {
     code == rdkafka::types::RDKafkaErrorCode::QueueFull
 }
@@ -146,6 +151,10 @@ pub fn read_all(kafka: &str, topic: &str, ends: &[i64]) -> anyhow::Result<Vec<Re
     let mut all = Vec::new();
     while missing > 0 {
         let Some(message) = consumer.poll(Duration::from_secs(1)) else { continue };
+        // One of several brokers may be away; the client asks the others.
+        if message.as_ref().is_err_and(|e| e.rdkafka_error_code().is_some_and(is_unreachable)) {
+            continue;
+        }
         let message = message?;
         let headers = message.headers().map(|headers| {
             let text = |v: Option<&[u8]>| String::from_utf8_lossy(v.unwrap_or_default()).into_owned();

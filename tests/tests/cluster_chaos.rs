@@ -130,9 +130,11 @@ fn chaos(seed: u64, faults: usize) {
 
 #[test]
 fn a_cluster_outlasts_faults_in_any_order() {
+    if !flumen_tests::cluster::only_in_full("a_cluster_outlasts_faults_in_any_order") {
+        return;
+    }
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let full = std::env::var_os("FLUMEN_TEST_FULL").is_some();
-    let faults = number("CYCLES").unwrap_or(if full { 100 } else { 8 });
+    let faults = number("CYCLES").unwrap_or(100);
     let seeds = number("SEED").map_or(1..=2, |seed| seed..=seed);
     for seed in seeds {
         chaos(seed, faults as usize);

@@ -302,7 +302,7 @@ pub async fn answer(node: &Node, body: &[u8], known: bool) -> Answered {
 pub async fn answer_metadata(node: &Node) -> Answered {
     let file = node.controller().run(|shard| async move { shard.controller().snapshot_file() }).await;
     match file {
-        Ok(file) => Answered { code: 0, body: file.into() },
+        Ok(file) => Answered { code: 0, body: file },
         Err(_) => Answered { code: ErrorCode::BROKER_NOT_AVAILABLE.0, body: Bytes::new() },
     }
 }

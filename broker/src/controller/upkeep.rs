@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use flumen_metadata::Command;
+use flumen_metadata::{Command, NodeState};
 use flumen_raft::{ProposeError, Status, Target};
 
 use super::Controller;
@@ -68,6 +68,17 @@ impl Controller {
         let nodes: BTreeSet<u64> = self.image.borrow().nodes.keys().map(|id| raft_id(*id)).collect();
         let young = nodes.len() < cluster.identity.founders.len();
         let status = self.log.raft_status();
+        let up = self.shard.node.is_up();
+        let active: BTreeSet<u64> = (self.image.borrow().nodes.values())
+            .filter(|node| node.state == NodeState::Active && up(node.id))
+            .map(|node| raft_id(node.id))
+            .collect();
+        if let Some(to) = successor_wanted(&status, &active, young) {
+            tracing::info!(to, "this node is to lead nothing; another is to lead the metadata");
+            // A refusal means that it leads no more.
+            let _ = self.log.transfer_leader(to);
+            return;
+        }
         let Some(target) = members_wanted(&status, &nodes, young) else { return };
         tracing::info!(voters = ?target.voters, learners = ?target.learners, "members of the metadata group change");
         match self.log.propose_membership(target) {
@@ -75,6 +86,17 @@ impl Controller {
             Err(error) => tracing::warn!(%error, "the members of the metadata group could not be changed"),
         }
     }
+}
+
+/// Who is to lead when the leader is to stop doing so, or to leave: of the nodes that may lead the voter that has most.
+fn successor_wanted(status: &Status, active: &BTreeSet<u64>, young: bool) -> Option<u64> {
+    let own = status.leadership.leader_id;
+    if young || active.contains(&own) || status.membership.is_joint() {
+        return None;
+    }
+    let able =
+        status.peers.iter().filter(|peer| peer.id != own && !peer.is_learner && active.contains(&peer.id));
+    able.max_by_key(|peer| peer.matched_index).map(|peer| peer.id)
 }
 
 /// The members that the group of the metadata should have next, when not those that it has. `young`: not all founders have
@@ -99,6 +121,8 @@ fn members_wanted(status: &Status, nodes: &BTreeSet<u64>, young: bool) -> Option
             status.peers.iter().any(|peer| {
                 peer.id == *id
                     && peer.is_active
+                    // A new member passes for active before anything was heard of it.
+                    && peer.matched_index > 0
                     && peer.matched_index + CAUGHT_UP_ENTRIES_MAX >= status.last_index
             })
         };
@@ -178,6 +202,13 @@ mod tests {
         assert_eq!(wanted(&status(&[1, 2, 3], &[4], &[]), &[1, 2, 4], false), Some((vec![1, 2], vec![4])));
         assert_eq!(wanted(&status(&[1, 2], &[4], &[]), &[1, 2, 4], false), Some((vec![1, 2, 4], vec![])));
         assert_eq!(wanted(&status(&[3, 1, 2], &[], &[]), &[1, 2], false), None, "the leader goes last");
+        let successor = |behind: &[u64], nodes: &[u64], young| {
+            let nodes = nodes.iter().copied().collect();
+            successor_wanted(&status(&[3, 1, 2], &[4], behind), &nodes, young)
+        };
+        assert_eq!(successor(&[1], &[1, 2, 4], false), Some(2), "and hands over to who has most");
+        assert_eq!(successor(&[], &[1, 2, 3], false), None);
+        assert_eq!(successor(&[], &[1, 2], true), None);
         let mut joint = status(&[1, 2], &[], &[]);
         joint.membership.outgoing = vec![1, 2, 3];
         assert_eq!(wanted(&joint, &[1, 2, 3], false), None);

@@ -184,6 +184,8 @@ impl Partition {
             }
             // Raft already counts these entries in its log; the shard is about to stop, and
             // whoever waits for them hears nothing, which is the truth: the outcome is unknown.
+            // The others do not know yet that this broker stops, and go on talking to it.
+            Err(_) if self.shard.upgrade().is_none_or(|shard| shard.is_stopping()) => return false,
             Err(error) => {
                 tracing::error!(topic = %self.topic, partition = self.index, %error, "the log refused an entry that raft had accepted");
                 // What another broker sent may be wrong; that is no reason to stop serving what is not.

@@ -138,7 +138,9 @@ impl Life {
         let outcome = catch_unwind(AssertUnwindSafe(|| life.rounds()));
         // The store's background tasks end alone.
         let outcome = match PANIC.take() {
-            Some(what) if matches!(outcome, Ok(Ok(()))) => Ok(Err(format!("a task of the store ended: {what}"))),
+            Some(what) if matches!(outcome, Ok(Ok(()))) => {
+                Ok(Err(format!("a task of the store ended: {what}")))
+            }
             _ => outcome,
         };
         let failure =

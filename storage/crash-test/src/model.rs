@@ -192,7 +192,9 @@ impl Partition {
         // A log start has its own record, which does not wait for what goes past the WAL.
         let overtakes = |at: usize| {
             matches!(self.steps[at].change, Change::LogStart(_))
-                && self.steps[self.acked.min(at)..at].iter().any(|step| lane != Lane::Direct && is_direct(step))
+                && self.steps[self.acked.min(at)..at]
+                    .iter()
+                    .any(|step| lane != Lane::Direct && is_direct(step))
         };
         let last = (0..self.steps.len()).rposition(|at| known(&self.steps[at]) && !overtakes(at));
         if let Some(last) = last {

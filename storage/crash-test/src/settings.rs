@@ -85,7 +85,8 @@ impl Plan {
                 wal_file_bytes: 256 << 10,
                 wal_files_max: 3 + usize::try_from(random.below(2)).unwrap_or(0),
                 cache_bytes: 32 << (10 + random.below(5)),
-                direct_batch_bytes: [usize::MAX, 1, 500, 4_000][usize::try_from(random.below(4)).unwrap_or(0)],
+                direct_batch_bytes: [usize::MAX, 1, 500, 4_000]
+                    [usize::try_from(random.below(4)).unwrap_or(0)],
                 direct_run_bytes: [1, 4 << 10, 16 << 10][usize::try_from(random.below(3)).unwrap_or(0)],
                 ..StoreConfig::default()
             },

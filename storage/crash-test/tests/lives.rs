@@ -44,6 +44,10 @@ const REGRESSIONS: &[u64] = &[
     217,  // a commit that nobody woke the writer for, on a full disk
     153,  // a log start that was acknowledged and stood in no record
     746,  // a failed sync of one shard that took what another's, under way with it, called safe
+    6000, // a read of entries that retention overtook
+    6070, // producers that a log began with, gone with a later snapshot that Raft cut
+    6186, // entries counted by marks that had gone meanwhile
+    7133, // a state of one lane that knew of a beginning in the other, without its producers
 ];
 
 fn live(seed: u64) -> Report {
