@@ -10,10 +10,6 @@ impl Rng {
         Rng(Random::new(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x1234_5678))
     }
 
-    pub fn next(&mut self) -> u64 {
-        self.0.draw()
-    }
-
     pub fn below(&mut self, bound: u64) -> u64 {
         self.0.below(bound)
     }
