@@ -155,6 +155,13 @@ struct Job {
 }
 
 impl Job {
+    /// Nothing of it went to a segment already, which the flusher does with what is committed from memory: only a state can
+    /// count that.
+    fn is_in_memory(&self) -> bool {
+        let inner = self.log.group.inner.borrow();
+        !self.log.group.deleted.get() && inner.flushed_index < inner.direct_from.0
+    }
+
     fn lane(&self) -> Lane {
         if self.durable { Lane::Durable } else { self.log.next_lane(&self.log.group.inner.borrow()) }
     }
@@ -184,7 +191,7 @@ pub(crate) async fn serve(shard: &Rc<Shard>) -> Result<bool, FlushError> {
     let (little, large): (Vec<Job>, Vec<Job>) = queued
         .into_iter()
         .map(begin)
-        .partition(|job| job.bytes < shard.config.direct_run_bytes / 2 && !job.log.group.deleted.get());
+        .partition(|job| job.bytes < shard.config.direct_run_bytes / 2 && job.is_in_memory());
     let mut large = large;
     for job in little {
         match into_wal(shard, &job) {

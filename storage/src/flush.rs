@@ -61,6 +61,9 @@ const NO_SPACE_PAUSE_MS: (u64, u64) = (100, 2_000);
 /// A retirement that waits for the high watermark looks again after this.
 const RETIRE_PAUSE: Duration = Duration::from_millis(20);
 
+/// So often a retirement waits for a partition that goes on writing to the other lane; then it is tried again later.
+const WAITS_FOR_OTHER_LANE: u32 = 16;
+
 /// A growing segment is at most this much longer on the disk than what it holds.
 const RESERVE_BYTES_MAX: u64 = 16 << 20;
 
@@ -736,6 +739,9 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
         if group.deleted.get() {
             continue;
         }
+        if !is_sure_elsewhere(shard, group, lane).await? {
+            return Ok(false);
+        }
         let state = group.state(shard.wal_id, 0);
         group.inner.borrow_mut().record_in(shard, lane);
         // It began anew since: the state says so, and may be safe before the record of the other lane that has the producers.
@@ -808,6 +814,22 @@ async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
     wal.retired(file_seq);
     add(&shard.counters.files_retired, 1);
     Ok(true)
+}
+
+/// What a state says of votes, commits and the log start may stand in the other lane, and must be sure there before: either
+/// may lose its end alone. False: the partition is too busy there now.
+async fn is_sure_elsewhere(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Result<bool, FlushError> {
+    for _ in 0..WAITS_FOR_OTHER_LANE {
+        let (other, lsn) = {
+            let inner = group.inner.borrow();
+            (inner.lane, inner.last_lsn)
+        };
+        if other == lane || lsn <= shard.durable_lsn(other) {
+            return Ok(true);
+        }
+        shard.wait_durable(other, lsn).await.map_err(|_| FlushError::Poisoned)?;
+    }
+    Ok(false)
 }
 
 /// Makes what is in the segments of a group count: from here on no recovery takes any of it from the WAL again. False if

@@ -330,6 +330,10 @@ fn replace(world: &mut World, id: GroupId) {
 
 /// What others have begins further on than this log ends, or disagrees with what is not committed of it.
 fn begin_anew(world: &mut World, id: GroupId) {
+    // Nobody brings it what it does not have.
+    if is_alone(id) {
+        return;
+    }
     let Some(slot) = world.slots.get(&id) else { return };
     let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
     let last = state.last_index();

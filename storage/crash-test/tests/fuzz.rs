@@ -60,7 +60,8 @@ fn stage(log: &GroupLog, index: u64, term: u64, base: i64, size: usize) {
         0 => Payload::Control(Bytes::from_static(b"members")),
         _ => Payload::Batch(batch(base, term, (index % 2 == 0).then_some(7), size)),
     };
-    let hard = HardState { term, vote: 1, commit: index - 1 };
+    // What is committed lags behind: the last ones are replaced.
+    let hard = HardState { term, vote: 1, commit: index.saturating_sub(8) };
     log.stage(Some(hard), &[Entry { index, term, payload }]).unwrap();
 }
 
