@@ -49,15 +49,7 @@ impl GroupLog {
     /// The log begins with this, in place of everything that it had. All or nothing, as `stage`.
     pub fn begin_anew(&self, beginning: &Beginning) -> Result<(Lane, Lsn), StageError> {
         let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() {
-            return Err(StageError::Poisoned);
-        }
-        if self.group.deleting.get() {
-            return Err(StageError::Deleted);
-        }
-        if self.group.is_damaged() {
-            return Err(StageError::Damaged);
-        }
+        self.check_open()?;
         let Beginning { hard_state, index, term, offset, membership, .. } = beginning;
         let (hard_state, index, term, offset) = (*hard_state, *index, *term, *offset);
         let gap = |reason| StageError::Gap { index, reason };

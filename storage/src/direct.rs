@@ -16,8 +16,8 @@
 //! - While anything of a partition is on its way here, all that is staged for it follows it here: entries are never reported
 //!   out of order, and lie in the segment, and in the WAL, in the order of their indexes.
 //! - A run is counted only after its segment was synced.
-//! - Only in partitions that never had another replica (`GroupConfig::direct`, and no membership stored): what is written here is not committed yet, and
-//!   nothing may replace it.
+//! - Only in partitions that never had another replica (`GroupConfig::direct`, and no membership stored): what is written
+//!   here is not committed yet, and nothing may replace it.
 //! - A full disk never loses or blocks what is on its way: it goes to the WAL after all, which has its space already.
 
 use std::cell::{Cell, RefCell};
@@ -34,6 +34,7 @@ use crate::group::{Group, GroupLog, Inner, append_hard_state, hard_state_payload
 use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::store::{Shard, add};
+use crate::tail::TailEntry;
 use crate::types::{Durability, Entry, HardState, LANES, Lane, Lsn};
 use crate::wal_format::{GROUP_STATE, RecordHeader};
 
@@ -120,8 +121,9 @@ impl GroupLog {
             inner.direct_from = (inner.last_index + 1, inner.log_end);
         }
         for entry in entries {
-            add(&direct.pending_bytes, entry.payload.bytes().len() as u64);
-            inner.direct_bytes += entry.payload.bytes().len() as u64;
+            let bytes = entry.payload.bytes().len() as u64;
+            add(&direct.pending_bytes, bytes);
+            inner.direct_bytes += bytes;
             self.take(inner, entry, NOWHERE, lane);
         }
         // A group state has the hard state in it.
@@ -188,13 +190,10 @@ pub(crate) async fn serve(shard: &Rc<Shard>) -> Result<bool, FlushError> {
         Job { log, upto, bytes, durable, outcome: Ok(()) }
     };
     // What came in since the last turn is little: one write for all of these is better than one each.
-    let (little, large): (Vec<Job>, Vec<Job>) = queued
-        .into_iter()
-        .map(begin)
-        .partition(|job| job.bytes < shard.config.direct_run_bytes / 2 && job.is_in_memory());
-    let mut large = large;
-    for job in little {
-        match into_wal(shard, &job) {
+    let mut large = Vec::new();
+    for job in queued.into_iter().map(begin) {
+        let is_little = job.bytes < shard.config.direct_run_bytes / 2 && job.is_in_memory();
+        match is_little.then(|| into_wal(shard, &job)).flatten() {
             Some((lane, lsn)) => direct.is_served(&job, lane, lsn),
             None => large.push(job),
         }
@@ -284,8 +283,6 @@ fn count(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
         inner.last_lsn = lsn;
         inner.direct_from = inner.direct_from.max((inner.flushed_index + 1, inner.flushed_end));
     }
-    add(&shard.counters.direct_commits, 1);
-    add(&shard.counters.direct_bytes, job.bytes);
     if job.outcome.is_err() {
         return into_wal(shard, job);
     }
@@ -301,31 +298,15 @@ fn into_wal(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
     let lane = job.lane();
     let mut guard = group.inner.borrow_mut();
     let inner = &mut *guard;
-    let (mut total, mut largest, mut count) = (0, 0, 0);
-    for entry in inner.tail.unflushed().filter(|entry| entry.file_seq == NOWHERE) {
-        total += entry.bytes.len();
-        largest = largest.max(entry.bytes.len());
-        count += 1;
-    }
+    let is_nowhere = |entry: &TailEntry| entry.file_seq == NOWHERE;
+    let (total, largest, count) = inner.unflushed_size(is_nowhere);
     let hard_state = hard_state_payload(inner.hard_state, inner.membership.as_ref());
     // (a hard state and a log start)
     if !shard.wal(lane).fits_all(total + hard_state.len(), largest.max(hard_state.len()), count + 2) {
         return None;
     }
     let wal = job.log.enter_lane(inner, lane);
-    let mut files = Vec::with_capacity(count);
-    for entry in inner.tail.unflushed().filter(|entry| entry.file_seq == NOWHERE) {
-        let placed = wal.append(&shard.next_lsn, &entry.record(group.id), &entry.bytes, Class::Stage);
-        files.push(placed.expect("there was room for all of it").1);
-    }
-    for file_seq in &files {
-        inner.touch(group.id, wal, *file_seq);
-    }
-    let mut files = files.into_iter();
-    inner.tail.move_unflushed(|entry| match entry.file_seq {
-        NOWHERE => (files.next().unwrap_or(NOWHERE), lane),
-        file_seq => (file_seq, entry.lane),
-    });
+    inner.log_unflushed(shard, group.id, wal, is_nowhere);
     inner.direct_from = (inner.last_index + 1, inner.log_end);
     let placed = append_hard_state(shard, wal, group.id, inner.hard_state.term, &hard_state, Class::Stage);
     let (lsn, file_seq) = placed.expect("there was room for all of it");

@@ -874,32 +874,12 @@ fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane
     let durable = inner.tail.unflushed().any(|entry| entry.lane == Lane::Durable);
     let lane = if durable { Lane::Durable } else { lane };
     let wal = shard.wal(lane);
-    let (mut total, mut largest, mut count) = (0, 0, 0);
-    for entry in inner.tail.unflushed() {
-        total += entry.bytes.len();
-        largest = largest.max(entry.bytes.len());
-        count += 1;
-    }
+    let (total, largest, count) = inner.unflushed_size(|_| true);
     if !wal.fits_all(total, largest, count) {
         return None;
     }
     inner.record_in(shard, lane);
-    let (mut newest, mut lsn) = (None, 0);
-    let mut places = Vec::with_capacity(count);
-    for entry in inner.tail.unflushed() {
-        let (at, file_seq) = wal
-            .append(&shard.next_lsn, &entry.record(group.id), &entry.bytes, Class::Stage)
-            .expect("there was room for all of it");
-        places.push(file_seq);
-        lsn = at;
-    }
-    for file_seq in &places {
-        if newest.replace(*file_seq) != Some(*file_seq) {
-            inner.touch(group.id, wal, *file_seq);
-        }
-    }
-    let mut places = places.into_iter();
-    inner.tail.move_unflushed(|_| (places.next().unwrap_or(0), lane));
+    let lsn = inner.log_unflushed(shard, group.id, wal, |_| true);
     wal.wake_writer();
     Some((lane, lsn))
 }

@@ -440,6 +440,40 @@ impl Inner {
         }
     }
 
+    /// What the WAL must have room for to take the entries that are not in a segment and `due`: bytes of all and of the
+    /// largest, and how many.
+    pub fn unflushed_size(&self, due: impl Fn(&TailEntry) -> bool) -> (usize, usize, usize) {
+        self.tail.unflushed().filter(|entry| due(entry)).fold((0, 0, 0), |(total, largest, count), entry| {
+            (total + entry.bytes.len(), largest.max(entry.bytes.len()), count + 1)
+        })
+    }
+
+    /// Puts these entries into the WAL, where there is room for them; `record_in` was called. Returns the last commit.
+    pub fn log_unflushed(
+        &mut self,
+        shard: &Shard,
+        group: GroupId,
+        wal: &Wal,
+        due: impl Fn(&TailEntry) -> bool,
+    ) -> Lsn {
+        let mut lsn = 0;
+        let mut files = VecDeque::new();
+        for entry in self.tail.unflushed().filter(|entry| due(entry)) {
+            let placed = wal.append(&shard.next_lsn, &entry.record(group), &entry.bytes, Class::Stage);
+            let (at, file_seq) = placed.expect("there was room for all of it");
+            files.push_back(file_seq);
+            lsn = at;
+        }
+        for file_seq in &files {
+            self.touch(group, wal, *file_seq);
+        }
+        self.tail.move_unflushed(|entry| match due(entry) {
+            true => (files.pop_front().expect("as many as were written"), wal.lane),
+            false => (entry.file_seq, entry.lane),
+        });
+        lsn
+    }
+
     /// With the index of the last entry that goes, and where the next one begins: with the segments the places go that would
     /// tell.
     pub fn log_start_record(&self, group: GroupId, offset: i64) -> (RecordHeader, [u8; 8]) {
@@ -519,15 +553,7 @@ impl GroupLog {
         entries: &[Entry],
     ) -> Result<(Lane, Lsn), StageError> {
         let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() {
-            return Err(StageError::Poisoned);
-        }
-        if self.group.deleting.get() {
-            return Err(StageError::Deleted);
-        }
-        if self.group.is_damaged() {
-            return Err(StageError::Damaged);
-        }
+        self.check_open()?;
         let mut inner = self.group.inner.borrow_mut();
         let inner = &mut *inner;
         let lane = self.next_lane(inner);
@@ -638,6 +664,20 @@ impl GroupLog {
         inner.last_index = entry.index;
         inner.last_term = entry.term;
         inner.log_end = next_offset;
+    }
+
+    /// Whether anything may be written at all.
+    pub(crate) fn check_open(&self) -> Result<(), StageError> {
+        if self.shard.is_poisoned() || self.shard.closing.get() {
+            return Err(StageError::Poisoned);
+        }
+        if self.group.deleting.get() {
+            return Err(StageError::Deleted);
+        }
+        if self.group.is_damaged() {
+            return Err(StageError::Damaged);
+        }
+        Ok(())
     }
 
     /// Where the next record goes. An entry must not be safe before the one it follows: the os lane, which waits for no
@@ -752,8 +792,7 @@ impl GroupLog {
     /// the same time.
     pub fn has_room(&self, bytes: usize) -> bool {
         let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
-        {
+        if self.check_open().is_err() {
             return false;
         }
         let wal = shard.wal(self.next_lane(&self.inner()));
@@ -769,8 +808,7 @@ impl GroupLog {
     /// clients'. What can never fit, and anything on a full disk, does not wait: it is for `has_room` to refuse.
     pub fn must_wait(&self, total: usize, largest: usize, count: usize) -> bool {
         let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() || self.group.deleting.get() || self.group.is_damaged()
-        {
+        if self.check_open().is_err() {
             return false;
         }
         let wal = shard.wal(self.next_lane(&self.inner()));
@@ -913,15 +951,7 @@ impl GroupLog {
 
     pub(crate) fn stage_log_start(&self, inner: &mut Inner, offset: i64) -> Result<(Lane, Lsn), StageError> {
         let shard = &self.shard;
-        if shard.is_poisoned() || shard.closing.get() {
-            return Err(StageError::Poisoned);
-        }
-        if self.group.deleting.get() {
-            return Err(StageError::Deleted);
-        }
-        if self.group.is_damaged() {
-            return Err(StageError::Damaged);
-        }
+        self.check_open()?;
         if offset == inner.log_start {
             return Ok((inner.lane, inner.last_lsn));
         }

@@ -279,9 +279,6 @@ pub struct StoreStats {
     pub wal_commits: u64,
     pub segment_bytes_written: u64,
     pub segment_syncs: u64,
-    /// Group commits of runs that went straight to their segments, and the bytes of these.
-    pub direct_commits: u64,
-    pub direct_bytes: u64,
     /// What compaction read of segments, and wrote instead.
     pub compaction_bytes_read: u64,
     pub compaction_bytes_written: u64,

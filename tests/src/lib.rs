@@ -6,6 +6,7 @@ pub mod clickhouse;
 pub mod cluster;
 pub mod export;
 pub mod flumen;
+pub mod group_configs;
 pub mod kafka;
 pub mod load;
 pub mod mount;

@@ -5,43 +5,15 @@ use std::path::PathBuf;
 
 use flumen_tests::cluster::Cluster;
 use flumen_tests::flumen::Flumen;
-use flumen_tests::wire::{Wire, text};
-use kafka_protocol::messages::describe_configs_request::DescribeConfigsResource;
-use kafka_protocol::messages::incremental_alter_configs_request::{AlterConfigsResource, AlterableConfig};
-use kafka_protocol::messages::{DescribeConfigsRequest, IncrementalAlterConfigsRequest};
+use flumen_tests::group_configs::{set_all, value_of};
+use flumen_tests::wire::Wire;
 use serde_json::json;
 
-const GROUP: i8 = 32;
-const NAME: &str = "consumer.session.timeout.ms";
 const GROUPS: usize = 500;
 
-/// One command in the metadata log per group, through any node.
-fn set_all(node: &Flumen, value: i32) {
-    let resources = (0..GROUPS)
-        .map(|i| {
-            AlterConfigsResource::default()
-                .with_resource_type(GROUP)
-                .with_resource_name(text(&format!("group-{i}")))
-                .with_configs(vec![
-                    AlterableConfig::default()
-                        .with_name(text(NAME))
-                        .with_value(Some(text(&value.to_string()))),
-                ])
-        })
-        .collect();
-    let request = IncrementalAlterConfigsRequest::default().with_resources(resources);
-    let response = Wire::connect(&node.kafka).unwrap().ask(1, &request).unwrap();
-    assert!(response.responses.iter().all(|r| r.error_code == 0));
-}
-
-fn value_of(node: &Flumen, group: usize) -> String {
-    let resource = DescribeConfigsResource::default()
-        .with_resource_type(GROUP)
-        .with_resource_name(text(&format!("group-{group}")))
-        .with_configuration_keys(Some(vec![text(NAME)]));
-    let request = DescribeConfigsRequest::default().with_resources(vec![resource]);
-    let answer = Wire::connect(&node.kafka).unwrap().ask(4, &request).unwrap();
-    answer.results[0].configs[0].value.as_deref().unwrap().to_string()
+/// Through any node.
+fn wire_of(node: &Flumen) -> Wire {
+    Wire::connect(&node.kafka).unwrap()
 }
 
 /// The oldest file that a node still has of its metadata log.
@@ -72,7 +44,7 @@ fn who_comes_late_takes_the_metadata_from_another_node() {
     let mut value = 45_000;
     let first = loop {
         value += 1;
-        set_all(&cluster.nodes[value as usize % 2], value);
+        set_all(&mut wire_of(&cluster.nodes[value as usize % 2]), GROUPS, value);
         if let Some(first) = oldest_segment(&cluster.nodes[0]) {
             break first;
         }
@@ -81,14 +53,14 @@ fn who_comes_late_takes_the_metadata_from_another_node() {
     cluster.create_topic("after", 3, 2, &json!({})).unwrap();
     while [0, 1].iter().any(|at| oldest_segment(&cluster.nodes[*at]).as_ref() == Some(&first)) {
         value += 1;
-        set_all(&cluster.nodes[value as usize % 2], value);
+        set_all(&mut wire_of(&cluster.nodes[value as usize % 2]), GROUPS, value);
     }
 
     cluster.nodes[2].restart().unwrap();
     let added = cluster.add().unwrap();
     let check = |cluster: &Cluster| {
         for node in &cluster.nodes {
-            assert_eq!(value_of(node, GROUPS - 1), value.to_string());
+            assert_eq!(value_of(&mut wire_of(node), GROUPS - 1), value.to_string());
             assert!(node.get("/v1/topics/before").is_err() && node.get("/v1/topics/after").is_ok());
         }
     };

@@ -46,6 +46,29 @@ fn take_away(cluster: &Cluster, through: usize, id: i32) {
     assert!(!holders.contains(&id) && !leaders.contains(&id), "{holders:?} {leaders:?}");
 }
 
+/// `Cluster` numbers its nodes from 1 on.
+fn id_of(at: usize) -> i32 {
+    i32::try_from(at + 1).unwrap()
+}
+
+/// `flumen cluster maintenance`, waits until the node leads nothing, and stops it.
+fn drain(cluster: &mut Cluster, through: usize, at: usize) {
+    let id = id_of(at);
+    ok(&cluster.nodes[through], &["cluster", "maintenance", &id.to_string()]);
+    cluster
+        .until(&format!("node {id} to lead nothing"), || {
+            (!holders_and_leaders(&cluster.nodes[through]).1.contains(&id)).then_some(())
+        })
+        .unwrap();
+    assert!(cluster.nodes[at].stop().unwrap().success());
+}
+
+/// Starts it again, as one that may lead.
+fn bring_back(cluster: &mut Cluster, through: usize, at: usize) {
+    cluster.nodes[at].restart().unwrap();
+    ok(&cluster.nodes[through], &["cluster", "maintenance", &id_of(at).to_string(), "--off"]);
+}
+
 fn start(dir: &std::path::Path) -> (Cluster, Load, Vec<Witness>) {
     let cluster = Cluster::start(dir, 3, &["group.initial.rebalance.delay.ms=0"]).unwrap();
     cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();
@@ -75,16 +98,9 @@ fn nodes_are_added_drained_and_taken_away() {
     cluster.progress(&load, "and stopped").unwrap();
 
     // Drained, a node can be stopped without anybody looking for a leader.
-    ok(&cluster.nodes[1], &["cluster", "maintenance", "3"]);
-    cluster
-        .until("node 3 to lead nothing", || {
-            (!holders_and_leaders(&cluster.nodes[1]).1.contains(&3)).then_some(())
-        })
-        .unwrap();
-    assert!(cluster.nodes[2].stop().unwrap().success());
+    drain(&mut cluster, 1, 2);
     cluster.progress(&load, "node 3 is stopped").unwrap();
-    cluster.nodes[2].restart().unwrap();
-    ok(&cluster.nodes[1], &["cluster", "maintenance", "3", "--off"]);
+    bring_back(&mut cluster, 1, 2);
     cluster.progress(&load, "and back").unwrap();
 
     cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut witnesses).unwrap();
@@ -122,24 +138,16 @@ fn all_nodes_are_restarted_one_after_another() {
     let dir = tempfile::tempdir().unwrap();
     let (mut cluster, mut load, mut witnesses) = start(dir.path());
     for at in 0..3 {
-        let (id, other) = ((at + 1).to_string(), (at + 1) % 3);
-        ok(&cluster.nodes[other], &["cluster", "maintenance", &id]);
-        cluster
-            .until("it to lead nothing", || {
-                (!holders_and_leaders(&cluster.nodes[other]).1.contains(&i32::try_from(at + 1).unwrap()))
-                    .then_some(())
-            })
-            .unwrap();
-        assert!(cluster.nodes[at].stop().unwrap().success());
-        cluster.nodes[at].restart().unwrap();
-        ok(&cluster.nodes[other], &["cluster", "maintenance", &id, "--off"]);
+        let other = (at + 1) % 3;
+        drain(&mut cluster, other, at);
+        bring_back(&mut cluster, other, at);
         // The next one only when this one has all: two that are behind are no majority.
         cluster
             .until("a healthy cluster", || {
                 (ask(&cluster.nodes[other], &["cluster", "health"]).code == Some(0)).then_some(())
             })
             .unwrap();
-        cluster.progress(&load, &format!("node {id} was restarted")).unwrap();
+        cluster.progress(&load, &format!("node {} was restarted", id_of(at))).unwrap();
     }
     cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut witnesses).unwrap();
 }
