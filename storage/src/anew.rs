@@ -61,6 +61,9 @@ impl GroupLog {
         if index <= inner.committed_index {
             return Err(gap("what is committed here reaches as far"));
         }
+        if inner.direct_pending {
+            return Err(gap("what it replaces is on its way to a segment"));
+        }
         let (producers, at, _) =
             ProducerState::decode(&beginning.producers).map_err(|_| gap("its producers cannot be read"))?;
         if at != offset {

@@ -153,6 +153,8 @@ struct Job {
     bytes: u64,
     /// Some of it was staged for the durable lane, whatever the topic asks for now.
     durable: bool,
+    /// It got other replicas meanwhile: nothing may go to a segment that is not committed.
+    is_replicated: bool,
     outcome: Result<(), FlushError>,
 }
 
@@ -180,26 +182,31 @@ pub(crate) async fn serve(shard: &Rc<Shard>) -> Result<bool, FlushError> {
     }
     let begin = |group: Rc<Group>| {
         group.direct_queued.set(false);
-        let (upto, bytes, durable) = {
+        let (upto, bytes, durable, is_replicated) = {
             let mut inner = group.inner.borrow_mut();
             let durable = inner.tail.unflushed().any(|entry| entry.lane == Lane::Durable);
             let bytes = std::mem::take(&mut inner.direct_bytes);
-            (inner.last_index, bytes, durable || inner.direct_durable)
+            let is_replicated = inner.membership.is_some() || !inner.config.direct;
+            (inner.last_index, bytes, durable || inner.direct_durable, is_replicated)
         };
         let log = GroupLog { shard: Rc::clone(shard), group };
-        Job { log, upto, bytes, durable, outcome: Ok(()) }
+        Job { log, upto, bytes, durable, is_replicated, outcome: Ok(()) }
     };
     // What came in since the last turn is little: one write for all of these is better than one each.
-    let mut large = Vec::new();
+    let (mut large, mut left) = (Vec::new(), Vec::new());
     for job in queued.into_iter().map(begin) {
-        let is_little = job.bytes < shard.config.direct_run_bytes / 2 && job.is_in_memory();
-        match is_little.then(|| into_wal(shard, &job)).flatten() {
+        let is_little = job.bytes < shard.config.direct_run_bytes / 2;
+        let to_log = (is_little || job.is_replicated) && job.is_in_memory();
+        match to_log.then(|| into_wal(shard, &job)).flatten() {
             Some((lane, lsn)) => direct.is_served(&job, lane, lsn),
+            None if to_log && job.is_replicated => left.push(job),
             None => large.push(job),
         }
     }
     let write = |mut job: Job| async move {
-        job.outcome = write_all(shard, &job.log.group, job.upto).await;
+        if !job.is_replicated {
+            job.outcome = write_all(shard, &job.log.group, job.upto).await;
+        }
         job
     };
     // All of them to their end: a run that is dropped half way would leave its group marked as flushing.
@@ -214,7 +221,6 @@ pub(crate) async fn serve(shard: &Rc<Shard>) -> Result<bool, FlushError> {
     }
     failpoint::pass(Failpoint::DirectSynced);
     let no_space = jobs.iter().any(|job| job.outcome.is_err());
-    let mut left = Vec::new();
     for job in jobs {
         match count(shard, &job) {
             Some((lane, lsn)) => direct.is_served(&job, lane, lsn),
@@ -283,7 +289,7 @@ fn count(shard: &Rc<Shard>, job: &Job) -> Option<(Lane, Lsn)> {
         inner.last_lsn = lsn;
         inner.direct_from = inner.direct_from.max((inner.flushed_index + 1, inner.flushed_end));
     }
-    if job.outcome.is_err() {
+    if job.outcome.is_err() || job.is_replicated {
         return into_wal(shard, job);
     }
     leave(shard, job, lane, lsn)

@@ -258,6 +258,10 @@ async fn read_segment(
         let file = shard.segment_file(group, place.name)?;
         let len = usize::try_from(place.bytes - position).unwrap_or(usize::MAX).min(want);
         let piece: Bytes = shard.disk.read_at(&file, position, len).await?;
+        if piece.is_empty() {
+            let reason = format!("the file has {position} bytes of {}", place.bytes);
+            return Err(damaged_at(group, place, reason));
+        }
         // What is read belongs to this log only if it was not cut, and did not begin anew, since.
         if !place.holds(group) {
             return Err(ReadError::Io(io::ErrorKind::Interrupted.into()));

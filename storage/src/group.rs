@@ -566,10 +566,7 @@ impl GroupLog {
         let hard_payload = hard_state.map(|hard_state| hard_state_payload(hard_state, membership.as_ref()));
         let cut = self.admit(inner, shard.wal(lane), hard_payload.as_ref().map(Vec::len), entries)?;
         if hard_state.is_none() && entries.is_empty() {
-            return Ok(match inner.direct_pending {
-                true => (Lane::Direct, shard.direct.issued()),
-                false => (inner.lane, inner.last_lsn),
-            });
+            return Ok(self.newest(inner));
         }
         let goes_direct = self.goes_direct(inner, entries);
         if let Some((index, offset)) = cut {
@@ -664,6 +661,14 @@ impl GroupLog {
         inner.last_index = entry.index;
         inner.last_term = entry.term;
         inner.log_end = next_offset;
+    }
+
+    /// When what was staged so far is as safe as its topic asks.
+    fn newest(&self, inner: &Inner) -> (Lane, Lsn) {
+        match inner.direct_pending {
+            true => (Lane::Direct, self.shard.direct.issued()),
+            false => (inner.lane, inner.last_lsn),
+        }
     }
 
     /// Whether anything may be written at all.
@@ -953,7 +958,7 @@ impl GroupLog {
         let shard = &self.shard;
         self.check_open()?;
         if offset == inner.log_start {
-            return Ok((inner.lane, inner.last_lsn));
+            return Ok(self.newest(inner));
         }
         let lane = self.next_lane(inner);
         if inner.direct_pending && offset > inner.direct_from.1 {

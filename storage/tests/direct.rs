@@ -101,3 +101,51 @@ fn a_clean_stop_takes_what_is_on_its_way_along() {
     let (_, groups) = recover(dir.path());
     assert_eq!(groups[&1].log_end_offset, end);
 }
+
+/// Regression: what came behind the first membership was written to a segment, and called committed by that.
+#[test]
+fn what_follows_a_membership_goes_to_the_wal_and_may_be_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, _) = recover(dir.path());
+    on_shard(async {
+        let store = ShardStore::open(&data, config(IoKind::Auto)).await.unwrap();
+        let writer = Writer::new(&store, store.create(1, "t-0", GroupConfig::default()).unwrap());
+        writer.append(1, 10).await;
+        let (commit, _) = (0..10).map(|_| writer.stage(1, LARGE).unwrap()).last().unwrap();
+        assert_eq!(commit.0, Lane::Direct);
+        let log = &writer.log;
+        let index = log.last_index() + 1;
+        let hard = HardState { term: writer.term, vote: 1, commit: index - 1 };
+        let members = Payload::Control("members".into());
+        let entry = Entry { index, term: writer.term, payload: members.clone() };
+        log.stage_with(Some(hard), Some((index, "two".into())), &[entry]).unwrap();
+        let base = log.log_end_offset();
+        let (commit, _) = (0..10).map(|_| writer.stage(1, LARGE).unwrap()).last().unwrap();
+        writer.durable(commit).await;
+        assert!(log.flushed_offset() <= 1, "nothing else is committed");
+        let term = writer.term + 1;
+        let replacing =
+            Entry { index: log.last_index(), term, payload: Payload::Batch(batch(1, base + 9, term, 1, 10)) };
+        let hard = HardState { term, ..hard };
+        writer.durable(log.stage(Some(hard), &[replacing]).unwrap()).await;
+        assert_eq!(log.last_term(), term);
+    });
+}
+
+/// Regression: asked for again, a log start was answered before it was safe.
+#[test]
+fn a_log_start_on_its_way_is_no_sooner_safe_when_it_is_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, _) = recover(dir.path());
+    on_shard(async {
+        let store = ShardStore::open(&data, config(IoKind::Auto)).await.unwrap();
+        let writer = Writer::new(&store, store.create(1, "t-0", GroupConfig::default()).unwrap());
+        writer.append(1, 10).await;
+        let (_, end) = (0..10).map(|_| writer.stage(1, LARGE).unwrap()).last().unwrap();
+        let first = writer.log.advance_log_start(end).unwrap();
+        let again = writer.log.advance_log_start(end).unwrap();
+        assert_eq!((first.0, again.0), (Lane::Direct, Lane::Direct));
+        writer.durable(again).await;
+        assert!(store.durable_lsn(Lane::Direct) >= first.1);
+    });
+}
