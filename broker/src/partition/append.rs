@@ -157,7 +157,10 @@ impl Partition {
             };
             // Only an accepted proposal moves the log end offset.
             state.next_offset = last_offset + 1;
-            state.uncommitted.push_back((index, last_offset + 1));
+            // In a group of several, `advance` finds it among what it stores.
+            if self.alone.get() {
+                state.uncommitted.push_back((index, last_offset + 1));
+            }
         }
         let here = match completion {
             Some(Completion::ProduceHere(request, slot)) if !self.alone.get() => Some((request, slot)),
@@ -192,7 +195,11 @@ impl Partition {
         if let Some(reason) = self.damage() {
             return Err(AppendError::Damaged(reason.to_string()));
         }
-        if !self.alone.get() && !self.serves.get() {
+        // A new leader takes clients' batches before it may serve: its log knows what it has of them, and answers wait for its
+        // first commit. Were some of a producer's batches refused until then and the next one not, the producer would take
+        // the gap for lost batches, and send again, under another epoch, what was stored.
+        let leads = self.serves.get() || (origin == Origin::Client && self.leads.get());
+        if !self.alone.get() && !leads {
             return Err(AppendError::NotLeader);
         }
         let header = match origin {
