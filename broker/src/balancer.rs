@@ -60,9 +60,6 @@ fn moves_of(image: &MetadataImage) -> Vec<Move> {
 
 /// Drives the moves of the groups that this shard leads, until the shard stops.
 pub async fn keep_moving(shard: Rc<Shard>) {
-    if shard.node.cluster.is_none() {
-        return;
-    }
     let mut seen = shard.node.image.load_full();
     let mut moves = moves_of(&seen);
     let mut waiting: BTreeMap<u64, Waiting> = BTreeMap::new();

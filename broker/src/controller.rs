@@ -195,10 +195,6 @@ impl Controller {
         self.log.serves()
     }
 
-    pub fn applied_offset(&self) -> i64 {
-        self.applied.get()
-    }
-
     /// Returns when the image has everything below `offset`, or at the deadline.
     pub async fn wait_for(&self, offset: i64, deadline: Instant) {
         let _ = tokio::time::timeout_at(deadline, self.wait_until_applied(offset)).await;

@@ -155,7 +155,7 @@ pub async fn handle(shard: &Rc<Shard>, peer: &Peer, frame: BytesMut) -> Result<A
         api_version: version,
         reason: e.to_string(),
     })?;
-    if !peer.forwarded && is_for_controller(key) && shard.node.cluster.is_some() {
+    if shard.node.cluster.is_some() && !peer.forwarded && is_for_controller(key) {
         match forward::to_controller(shard, whole).await {
             Some(Ok(answer)) => return Ok(answer),
             // Whether it was done is not known: the client has to look.

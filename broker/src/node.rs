@@ -21,7 +21,7 @@ use crate::disk_space::DiskSpace;
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
 use crate::metrics::ShardMetrics;
-use crate::partition::PartitionGauges;
+use crate::partition::{PartitionGauges, raft_id};
 
 /// Producer ids are handed out from blocks of this size: one metadata write per so many producers.
 const PRODUCER_ID_BLOCK: i64 = 1000;
@@ -76,7 +76,7 @@ impl Node {
 
     /// What Raft calls this node: one more than its id, as 0 means nobody there.
     pub fn raft_id(&self) -> u64 {
-        u64::try_from(self.config.node_id).unwrap_or(0) + 1
+        raft_id(self.config.node_id)
     }
 
     /// A partition's home never changes while the process runs.

@@ -119,11 +119,11 @@ impl Shard {
         tokio::task::spawn_local(self.clone().keep_ticking());
         if self.node.cluster.is_some() {
             tokio::task::spawn_local(floors::keep_told(self.clone()));
+            tokio::task::spawn_local(balancer::keep_moving(self.clone()));
         }
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
         tokio::task::spawn_local(self.clone().keep_forced());
-        tokio::task::spawn_local(balancer::keep_moving(self.clone()));
         tokio::task::spawn_local(self.clone().publish_store_stats());
         while let Some(message) = mailbox.recv().await {
             match message {

@@ -5,6 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use flumen_protocol::record_batch;
+use kafka_protocol::messages::alter_partition_reassignments_request::{
+    ReassignablePartition, ReassignableTopic,
+};
+use kafka_protocol::messages::{
+    AlterPartitionReassignmentsRequest, BrokerId, ListPartitionReassignmentsRequest,
+};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::{Value, json};
@@ -13,15 +20,12 @@ use crate::flumen::Flumen;
 use crate::kafka::{ends_of, read_all};
 use crate::load::Load;
 use crate::process::free_ports;
+use crate::wire::{Wire, topic_name};
 use crate::witness::{Witness, judge};
 
 const POLL: Duration = Duration::from_millis(50);
 const NODES_MAX: usize = 8;
 const PROGRESS_RECORDS: usize = 300;
-/// A batch's base offset and length, before the length counts.
-const BATCH_PREFIX_BYTES: usize = 12;
-/// Where a batch has its last record's distance from the first.
-const LAST_OFFSET_DELTA_AT: usize = 23;
 
 pub struct Cluster {
     /// Node ids are positions plus one.
@@ -177,6 +181,28 @@ impl Cluster {
         bail!("{what} never came")
     }
 
+    /// Asks for these replicas, or for a move to be given up; the error code of the partition.
+    pub fn reassign(&self, topic: &str, partition: i32, replicas: Option<&[i32]>) -> anyhow::Result<i16> {
+        let replicas = replicas.map(|ids| ids.iter().copied().map(BrokerId).collect());
+        let partition =
+            ReassignablePartition::default().with_partition_index(partition).with_replicas(replicas);
+        let topics =
+            vec![ReassignableTopic::default().with_name(topic_name(topic)).with_partitions(vec![partition])];
+        let request =
+            AlterPartitionReassignmentsRequest::default().with_topics(topics).with_timeout_ms(10_000);
+        let answer = Wire::connect(&self.any()?.kafka)?.ask(0, &request)?;
+        ensure!(answer.error_code == 0, "{answer:?}");
+        Ok(answer.responses[0].partitions[0].error_code)
+    }
+
+    pub fn await_no_moves(&self) -> anyhow::Result<()> {
+        let request = ListPartitionReassignmentsRequest::default().with_topics(None).with_timeout_ms(10_000);
+        self.until("all moves to end", || {
+            let mut wire = Wire::connect(&self.any().ok()?.kafka).ok()?;
+            wire.ask(0, &request).ok()?.topics.is_empty().then_some(())
+        })
+    }
+
     /// Waits until so many more records were acknowledged: it shows that the cluster serves.
     pub fn progress(&self, load: &Load, what: &str) -> anyhow::Result<()> {
         let target = load.acknowledged_count() + PROGRESS_RECORDS;
@@ -262,7 +288,9 @@ impl Cluster {
             }
             ensure!(logs.len() == replicas, "{name} lies on {} nodes, not on {replicas}", logs.len());
             let (first, expected) = &logs[0];
-            let reaches = expected.values().next_back().map_or(0, |batch| next_offset(batch));
+            let last =
+                expected.values().next_back().map(|batch| record_batch::parse_header(batch)).transpose()?;
+            let reaches = last.map_or(0, |header| header.next_offset());
             ensure!(reaches == *end, "{name} on node {first} ends at {reaches}, not at {end}");
             for (node, log) in &logs[1..] {
                 for (offset, batch) in expected {
@@ -297,27 +325,19 @@ fn batches_of(data: &Path, partition: &str) -> anyhow::Result<Option<BTreeMap<i6
     for segment in inside(&dir)?.iter().filter(|path| path.extension().is_some_and(|e| e == "log")) {
         let bytes = std::fs::read(segment)?;
         let mut rest = bytes.as_slice();
-        while rest.len() > LAST_OFFSET_DELTA_AT + 4 {
-            let base = i64::from_be_bytes(rest[..8].try_into()?);
-            let length = usize::try_from(i32::from_be_bytes(rest[8..12].try_into()?))?;
-            // Room that was taken in advance.
-            if length == 0 {
-                break;
-            }
+        // Zeros are room that was taken in advance.
+        while rest.get(8..12).is_some_and(|length| length != [0; 4]) {
+            let header = record_batch::parse_header(rest)
+                .with_context(|| format!("{} has no batch where one should be", segment.display()))?;
             let (batch, more) = rest
-                .split_at_checked(BATCH_PREFIX_BYTES + length)
+                .split_at_checked(header.total_bytes())
                 .with_context(|| format!("{} ends inside a batch", segment.display()))?;
-            ensure!(batches.insert(base, batch.to_vec()).is_none(), "two batches at {base} of {partition}");
+            let before = batches.insert(header.base_offset, batch.to_vec());
+            ensure!(before.is_none(), "two batches at {} of {partition}", header.base_offset);
             rest = more;
         }
     }
     Ok(Some(batches))
-}
-
-fn next_offset(batch: &[u8]) -> i64 {
-    let base = i64::from_be_bytes(batch[..8].try_into().unwrap_or_default());
-    let delta = batch[LAST_OFFSET_DELTA_AT..LAST_OFFSET_DELTA_AT + 4].try_into().unwrap_or_default();
-    base + i64::from(i32::from_be_bytes(delta)) + 1
 }
 
 /// Tests of moves and of an operator's steps are not steady yet: in one of some ten runs a replica that comes and goes is

@@ -2,21 +2,14 @@
 //! start, stand still, and partitions are moved meanwhile. After each fault the cluster serves again; at the end the checker
 //! finds nothing, and the replicas have the same bytes.
 //!
-//! Some faults in `make test`; `CYCLES` and `SEED` choose others. `FLUMEN_SMALL` in every second seed turns small rings and
+//! In `make test-full` only; `CYCLES` and `SEED` choose how many faults, and which. `FLUMEN_SMALL` in every second seed turns small rings and
 //! snapshots of the metadata over.
 
 use std::time::Duration;
 
 use flumen_tests::cluster::Cluster;
 use flumen_tests::load::Load;
-use flumen_tests::wire::{Wire, topic_name};
 use flumen_tests::witness::Witness;
-use kafka_protocol::messages::alter_partition_reassignments_request::{
-    ReassignablePartition, ReassignableTopic,
-};
-use kafka_protocol::messages::{
-    AlterPartitionReassignmentsRequest, BrokerId, ListPartitionReassignmentsRequest,
-};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -53,17 +46,6 @@ fn fault(random: &mut StdRng) -> Fault {
     }
 }
 
-fn reassign(cluster: &Cluster, partition: i32, replicas: &[i32]) -> anyhow::Result<()> {
-    let replicas = Some(replicas.iter().copied().map(BrokerId).collect());
-    let partition = ReassignablePartition::default().with_partition_index(partition).with_replicas(replicas);
-    let topics =
-        vec![ReassignableTopic::default().with_name(topic_name(TOPIC)).with_partitions(vec![partition])];
-    let request = AlterPartitionReassignmentsRequest::default().with_topics(topics).with_timeout_ms(10_000);
-    let answer = Wire::connect(&cluster.any()?.kafka)?.ask(0, &request)?;
-    anyhow::ensure!(answer.responses[0].partitions[0].error_code == 0, "{answer:?}");
-    Ok(())
-}
-
 fn strike(cluster: &mut Cluster, fault: &Fault, random: &mut StdRng) {
     match fault {
         Fault::Kill(nodes) => nodes.iter().for_each(|at| cluster.nodes[*at].kill_9()),
@@ -77,7 +59,11 @@ fn strike(cluster: &mut Cluster, fault: &Fault, random: &mut StdRng) {
             cluster.nodes[*at].resume().unwrap();
         }
         Fault::Move(partition, target, dies) => {
-            cluster.until("a move to be taken", || reassign(cluster, *partition, target).ok()).unwrap();
+            cluster
+                .until("a move to be taken", || {
+                    cluster.reassign(TOPIC, *partition, Some(target)).ok().filter(|code| *code == 0)
+                })
+                .unwrap();
             if let Some(at) = dies {
                 std::thread::sleep(Duration::from_millis(random.random_range(0..1_500)));
                 cluster.nodes[*at].kill_9();
@@ -88,16 +74,6 @@ fn strike(cluster: &mut Cluster, fault: &Fault, random: &mut StdRng) {
     if random.random_bool(0.5) {
         std::thread::sleep(Duration::from_millis(random.random_range(0..2_000)));
     }
-}
-
-fn await_at_rest(cluster: &Cluster) {
-    let request = ListPartitionReassignmentsRequest::default().with_topics(None).with_timeout_ms(10_000);
-    cluster
-        .until("all moves to end", || {
-            let mut wire = Wire::connect(&cluster.any().ok()?.kafka).ok()?;
-            wire.ask(0, &request).ok()?.topics.is_empty().then_some(())
-        })
-        .unwrap();
 }
 
 fn chaos(seed: u64, faults: usize) {
@@ -122,7 +98,7 @@ fn chaos(seed: u64, faults: usize) {
         cluster.restart_all().unwrap();
         cluster.progress(&load, "   served again").unwrap();
     }
-    await_at_rest(&cluster);
+    cluster.await_no_moves().unwrap();
     cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut witnesses).unwrap();
     drop(cluster);
     std::fs::remove_dir_all(&dir).unwrap();

@@ -7,14 +7,8 @@ use flumen_tests::cluster::Cluster;
 use flumen_tests::load::Load;
 use flumen_tests::wire::{Wire, topic_name};
 use flumen_tests::witness::Witness;
-use kafka_protocol::messages::alter_partition_reassignments_request::{
-    ReassignablePartition, ReassignableTopic,
-};
 use kafka_protocol::messages::elect_leaders_request::TopicPartitions;
-use kafka_protocol::messages::{
-    AlterPartitionReassignmentsRequest, BrokerId, ElectLeadersRequest, ListPartitionReassignmentsRequest,
-    MetadataRequest,
-};
+use kafka_protocol::messages::{ElectLeadersRequest, MetadataRequest};
 use serde_json::json;
 
 const TOPIC: &str = "orders";
@@ -40,24 +34,6 @@ fn described(cluster: &Cluster) -> (Vec<Vec<i32>>, Vec<i32>) {
     (partitions.into_iter().map(|(_, replicas)| replicas).collect(), brokers)
 }
 
-fn reassign(cluster: &Cluster, partition: i32, replicas: Option<&[i32]>) -> i16 {
-    let replicas = replicas.map(|ids| ids.iter().copied().map(BrokerId).collect());
-    let partition = ReassignablePartition::default().with_partition_index(partition).with_replicas(replicas);
-    let topics =
-        vec![ReassignableTopic::default().with_name(topic_name(TOPIC)).with_partitions(vec![partition])];
-    let request = AlterPartitionReassignmentsRequest::default().with_topics(topics).with_timeout_ms(10_000);
-    let answer = wire(cluster).ask(0, &request).unwrap();
-    assert_eq!(answer.error_code, 0, "{answer:?}");
-    answer.responses[0].partitions[0].error_code
-}
-
-fn await_at_rest(cluster: &Cluster) {
-    let request = ListPartitionReassignmentsRequest::default().with_topics(None).with_timeout_ms(10_000);
-    cluster
-        .until("all moves to end", || wire(cluster).ask(0, &request).ok()?.topics.is_empty().then_some(()))
-        .unwrap();
-}
-
 #[test]
 fn partitions_move_to_a_new_node_and_leaders_go_home() {
     if !flumen_tests::cluster::only_in_full("partitions_move_to_a_new_node_and_leaders_go_home") {
@@ -78,7 +54,7 @@ fn partitions_move_to_a_new_node_and_leaders_go_home() {
 
     // The leader's replica goes to the new node, which is also to lead.
     let target = [4, before[0][1], before[0][2]];
-    assert_eq!(reassign(&cluster, 0, Some(&target)), 0);
+    assert_eq!(cluster.reassign(TOPIC, 0, Some(&target)).unwrap(), 0);
     // Whoever is asked may not have heard of the move yet.
     cluster
         .until("the partition to be there", || (described(&cluster).0[0] == target).then_some(()))
@@ -86,12 +62,12 @@ fn partitions_move_to_a_new_node_and_leaders_go_home() {
     cluster.progress(&load, "partition 0 has moved").unwrap();
 
     // A move that is given up leaves everything where it was.
-    assert_eq!(reassign(&cluster, 1, Some(&[4])), 0);
-    assert_eq!(reassign(&cluster, 1, None), 0);
-    await_at_rest(&cluster);
+    assert_eq!(cluster.reassign(TOPIC, 1, Some(&[4])).unwrap(), 0);
+    assert_eq!(cluster.reassign(TOPIC, 1, None).unwrap(), 0);
+    cluster.await_no_moves().unwrap();
     cluster.until("it to be where it was", || (described(&cluster).0[1] == before[1]).then_some(())).unwrap();
-    assert_eq!(reassign(&cluster, 1, None), 85);
-    assert_eq!(reassign(&cluster, 1, Some(&[1, 9])), 39);
+    assert_eq!(cluster.reassign(TOPIC, 1, None).unwrap(), 85);
+    assert_eq!(cluster.reassign(TOPIC, 1, Some(&[1, 9])).unwrap(), 39);
 
     let topics = vec![TopicPartitions::default().with_topic(topic_name(TOPIC)).with_partitions(vec![0])];
     let elect = ElectLeadersRequest::default().with_topic_partitions(Some(topics)).with_timeout_ms(10_000);
@@ -122,7 +98,7 @@ fn a_replica_that_was_given_up_comes_back() {
     let mut load = Load::start_at(&kafka, TOPIC, false, Duration::from_millis(1)).unwrap();
     cluster.progress(&load, "four nodes").unwrap();
     for target in [[4, 3, 1], [1, 4, 2], [2, 3, 4], [3, 1, 2], [4, 1, 2], [2, 1, 3]] {
-        assert_eq!(reassign(&cluster, 0, Some(&target)), 0);
+        assert_eq!(cluster.reassign(TOPIC, 0, Some(&target)).unwrap(), 0);
         // Whoever is asked may not have heard of the move yet.
         cluster
             .until("the partition to be there", || (described(&cluster).0[0] == target).then_some(()))

@@ -90,8 +90,6 @@ pub struct DeletedPartition {
     pub partition: i32,
     pub group_id: u64,
     pub dir_name: String,
-    /// Who has its log, see [`PartitionInfo::holders`].
-    pub holders: Vec<i32>,
 }
 
 /// What a command changed, for those who must make the world match.
@@ -356,7 +354,6 @@ impl MetadataImage {
                 partition,
                 group_id: info.group_id,
                 dir_name: dir_name(&topic.name, partition, info.group_id),
-                holders: info.holders(),
             })
             .collect();
         Arc::make_mut(&mut self.topics).remove(&topic.name);

@@ -153,7 +153,6 @@ impl Placer {
         let mut replicas = kept.to_vec();
         replicas.extend(chosen.iter().map(|at| self.nodes[*at].id));
         for at in chosen {
-            self.nodes[at].of_topic.replicas += 1;
             self.nodes[at].of_all.replicas += 1;
         }
         Some(replicas)

@@ -21,7 +21,6 @@ use uuid::Uuid;
 
 use super::requests::{self, Answered, AskError};
 use crate::controller::METADATA_GROUP;
-use crate::coordinator::OFFSETS_TOPIC;
 use crate::node::Node;
 use crate::shard::Shard;
 use crate::topic_admin::{TopicError, plan_deletion};
@@ -137,8 +136,6 @@ impl Intent {
                 admin::plan_create_topic(image, config, up, asked, id).map(|command| vec![command])
             }
             Intent::AutoCreate { name } => admin::plan_auto_create(image, config, up, name, id),
-            // Another connection may have been first.
-            Intent::CreateOffsetsTopic if image.topics.contains_key(OFFSETS_TOPIC) => Ok(Vec::new()),
             Intent::CreateOffsetsTopic => Ok(admin::plan_offsets_topic(image, config, up, id)),
             Intent::DeleteTopic { topic } => plan_deletion(image, config, topic).map(|command| vec![command]),
             Intent::CreatePartitions { topic, total } => {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::node::Node;
-use crate::partition::{Partition, raft_id};
+use crate::partition::Partition;
 use crate::shard::Shard;
 
 const HAND_OVER_TIME_MAX: Duration = Duration::from_secs(2);
@@ -51,7 +51,7 @@ fn hand_over(shard: &Rc<Shard>, begin: bool) -> usize {
 /// The replica that has most, of those on nodes that run.
 fn successor(shard: &Shard, partition: &Partition) -> Option<u64> {
     let up = shard.node.is_up();
-    let own = raft_id(shard.node.config.node_id);
+    let own = shard.node.raft_id();
     let status = partition.raft_status();
     let able = status
         .peers

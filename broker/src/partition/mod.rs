@@ -124,7 +124,7 @@ pub struct PartitionSpec {
 impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
-        let node_id = raft_id(shard.node.config.node_id);
+        let node_id = shard.node.raft_id();
         let (raft, fresh) = start_group(&spec, &log, node_id);
         let joins = fresh && !raft.membership().contains(node_id);
         let alone = raft.membership().is_alone(node_id);

@@ -13,6 +13,7 @@ use flumen_raft::{Entry, Install, Leadership, Outputs, Role};
 use flumen_storage::{Beginning, HardState, Lane, Lsn, Payload, ReadError, StageError};
 
 use super::Partition;
+use crate::cluster::node_id_of;
 use crate::coordinator::OFFSETS_TOPIC;
 use crate::export::STATE_TOPIC;
 
@@ -257,7 +258,7 @@ impl Partition {
         let led = self.leads.replace(leads);
         let served = self.serves.replace(now.may_serve);
         let Some(shard) = self.shard.upgrade() else { return };
-        let leader_id = i32::try_from(now.leader_id).unwrap_or(0) - 1;
+        let leader_id = node_id_of(now.leader_id).unwrap_or(-1);
         shard.node.leaders.note(self.group_id, leader_id, self.leader_epoch());
         self.publish_gauges();
         if led && !leads {
@@ -336,10 +337,12 @@ impl Partition {
     /// Whether what is staged next counts at once. Not a vote or a term, which must never be forgotten, and not before
     /// what was staged earlier and has to wait.
     fn acknowledges_from_memory(&self, hard_state: Option<HardState>) -> bool {
-        let known = self.log.hard_state();
         self.config.borrow().acknowledges() == Durability::Memory
             && self.staged_number.get() == self.persisted_number.get()
-            && hard_state.is_none_or(|new| (new.term, new.vote) == (known.term, known.vote))
+            && hard_state.is_none_or(|new| {
+                let known = self.log.hard_state();
+                (new.term, new.vote) == (known.term, known.vote)
+            })
     }
 
     /// The partition serves no more until the next start: what is on its disk stays as it is.

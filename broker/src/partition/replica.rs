@@ -7,6 +7,7 @@ use flumen_raft::{Body, Membership, Message, ProposeError, Status, StepError, Ta
 use super::Partition;
 use super::fetch::FetchError;
 use crate::cluster::floors::Floor;
+use crate::cluster::node_id_of;
 
 /// A new group's first replica stands for election in the first of so many ticks and again in the last, as the others may
 /// have heard of the group later.
@@ -18,11 +19,6 @@ impl Partition {
     /// Leads; may not serve yet.
     pub fn is_leader(&self) -> bool {
         self.state.borrow().raft.is_leader()
-    }
-
-    /// Leads, and knows everything that was ever acknowledged.
-    pub fn may_serve(&self) -> bool {
-        self.state.borrow().raft.may_serve()
     }
 
     /// What another replica says. A message that makes no sense is dropped, and so is one that there is no room for: Raft
@@ -161,7 +157,7 @@ impl Partition {
     /// Kafka ids of the other members, where this one leads them.
     pub(crate) fn followers(&self) -> Vec<i32> {
         let others = self.state.borrow().raft.membership().others(self.node_id);
-        others.into_iter().filter_map(|id| i32::try_from(id).ok()?.checked_sub(1)).collect()
+        others.into_iter().filter_map(node_id_of).collect()
     }
 
     /// What followers should hear, with the leader's epoch; `None` where there is nothing new, unless it is asked for.

@@ -183,9 +183,7 @@ impl Three {
             for at in 0..3 {
                 let Some(broker) = self.brokers.borrow()[at].clone() else { continue };
                 let leads = |shard: Rc<Shard>| async move {
-                    shard
-                        .partition(GROUP)
-                        .is_some_and(|partition| partition.may_serve() && partition.serves())
+                    shard.partition(GROUP).is_some_and(|partition| partition.serves())
                 };
                 if !self.cut_off.borrow().contains(&at) && broker.node.shards[0].run(leads).await.unwrap() {
                     return at;
