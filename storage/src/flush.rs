@@ -1,5 +1,4 @@
-//! The flusher of a shard: committed entries leave the WAL for their segments in runs, WAL files retire, and everything
-//! is put in order at shutdown.
+//! The flusher of a shard: committed entries leave the WAL for their segments in runs, and WAL files retire (`retire.rs`).
 //!
 //! One task, under `flush_lock`; one run at a time, and several of different groups when a ring fills faster than that.
 //! No space means waiting and trying again, with everything still in the WAL and in memory; any other failed write, and
@@ -15,22 +14,18 @@ use flumen_io::{BLOCK_BYTES, DirEntry, FileSystem, Mode};
 use flumen_protocol::record_batch;
 use futures_util::stream::{self, StreamExt};
 
-use crate::data_dir::replace_file;
 use crate::direct;
 use crate::failpoint::{self, Failpoint};
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
 use crate::mutant::{self, Mutant};
-use crate::ring::Class;
+use crate::retire::retire;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
 };
 use crate::segment_name::SegmentName;
-use crate::states_file::SNAPSHOT_BYTES_MAX;
 use crate::store::{Shard, add, is_no_space};
 use crate::tail::TailEntry;
-use crate::types::{GroupId, LANES, Lane, LogPoisoned, Lsn, ShutdownError};
-use crate::wal::sync_os_lane;
-use crate::wal_format::{GROUP_STATE, PRODUCERS, RecordHeader};
+use crate::types::{LANES, Lsn};
 use crate::walk::{Step, Walk};
 
 /// Partitions that hold eviction up and are seen to before a WAL file is emptied. Emptying one takes some ten runs, and
@@ -45,24 +40,17 @@ const FLUSH_MAX_BYTES: u64 = 1 << 20;
 const SNAPSHOT_INTERVAL_BYTES: u64 = 64 << 20;
 /// The newest, and one more in case it is damaged.
 const SNAPSHOTS_KEPT: usize = 2;
-/// Producer snapshots that are written beside the group states of a retirement take no more than this part of a file: they
-/// save a start from reading segments, and must not fill the ring that is being emptied.
-const PRODUCERS_SHARE: u64 = 8;
-
 /// Syncs of one retirement in flight together; the disk's queue is deeper, but readers want some of it.
 const SYNCS_IN_FLIGHT: usize = 16;
 
 /// Beyond this many files one sync of the whole file system is cheaper than one each.
-const SYNC_EACH_MAX: usize = 64;
+pub(crate) const SYNC_EACH_MAX: usize = 64;
 
 /// Pauses between tries while the disk is full: 100 ms, doubling to 2 s.
 const NO_SPACE_PAUSE_MS: (u64, u64) = (100, 2_000);
 
 /// A retirement that waits for the high watermark looks again after this.
 const RETIRE_PAUSE: Duration = Duration::from_millis(20);
-
-/// So often a retirement waits for a partition that goes on writing to the other lane; then it is tried again later.
-const WAITS_FOR_OTHER_LANE: u32 = 16;
 
 /// A growing segment is at most this much longer on the disk than what it holds.
 const RESERVE_BYTES_MAX: u64 = 16 << 20;
@@ -184,7 +172,7 @@ fn plan_run(inner: &Inner, upto: u64) -> Option<Run> {
 }
 
 /// Moves one run of a group to its segment. `Ok(false)` when nothing committed is left.
-async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushError> {
+pub(crate) async fn flush_run(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushError> {
     flush_run_to(shard, group, 0).await
 }
 
@@ -214,7 +202,7 @@ pub(crate) async fn flush_run_to(
 }
 
 /// What a cut left behind, or a log that began anew, goes once that is safe; before that it still counts.
-async fn finish_cut(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(), FlushError> {
+pub(crate) async fn finish_cut(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(), FlushError> {
     loop {
         let cut = group.inner.borrow().cut_by;
         let Some((lane, lsn)) = cut.filter(|_| !mutant::is(Mutant::WritesOverBeforeCutIsSafe)) else {
@@ -426,7 +414,7 @@ fn reservation(end: u64, reserved: u64, limit: u64) -> Option<u64> {
 }
 
 /// Neither what was reserved nor what a cut left behind its end must become part of a finished segment.
-fn seal(shard: &Rc<Shard>, group: &Group, base: i64, bytes: u64) -> io::Result<()> {
+pub(crate) fn seal(shard: &Rc<Shard>, group: &Group, base: i64, bytes: u64) -> io::Result<()> {
     let file = shard.file(group, base)?;
     if file.len()? > bytes { file.set_len(bytes) } else { Ok(()) }
 }
@@ -456,14 +444,14 @@ fn append_index(
     file.write_all_at(&out, at as u64)
 }
 
-fn encode_producers(group: &Group) -> (i64, Vec<u8>) {
+pub(crate) fn encode_producers(group: &Group) -> (i64, Vec<u8>) {
     let inner = group.inner.borrow();
     let offset = inner.log_end;
     (offset, group.producers.borrow().encode(offset, inner.epochs.epoch_at(offset - 1)))
 }
 
 /// To be written to a file at once.
-fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
+pub(crate) fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
     let (offset, bytes) = encode_producers(group);
     let mut inner = group.inner.borrow_mut();
     inner.snapshot_offset = offset;
@@ -676,214 +664,6 @@ pub(crate) async fn run(shard: Rc<Shard>) {
     }
 }
 
-/// Empties the oldest file of a lane so that its slot can be written over. `Ok(false)`: not now.
-async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushError> {
-    let wal = shard.wal(lane);
-    let Some((file_seq, touched)) = wal.retirable() else { return Ok(false) };
-    let groups: Vec<Rc<Group>> = touched.iter().filter_map(|id| shard.group(*id)).collect();
-    let in_file = |group: &Group| {
-        let inner = group.inner.borrow();
-        let mut unflushed = inner.tail.unflushed();
-        // (something of this file is left, and it may be flushed)
-        unflushed
-            .find(|entry| entry.lane == lane && entry.file_seq <= file_seq)
-            .map(|entry| inner.is_committed(entry))
-    };
-    let mut runs = stream::iter(&groups)
-        .map(|group| async move {
-            while in_file(group) == Some(true) {
-                if !flush_run(shard, group).await? {
-                    break;
-                }
-                tokio::task::yield_now().await;
-            }
-            Ok(())
-        })
-        .buffer_unordered(wal.runs_in_flight());
-    // All of them to their end: a run that is dropped half way would leave its group marked as flushing.
-    let mut outcome = Ok(());
-    while let Some(result) = runs.next().await {
-        outcome = outcome.and(result);
-    }
-    drop(runs);
-    outcome?;
-    // What they wrote may be counted below, and somebody waits for it.
-    direct::serve(shard).await?;
-    for group in groups.iter().filter(|group| !group.deleted.get()) {
-        finish_cut(shard, group).await?;
-    }
-    let mut moved = [0; LANES.len()];
-    // What is replaced by entries in the other lane is left behind here, so those must be there first.
-    for group in groups.iter().filter(|group| !group.deleted.get()) {
-        let inner = group.inner.borrow();
-        moved[inner.lane as usize] = inner.last_lsn.max(moved[inner.lane as usize]);
-    }
-    for group in groups.iter().filter(|group| !group.deleted.get() && in_file(group).is_some()) {
-        if mutant::is(Mutant::RetiresWithEntries) {
-            continue;
-        }
-        let Some((lane, lsn)) = write_again(shard, group, lane) else { return Ok(false) };
-        moved[lane as usize] = lsn.max(moved[lane as usize]);
-    }
-    for other in LANES.into_iter().filter(|other| *other != lane) {
-        shard.wait_durable(other, moved[other as usize]).await.map_err(|_| FlushError::Poisoned)?;
-    }
-    sync_segments(shard, &groups).await?;
-    failpoint::pass(Failpoint::RetireSynced);
-    // What a group state says stays true until it is in a block, because flushing is this task's alone.
-    let mut since_yield = 0;
-    let mut producers_left =
-        usize::try_from(shard.config.wal_file_bytes / PRODUCERS_SHARE).unwrap_or(usize::MAX);
-    let mut counted = Vec::with_capacity(groups.len());
-    for group in &groups {
-        if group.deleted.get() {
-            continue;
-        }
-        if !is_sure_elsewhere(shard, group, lane).await? {
-            return Ok(false);
-        }
-        let state = group.state(shard.wal_id, 0);
-        group.inner.borrow_mut().record_in(shard, lane);
-        // It began anew since: the state says so, and may be safe before the record of the other lane that has the producers.
-        let begun_with = group.inner.borrow().begun_with.clone();
-        if let Some((offset, producers)) = &begun_with {
-            let record =
-                RecordHeader { kind: PRODUCERS, group: group.id, index: 0, term: 0, offset: *offset };
-            match wal.append(&shard.next_lsn, &record, producers, Class::System) {
-                Ok((_, at)) => group.touch(wal, at),
-                Err(_) => return Ok(false),
-            }
-        }
-        let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
-        match wal.append(&shard.next_lsn, &record, &state.encode(), Class::System) {
-            Ok((_, at)) => group.touch(wal, at),
-            Err(_) => return Ok(false),
-        }
-        let bytes = group.producers.borrow().encoded_len();
-        if begun_with.is_none()
-            && bytes <= SNAPSHOT_BYTES_MAX.min(producers_left)
-            && group.inner.borrow().producers_whole
-        {
-            let (offset, snapshot) = encode_producers(group);
-            let record = RecordHeader { kind: PRODUCERS, group: group.id, index: 0, term: 0, offset };
-            // An entry's share of the ring at most: whatever does not get in is found in the segments.
-            match wal.append(&shard.next_lsn, &record, &snapshot, Class::Stage) {
-                Ok((_, at)) => group.touch(wal, at),
-                Err(_) => producers_left = 0,
-            }
-            producers_left = producers_left.saturating_sub(bytes);
-        }
-        counted.push((Rc::clone(group), state.active_base, group.inner.borrow().begun));
-        since_yield += 1;
-        if since_yield % 256 == 0 {
-            wal.wake_writer();
-            tokio::task::yield_now().await;
-            if !shard.is_live() {
-                return Err(FlushError::Poisoned);
-            }
-        }
-    }
-    if lane == Lane::Durable {
-        let mut tombstones = shard.tombstones.borrow_mut();
-        tombstones.retain(|of| of.is_saved || shard.wal(Lane::Os).has_records_of(of.group));
-        if !tombstones.iter().all(|of| shard.record_deletion(of.group).is_some()) {
-            return Ok(false);
-        }
-    }
-    let end = RecordHeader {
-        kind: crate::wal_format::NOTHING,
-        group: crate::types::UNKNOWN_GROUP,
-        index: 0,
-        term: 0,
-        offset: 0,
-    };
-    let Ok((lsn, _)) = wal.append(&shard.next_lsn, &end, &[], Class::System) else { return Ok(false) };
-    wal.announce_retired(file_seq);
-    wal.wake_writer();
-    shard.wait_durable(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
-    if lane == Lane::Os {
-        sync_os_lane(shard).await.map_err(|_| FlushError::Poisoned)?;
-    }
-    for (group, base, begun) in counted {
-        if !crate::anew::is_of_this_log(&group, begun) {
-            continue;
-        }
-        group.inner.borrow_mut().counted_base = base.max(0);
-    }
-    failpoint::pass(Failpoint::RetireCounted);
-    wal.retired(file_seq);
-    add(&shard.counters.files_retired, 1);
-    Ok(true)
-}
-
-/// What a state says of votes, commits and the log start may stand in the other lane, and must be sure there before: either
-/// may lose its end alone. False: the partition is too busy there now.
-async fn is_sure_elsewhere(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Result<bool, FlushError> {
-    for _ in 0..WAITS_FOR_OTHER_LANE {
-        let (other, lsn) = {
-            let inner = group.inner.borrow();
-            (inner.lane, inner.last_lsn)
-        };
-        if other == lane || lsn <= shard.durable_lsn(other) {
-            return Ok(true);
-        }
-        shard.wait_durable(other, lsn).await.map_err(|_| FlushError::Poisoned)?;
-    }
-    Ok(false)
-}
-
-/// Makes what is in the segments of a group count: from here on no recovery takes any of it from the WAL again. False if
-/// there is no room for the record now.
-pub(crate) async fn checkpoint(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<bool, FlushError> {
-    let _alone = shard.flush_lock.lock().await;
-    if group.deleted.get() || shard.closing.get() || group.inner.borrow().begun_with.is_some() {
-        return Ok(false);
-    }
-    sync_segments(shard, std::slice::from_ref(group)).await?;
-    if group.deleted.get() {
-        return Ok(false);
-    }
-    if group.inner.borrow().begun_with.is_some() {
-        return Ok(false);
-    }
-    let state = group.state(shard.wal_id, 0);
-    let (lane, begun) = {
-        let inner = group.inner.borrow();
-        (inner.lane, inner.begun)
-    };
-    let wal = shard.wal(lane);
-    let record = RecordHeader { kind: GROUP_STATE, group: group.id, index: 0, term: 0, offset: 0 };
-    group.inner.borrow_mut().record_in(shard, lane);
-    let Ok((lsn, file_seq)) = wal.append(&shard.next_lsn, &record, &state.encode(), Class::Stage) else {
-        return Ok(false);
-    };
-    group.touch(wal, file_seq);
-    wal.wake_writer();
-    shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
-    if !crate::anew::is_of_this_log(group, begun) {
-        return Ok(false);
-    }
-    group.inner.borrow_mut().counted_base = state.active_base.max(0);
-    Ok(true)
-}
-
-/// Entries that are not committed cannot leave the WAL; they move to the newest file of `lane`, or of the durable lane
-/// if some of them are there, as they must not become less safe than they were. Returns where they are.
-fn write_again(shard: &Rc<Shard>, group: &Rc<Group>, lane: Lane) -> Option<(Lane, Lsn)> {
-    let mut inner = group.inner.borrow_mut();
-    let durable = inner.tail.unflushed().any(|entry| entry.lane == Lane::Durable);
-    let lane = if durable { Lane::Durable } else { lane };
-    let wal = shard.wal(lane);
-    let (total, largest, count) = inner.unflushed_size(|_| true);
-    if !wal.fits_all(total, largest, count) {
-        return None;
-    }
-    inner.record_in(shard, lane);
-    let lsn = inner.log_unflushed(shard, group.id, wal, |_| true);
-    wal.wake_writer();
-    Some((lane, lsn))
-}
-
 /// Makes everything written to the segments of `groups` durable.
 pub(crate) async fn sync_segments(shard: &Rc<Shard>, groups: &[Rc<Group>]) -> Result<(), FlushError> {
     let mut files = Vec::new();
@@ -961,153 +741,6 @@ async fn sync_each(shard: &Rc<Shard>, files: Vec<(Rc<Group>, i64)>, dirs: Vec<Pa
     synced.await?
 }
 
-fn poisoned(shard: &Shard) -> ShutdownError {
-    ShutdownError::Poisoned(LogPoisoned {
-        reason: if shard.is_poisoned() {
-            "it failed before it was shut down".to_owned()
-        } else {
-            "no space left on the disk".to_owned()
-        },
-    })
-}
-
-pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
-    shard.closing.set(true);
-    shard.wake_flusher();
-    let _no_compaction = shard.compacting.lock().await;
-    let _alone = shard.flush_lock.lock().await;
-    // Nobody writes records any more, so what is said below contains all there are.
-    let last = shard.next_lsn.get() - 1;
-    for lane in LANES {
-        shard.wal(lane).wake_writer();
-        if let Some(lsn) = shard.wal(lane).newest_pending() {
-            shard.wait_durable(lane, lsn).await?;
-        }
-    }
-    // What is said to be in segments below was synced, unless a sync failed: then nobody knows, and nothing is said.
-    shard.check_poison()?;
-    let groups: Vec<Rc<Group>> = shard.groups.borrow().values().cloned().collect();
-    let mut everything = true;
-    for group in &groups {
-        // A full disk is no reason to hang: the WAL has it all.
-        let upto = direct::waiting_upto(group);
-        while flush_run_to(shard, group, upto).await.map_err(|_| poisoned(shard))? {}
-        everything &= group.inner.borrow().tail.first_unflushed().is_none();
-    }
-    // A segment of a stopped store is as long as what it holds, for whoever reads it next.
-    for group in &groups {
-        let active = group
-            .inner
-            .borrow()
-            .segments
-            .back()
-            .map(|segment| (segment.base, segment.bytes, segment.reserved));
-        if let Some((base, bytes, reserved)) = active
-            && reserved > bytes
-            && !group.deleted.get()
-            && !group.frozen.get()
-        {
-            seal(shard, group, base, bytes).map_err(|source| ShutdownError::Io {
-                path: group.log_path(base).display().to_string(),
-                source,
-            })?;
-            let mut inner = group.inner.borrow_mut();
-            if !inner.dirty.contains(&base) {
-                inner.dirty.push(base);
-            }
-        }
-    }
-    sync_segments(shard, &groups).await.map_err(|_| poisoned(shard))?;
-    sync_os_lane(shard).await?;
-    let mut metas = Vec::new();
-    for group in &groups {
-        let (dirty, snapshot) = {
-            let mut inner = group.inner.borrow_mut();
-            if group.frozen.get() {
-                continue;
-            }
-            let due = inner.producers_whole && inner.snapshot_offset != inner.log_end;
-            (std::mem::take(&mut inner.meta_dirty), due)
-        };
-        let snapshot = snapshot.then(|| snapshot_of(group));
-        let meta = dirty.then(|| group.state(shard.wal_id, last).encode());
-        if meta.is_some() || snapshot.is_some() {
-            metas.push((group.dir.clone(), meta, snapshot));
-        }
-    }
-    let root = shard.root.clone();
-    let clean = everything.then(|| {
-        let dir = shard.root.join("wal").join(format!("{}", shard.config.shard));
-        let tombstones = shard.tombstones.borrow();
-        let deleted: Vec<GroupId> = tombstones.iter().filter(|of| of.is_saved).map(|of| of.group).collect();
-        (dir.join("CLEAN"), clean_line(shard.wal_id, &deleted))
-    });
-    let files = shard.files.clone();
-    let written = shard.disk.off_thread(move || {
-        let mut replaced = Vec::new();
-        for (dir, meta, snapshot) in metas {
-            if let Some((offset, bytes)) = snapshot {
-                write_snapshot(&files, &dir, offset, &bytes)?;
-            }
-            if let Some(meta) = meta {
-                replaced.push((dir.join("group.meta"), meta));
-            }
-        }
-        replace_many(&files, &root, replaced)?;
-        if let Some((path, id)) = clean {
-            replace_file(&files, &path, id.as_bytes())?;
-        }
-        Ok(())
-    });
-    let written = written.await.and_then(|result: io::Result<()>| result);
-    written.map_err(|source| ShutdownError::Io { path: shard.root.display().to_string(), source })?;
-    // The states just written count what was on its way past the WAL.
-    shard.note_direct(shard.direct.issued());
-    Ok(())
-}
-
-/// Replaces files as `replace_file` does; many of them with two syncs of the file system instead of two each.
-pub(crate) fn replace_many(files: &FileSystem, root: &Path, new: Vec<(PathBuf, Vec<u8>)>) -> io::Result<()> {
-    if new.len() <= SYNC_EACH_MAX / 4 {
-        for (path, bytes) in new {
-            replace_file(files, &path, &bytes)?;
-        }
-        return Ok(());
-    }
-    for (path, bytes) in &new {
-        files.write(&path.with_extension("new"), bytes)?;
-    }
-    files.sync_all(root)?;
-    for (path, _) in &new {
-        files.rename(&path.with_extension("new"), path)?;
-    }
-    files.sync_all(root)
-}
-
-/// Content of `CLEAN`: the WAL's id, and the partitions that were deleted and that its states file still has; their records
-/// are not looked for in a ring that is not read.
-pub(crate) fn clean_line(wal_id: u64, deleted: &[GroupId]) -> String {
-    let mut line = wal_id.to_string();
-    for group in deleted {
-        line.push_str(&format!(" {group}"));
-    }
-    let crc = crc32c::crc32c(line.as_bytes());
-    if deleted.is_empty() { line } else { format!("{line} {crc:08x}") }
-}
-
-/// The deleted partitions that a `CLEAN` for this WAL names; `None`: it is for another, or damaged.
-pub(crate) fn parse_clean(text: &str, wal_id: u64) -> Option<Vec<GroupId>> {
-    let text = text.trim();
-    if text == wal_id.to_string() {
-        return Some(Vec::new());
-    }
-    let (line, crc) = text.rsplit_once(' ')?;
-    let mut words = line.split(' ');
-    let whole = u32::from_str_radix(crc, 16).is_ok_and(|crc| crc == crc32c::crc32c(line.as_bytes()));
-    (whole && words.next()?.parse() == Ok(wal_id))
-        .then(|| words.map_while(|word| word.parse().ok()).collect())
-}
-
 /// Whether `bytes` is one whole batch; recovery trusts a block's checksum, not its writer.
 pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
     record_batch::parse(bytes).ok().filter(|header| header.total_bytes() == bytes.len())
@@ -1116,17 +749,6 @@ pub(crate) fn is_one_batch(bytes: &[u8]) -> Option<record_batch::BatchHeader> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn clean_names_what_was_deleted() {
-        for deleted in [vec![], vec![7], vec![1, u64::MAX]] {
-            let line = clean_line(12, &deleted);
-            assert_eq!(parse_clean(&line, 12), Some(deleted));
-            assert_eq!(parse_clean(&line, 1), None);
-        }
-        assert_eq!(parse_clean(&clean_line(12, &[71, 5]).replace("71", "72"), 12), None);
-        assert_eq!(parse_clean("12 71", 12), None);
-    }
 
     #[test]
     fn segments_grow_by_what_they_have() {

@@ -16,7 +16,6 @@ use crate::anew;
 use crate::codec::Cursor;
 use crate::data_dir::{FORMAT, boot_id, open_error, replace_file};
 use crate::failpoint::{self, Failpoint};
-use crate::flush::parse_clean;
 use crate::group_state::GroupState;
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
@@ -24,6 +23,7 @@ use crate::replay::{Action, Position, Replayed, replay};
 pub(crate) use crate::restore::Restored;
 use crate::restore::{Afterwards, Found, RestoreError, restore};
 use crate::states_file::{self, Chosen, Saved, States};
+use crate::stop::parse_clean;
 use crate::types::{GroupHealth, GroupId, HardState, LANES, Lane, OpenError, RecoveredGroup, UNKNOWN_GROUP};
 use crate::wal_format::{
     BATCH, BEGINNING, CONTROL, Found as FoundBlock, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START,

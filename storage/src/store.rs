@@ -30,6 +30,7 @@ use crate::group_state::{GroupState, valid_dir_name};
 use crate::mutant::{self, Mutant};
 use crate::ring::Class;
 use crate::segment_name::SegmentName;
+use crate::stop;
 use crate::types::{
     COMMIT_BUCKETS_US, COMMIT_LANES, CreateError, DeleteError, GroupConfig, GroupId, IoKind, LANES, Lane,
     LogPoisoned, Lsn, OpenError, RecoveredGroup, ShutdownError, StageError, StoreConfig, StoreStats,
@@ -763,7 +764,7 @@ impl ShardStore {
     /// Moves everything committed to segments, writes snapshots and checkpoints, and ends the background tasks. Nothing
     /// may be staged afterwards.
     pub async fn shutdown(&self) -> Result<(), ShutdownError> {
-        let result = flush::shut_down(&self.shard).await;
+        let result = stop::shut_down(&self.shard).await;
         self.shard.closed.set(true);
         self.shard.wake_everybody();
         result

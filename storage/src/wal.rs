@@ -12,7 +12,7 @@
 //! bringing entries. On a busy thread every turn brings some, so the interval is the least time between commits; on an
 //! idle one the first turn brings none, and the commit starts some microseconds later than it could have.
 //!
-//! Does not decide when files are retired (`flush.rs`) nor what counts after a crash (`wal_format.rs`).
+//! Does not decide when files are retired (`flush.rs`, `retire.rs`) nor what counts after a crash (`wal_format.rs`).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
