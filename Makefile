@@ -3,7 +3,7 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo demo-cluster test test-full crash-test sim lint conformance differential bench-smoke bench-log \
+.PHONY: build engine setup demo demo-cluster test test-full crash-test sim lint conformance differential bench-smoke bench-log bench-cluster \
 	bench-instructions clean
 
 build:
@@ -63,6 +63,12 @@ bench-log:
 	cargo build --release -p flumen-broker -p flumen-bench
 	bash bench/kafka.sh fetch
 	bash bench/log.sh $(BENCH_ARGS)
+
+# Three nodes against three of Apache Kafka, about ten minutes; BENCH_ARGS="--quick".
+bench-cluster:
+	cargo build --release -p flumen-broker -p flumen-bench
+	bash bench/kafka.sh fetch
+	bash bench/cluster.sh $(BENCH_ARGS)
 
 # Instructions of the hot paths by valgrind, compared with bench/results/instructions.json.
 bench-instructions:
