@@ -27,9 +27,10 @@ const NODES: usize = 3;
 /// A multiple of the nodes (33 each, three requests of 11 in `touch`), so that each leads as many.
 const PARTITIONS: usize = 99;
 const IDLE_GROUPS: usize = 1_000;
-/// After a thousand partitions were made: everybody has fallen asleep who does.
+/// After the last load, and after a thousand partitions were made: everybody has fallen asleep who does.
 const IDLE_SETTLE: Duration = Duration::from_secs(15);
-const IDLE_WINDOW: Duration = Duration::from_secs(10);
+/// CPU is counted in hundredths of a second.
+const IDLE_WINDOW: Duration = Duration::from_secs(20);
 /// Open loops offer this share of Kafka's maximum; beside a catch-up, where one node's start takes a core for seconds, less.
 const LOAD: f64 = 0.5;
 const LOAD_BESIDE: f64 = 0.25;
@@ -137,7 +138,8 @@ const BIG: &str = "128 KiB batches";
 const OPEN: &str = "half of Kafka's maximum";
 const CATCH_UP: &str = "beside a catch-up";
 const MOVE: &str = "beside a move";
-const IDLE: &str = "idle, 1,000 partitions: share of a core";
+const IDLE: &str = "1,000 idle partitions: share of a core";
+const IDLE_ALL: &str = "three nodes that nobody uses: share of a core";
 const UP: &str = "start of three nodes, s";
 const CAUGHT_UP: &str = "catch-up, s";
 const MOVED: &str = "move, s";
@@ -425,13 +427,19 @@ impl Session<'_> {
         let pids: Vec<u32> = nodes.peers.iter().map(Peer::pid).collect();
         let all: Vec<Vec<i32>> =
             (0..IDLE_GROUPS as i32).map(|p| (0..3).map(|at| 1 + (p + at) % 3).collect()).collect();
+        let share = || -> Result<f64> {
+            std::thread::sleep(IDLE_SETTLE);
+            let before = stats::cpu_of(&pids)?.context("no process")?;
+            let at = Instant::now();
+            std::thread::sleep(IDLE_WINDOW);
+            let cpu = stats::cpu_of(&pids)?.context("no process")?.since(before);
+            Ok(cpu.total() / at.elapsed().as_secs_f64())
+        };
+        let without = share()?;
         operations::create(&bootstrap, "idle", &all, &[])?;
-        std::thread::sleep(IDLE_SETTLE);
-        let before = stats::cpu_of(&pids)?.context("no process")?;
-        let at = Instant::now();
-        std::thread::sleep(IDLE_WINDOW);
-        let cpu = stats::cpu_of(&pids)?.context("no process")?.since(before);
-        self.reading(IDLE, v.name, nodes.round, cpu.total() / at.elapsed().as_secs_f64());
+        let with = share()?;
+        self.reading(IDLE_ALL, v.name, nodes.round, with);
+        self.reading(IDLE, v.name, nodes.round, with - without);
         Ok(())
     }
 
@@ -480,6 +488,7 @@ impl Session<'_> {
             own(5, Goal::Informs, MOVED),
             by(5, "p99 ms beside a move", Goal::Informs, MOVE, Measure::Quantile(0.99), &DURABLE),
             own(6, Goal::AtMost(0.01), IDLE),
+            own(6, Goal::Informs, IDLE_ALL),
             own(7, Goal::Informs, UP),
         ]
     }
