@@ -17,6 +17,7 @@ mod pending;
 mod replica;
 #[cfg(test)]
 mod replica_tests;
+mod turned_away;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -36,6 +37,7 @@ use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
 use crate::shard::Shard;
 use pending::Pending;
+use turned_away::{Place, TurnedAway};
 
 /// What other threads may read of a partition: metrics, Metadata, DescribeLogDirs, lag.
 #[derive(Default)]
@@ -89,6 +91,9 @@ pub struct Partition {
     forced: Cell<(i64, i64)>,
     /// Retention never passes this offset: what an enabled export has not settled yet.
     hold_offset: Cell<i64>,
+    turned_away: RefCell<TurnedAway>,
+    /// The leader epoch in which a producer's gap was seen last, and when first in it.
+    first_gap: Cell<(i32, i64)>,
 }
 
 struct State {
@@ -104,7 +109,7 @@ struct State {
     pending: VecDeque<Pending>,
     waiters: Vec<Weak<DataWaiter>>,
     /// (raft output number, who waits for that to be stored here) of produces that ask for no more.
-    pending_here: VecDeque<(u64, Completion)>,
+    pending_here: VecDeque<(u64, Completion, Option<Place>)>,
 }
 
 /// Where and what a partition is, as the metadata says.
@@ -177,6 +182,8 @@ impl Partition {
             staged_number: Cell::new(0),
             forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
+            turned_away: RefCell::default(),
+            first_gap: Cell::new((-1, 0)),
         });
         if partition.damage().is_none() {
             partition.log.set_committed(committed);
