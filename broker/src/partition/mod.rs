@@ -28,9 +28,10 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 use flumen_metadata::{Durability, TopicConfig};
 use flumen_raft::{Group, GroupStart, Membership};
 use flumen_storage::{CompactError, CompactionConfig, GroupLog};
+use tokio::sync::oneshot;
 
 pub use append::{AppendError, Appended, Origin};
-pub use fetch::{FetchError, FetchedSlice, OffsetAt};
+pub use fetch::{FetchError, FetchedSlice, OffsetAt, Reading};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
 use crate::cluster::floors::Floor;
@@ -110,6 +111,8 @@ struct State {
     waiters: Vec<Weak<DataWaiter>>,
     /// (raft output number, who waits for that to be stored here) of produces that ask for no more.
     pending_here: VecDeque<(u64, Completion, Option<Place>)>,
+    /// (token of Raft, who waits) for the news that this replica still leads.
+    reads: Vec<(u64, oneshot::Sender<()>)>,
 }
 
 /// Where and what a partition is, as the metadata says.
@@ -166,6 +169,7 @@ impl Partition {
                 pending: VecDeque::new(),
                 waiters: Vec::new(),
                 pending_here: VecDeque::new(),
+                reads: Vec::new(),
             }),
             alone: Cell::new(alone),
             joining: Cell::new(joins),

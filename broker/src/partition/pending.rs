@@ -118,6 +118,10 @@ impl Partition {
             let Some(pending) = next else { break };
             run(pending.completion);
         }
+        self.wake_readers();
+    }
+
+    pub(super) fn wake_readers(&self) {
         let waiters = std::mem::take(&mut self.state.borrow_mut().waiters);
         for waiter in waiters.iter().filter_map(std::rc::Weak::upgrade) {
             waiter.notify.notify_one();
@@ -157,6 +161,7 @@ impl Partition {
     pub(super) fn lose_leadership(&self) {
         let (pending, here) = {
             let mut state = self.state.borrow_mut();
+            state.reads.clear();
             (std::mem::take(&mut state.pending), std::mem::take(&mut state.pending_here))
         };
         let all = pending

@@ -17,7 +17,7 @@ use flumen_raft::{Body, Message, Target};
 use flumen_storage::{DataDir, ShardStore, StoreConfig};
 use tokio::sync::oneshot;
 
-use super::{AppendError, Completion, Origin, Partition, PartitionSpec, ProduceInFlight};
+use super::{AppendError, Completion, Origin, Partition, PartitionSpec, ProduceInFlight, Reading};
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
 use crate::node::{Node, now_ms};
@@ -637,6 +637,88 @@ fn a_leadership_that_is_lost_and_won_again_leaves_no_gap() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         assert_eq!(refusal(&next, 9).await, None);
+    });
+}
+
+/// A leader that is cut off does not know of the one that replaces it, and says nothing of where the log ends or begins.
+#[test]
+fn a_deposed_leader_answers_nothing_that_another_contradicts() {
+    with_three(|three| async move {
+        produce(&three, b"old", None).await;
+        three.agree(0).await;
+        let at = three.leader().await;
+        let old = three.at(at);
+        three.cut_off.borrow_mut().insert(at);
+        let asked = [-1, -2, 0].map(|timestamp| {
+            old.node.shards[0].run(move |shard| async move {
+                let partition = shard.partition(GROUP).unwrap();
+                assert!(partition.serves(), "it knows nothing yet");
+                partition.offset_at(timestamp).await.map_err(|error| error.code())
+            })
+        });
+        for answer in futures_util::future::join_all(asked).await {
+            assert_eq!(answer.unwrap(), Err(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        }
+        assert_eq!(produce(&three, b"new", None).await, 1);
+        let end = three.at(three.leader().await).node.shards[0]
+            .run(|shard| async move { shard.partition(GROUP).unwrap().offset_at(-1).await.unwrap().unwrap() })
+            .await
+            .unwrap();
+        assert_eq!(end.offset, 2);
+        // All replicas sleep when there is nothing to do, and whoever asks is answered all the same.
+        three.cut_off.borrow_mut().clear();
+        three.agree(0).await;
+        let leader = three.at(three.leader().await);
+        until(|| leader.run(|p| p.is_asleep())).await;
+        let end = leader.node.shards[0]
+            .run(|shard| async move { shard.partition(GROUP).unwrap().offset_at(-1).await.unwrap().unwrap() })
+            .await
+            .unwrap();
+        assert_eq!(end.offset, 2);
+    });
+}
+
+#[test]
+fn clients_read_where_they_may() {
+    with_three(|three| async move {
+        for _ in 0..3 {
+            produce(&three, b"value", None).await;
+        }
+        three.agree(0).await;
+        let at = three.leader().await;
+        let leader = three.at(at);
+        let others: Vec<i32> = (0..3).filter(|id| *id != at as i32).collect();
+        assert_eq!(leader.run(|p| p.check_reader(false).unwrap()).await, Reading::AsLeader);
+        let follower = three.at(others[0] as usize);
+        let refused = follower.run(|p| p.check_reader(false).map_err(|error| error.code())).await;
+        assert_eq!(refused, Err(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        assert_eq!(follower.run(|p| p.check_reader(true).unwrap()).await, Reading::AsFollower);
+        // Who has all of it, and is no further than that.
+        let (own, both) = (at as i32, others.clone());
+        let chosen = leader.run(move |p| (p.follower_with(&[own], 3), p.follower_with(&both, 3))).await;
+        assert!(chosen.0.is_none() && others.contains(&chosen.1.unwrap()));
+        three.mute.borrow_mut().insert(at);
+        let waits = send(&leader, batch(b"on its way", None), false).await.unwrap();
+        waits.await.unwrap();
+        let both = others.clone();
+        assert_eq!(leader.run(move |p| p.follower_with(&both, 4)).await, None);
+        // One that leads and has committed nothing yet lets them wait.
+        three.mute.borrow_mut().extend(0..3);
+        drop((leader, follower));
+        three.kill(at).await;
+        until(|| async {
+            let states = [three.at(others[0] as usize), three.at(others[1] as usize)];
+            let leads = |broker: Rc<Broker>| async move {
+                broker.run(|p| p.is_leader().then(|| p.check_reader(false).unwrap())).await
+            };
+            let [first, second] = states;
+            let seen = (leads(first).await, leads(second).await);
+            assert!(![seen.0, seen.1].contains(&Some(Reading::AsLeader)), "nothing is committed");
+            [seen.0, seen.1].contains(&Some(Reading::NothingYet))
+        })
+        .await;
+        three.mute.borrow_mut().clear();
+        three.leader().await;
     });
 }
 
