@@ -6,6 +6,7 @@
 //! the cluster -> exports -> accept.
 //! Stop: no new connections -> exports -> leaderships go to other nodes -> shards flush and close their logs -> exit 0.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
@@ -145,9 +146,11 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let stop = StopSignals::listen()?;
         tokio::spawn(listener::accept(node.clone(), kafka));
         node.set_ready();
-        println!(
-            "flumen ready kafka={kafka_address} admin={admin_address} took={}ms",
-            started.elapsed().as_millis()
+        let took_ms = started.elapsed().as_millis();
+        // Nobody may be there to read it; the broker serves all the same.
+        let _ = writeln!(
+            std::io::stdout(),
+            "flumen ready kafka={kafka_address} admin={admin_address} took={took_ms}ms"
         );
         tracing::info!(kafka = %kafka_address, admin = %admin_address, shards = shard_count, "ready");
 

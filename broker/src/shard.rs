@@ -11,6 +11,7 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, VecDeque};
+use std::io::Write;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -270,7 +271,9 @@ impl Shard {
             reason,
             "the shard log failed; nothing unacknowledged is assumed stored"
         );
-        eprintln!(
+        // Standard error may lie on the disk that failed: whatever becomes of the sentence, this process ends.
+        let _ = writeln!(
+            std::io::stderr(),
             "flumen: the log of shard {} failed: {reason}; stopping without acknowledging what was in flight",
             self.id
         );

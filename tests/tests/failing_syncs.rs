@@ -15,10 +15,14 @@ const DISK_MIB: u64 = 48;
 /// Numbered records to a topic with this configuration until the broker dies of it.
 fn write_until_it_ends(
     configs: &serde_json::Value,
+    log_is_full: bool,
 ) -> Option<(tempfile::TempDir, FailingDisk, Flumen, Sender)> {
     let dir = tempfile::tempdir().unwrap();
     let disk = FailingDisk::new(dir.path(), DISK_MIB)?;
     let small = vec![("FLUMEN_SMALL", "1".to_string())];
+    if log_is_full {
+        std::os::unix::fs::symlink("/dev/full", dir.path().join("broker.log")).unwrap();
+    }
     let mut broker = Flumen::start_with(dir.path(), &[], &["--shards", "1"], small).unwrap();
     broker.create_topic("t", 2, configs).unwrap();
     // Without retries a producer shows what the broker answers; an answer that does not come counts as none.
@@ -41,6 +45,10 @@ fn write_until_it_ends(
         }
         assert!(sender.sent() < 400 << 8, "its syncs do not fail");
     };
+    if log_is_full {
+        assert_eq!(status.code(), Some(LOG_FAILED));
+        return Some((dir, disk, broker, sender));
+    }
     let text = std::fs::read_to_string(dir.path().join("broker.log")).unwrap();
     let sentence = text.lines().find(|line| line.starts_with("flumen: ")).unwrap_or_default();
     println!("   after {} records: {status}, {sentence}", sender.sent());
@@ -65,7 +73,7 @@ const DISKS: usize = 20;
 
 fn acknowledged_is_there(configs: &serde_json::Value) {
     for _ in 0..DISKS {
-        let Some((dir, disk, broker, sender)) = write_until_it_ends(configs) else { return };
+        let Some((dir, disk, broker, sender)) = write_until_it_ends(configs, false) else { return };
         if everything_is_there(disk, broker, &sender, configs) {
             return;
         }
@@ -128,4 +136,10 @@ fn a_failed_sync_of_compaction_ends_the_broker_too() {
     acknowledged_is_there(&json!({
         "segment.bytes": "1048576", "cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.01"
     }));
+}
+
+/// Regression: it said that it had failed, panicked since nobody could be told, and stayed without a log.
+#[test]
+fn it_ends_also_when_its_last_words_cannot_be_written() {
+    drop(write_until_it_ends(&json!({}), true));
 }

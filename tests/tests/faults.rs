@@ -182,6 +182,27 @@ fn a_full_disk_stops_producers_and_nothing_else() {
 }
 
 /// Starts a server that cannot start; its exit status and what it said.
+/// Regression: a log file on a full disk made whoever had something to log panic, the writer of the log among them.
+#[test]
+fn a_log_file_that_cannot_be_written_to_stops_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/dev/full", dir.path().join("broker.log")).unwrap();
+    let talkative = vec![("FLUMEN_LOG", "debug".to_string())];
+    let mut broker = Flumen::start_with(dir.path(), &[], &[], talkative).unwrap();
+    for life in 0..2 {
+        let topic = format!("t{life}");
+        broker.create_topic(&topic, 4, &json!({})).unwrap();
+        let mut sender = Sender::new(&broker.kafka, &[]).unwrap();
+        (0..1_000).for_each(|number| sender.send(&topic, "k", b"value", number).unwrap());
+        sender.flush().unwrap();
+        assert_eq!(sender.reports().places.len(), 1_000);
+        assert_eq!(broker.end_offsets(&topic).unwrap().iter().sum::<i64>(), 1_000);
+        assert!(broker.stop().unwrap().success());
+        broker.restart().unwrap();
+    }
+    assert_eq!(broker.end_offsets("t0").unwrap().iter().sum::<i64>(), 1_000);
+}
+
 fn refused_start(arguments: &[&str]) -> (i32, String) {
     let mut child = Command::new(flumen_binary().unwrap())
         .arg("server")

@@ -66,6 +66,9 @@ fn start_logging() {
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
+        // It would say on standard error that standard error cannot be written to, and panic when that fails: a full disk
+        // under the log file must not end whoever has something to say.
+        .log_internal_errors(false)
         .init();
 }
 
