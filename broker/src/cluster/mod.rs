@@ -33,6 +33,7 @@ pub mod members;
 pub mod news;
 pub mod remote_log;
 pub mod requests;
+pub mod ship;
 mod wire;
 
 use std::collections::BTreeMap;

@@ -17,6 +17,7 @@ mod pending;
 mod replica;
 #[cfg(test)]
 mod replica_tests;
+mod shipping;
 mod turned_away;
 
 use std::cell::{Cell, RefCell};
@@ -33,6 +34,7 @@ use tokio::sync::oneshot;
 pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt, Reading};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
+pub(crate) use shipping::Offer;
 
 use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
@@ -76,7 +78,8 @@ pub struct Partition {
     committed: Cell<Option<u64>>,
     /// Where Raft believes that the log begins.
     told_before: Cell<u64>,
-    refused_to_offer: Cell<bool>,
+    /// What it fetches from its leader, which cannot send it as entries.
+    shipment: RefCell<Option<shipping::Shipment>>,
     /// As the leader said: all replicas have everything below.
     everywhere_known: Cell<i64>,
     /// What followers were told last.
@@ -177,7 +180,7 @@ impl Partition {
             serves: Cell::new(false),
             committed: Cell::new(None),
             told_before: Cell::new(0),
-            refused_to_offer: Cell::new(false),
+            shipment: RefCell::default(),
             everywhere_known: Cell::new(0),
             told_floor: Cell::new(None),
             ticks_to_stand: Cell::new(if eager { replica::STAND_TICKS } else { 0 }),

@@ -32,6 +32,10 @@ impl Partition {
         {
             return;
         }
+        let Some(message) = self.hold_back(message) else {
+            self.stay_awake();
+            return;
+        };
         let outcome = self.state.borrow_mut().raft.step(message);
         match outcome {
             Ok(()) | Err(StepError::UnknownPeer) => {}
