@@ -195,6 +195,8 @@ pub(crate) struct Group {
     pub direct_queued: Cell<bool>,
     /// Segments with which the log began, and whose files have not got their names: see `receive.rs`.
     pub unplaced: RefCell<Vec<SegmentName>>,
+    /// How many receivers there were: what an earlier one has is worth nothing.
+    pub receivers: Cell<u64>,
     pub inner: RefCell<Inner>,
     pub producers: RefCell<ProducerState>,
 }
@@ -213,6 +215,7 @@ impl Group {
             queued: Cell::new(false),
             direct_queued: Cell::new(false),
             unplaced: RefCell::default(),
+            receivers: Cell::new(0),
             inner: RefCell::new(Inner {
                 lane: Lane::Durable,
                 recorded_in: Lane::Durable,

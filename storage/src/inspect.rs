@@ -282,7 +282,7 @@ impl Inspection {
         }
         let state = &partition.state;
         let (segments, rest) = match &partition.received {
-            Some(names) => self.received(&dir, names, report)?,
+            Some(names) => self.received(&dir, names, state.log_start, report)?,
             None => self.segments(&dir)?,
         };
         let waiting = |name: SegmentName| {
@@ -412,6 +412,7 @@ impl Inspection {
         &self,
         dir: &Path,
         names: &[(SegmentName, u64)],
+        log_start: i64,
         report: &mut dyn FnMut(Finding),
     ) -> Result<(Vec<(SegmentName, u64)>, Vec<String>), OpenError> {
         let listed = self.files.list(dir).map_err(|e| open_error(dir, "listing", e))?;
@@ -420,6 +421,7 @@ impl Inspection {
             let files = [receive::waiting_log(*name), name.log_file()];
             match files.iter().find_map(|file| listed.iter().find(|entry| entry.name == *file)) {
                 Some(entry) => segments.push((*name, entry.len)),
+                None if receive::is_gone(*name, log_start) => {}
                 None => {
                     let what = format!("the segment {name}, with which the log began, is missing");
                     let path = dir.to_owned();

@@ -83,6 +83,8 @@ impl Output {
 pub struct Receiver {
     shard: Rc<Shard>,
     group: Rc<Group>,
+    /// Of the group's receivers; only the newest goes on.
+    number: u64,
     begun: u64,
     log_start: i64,
     end: i64,
@@ -98,7 +100,8 @@ pub struct Receiver {
 /// All that lies between a log start and the place where entries begin; on the disk, and not part of the log.
 pub struct Received {
     group: u64,
-    pub(crate) begun: u64,
+    number: u64,
+    begun: u64,
     pub(crate) log_start: i64,
     pub(crate) end: i64,
     pub(crate) segments: Vec<Segment>,
@@ -117,7 +120,8 @@ impl Received {
     }
 
     pub(crate) fn is_for(&self, group: &Group, offset: i64) -> bool {
-        self.group == group.id && self.begun == group.inner.borrow().begun && self.end == offset
+        (self.group, self.number, self.begun) == (group.id, group.receivers.get(), group.inner.borrow().begun)
+            && self.end == offset
     }
 }
 
@@ -127,7 +131,7 @@ impl GroupLog {
         !self.group.unplaced.borrow().is_empty()
     }
 
-    /// Makes ready for the batches from `log_start` to `end`. What an earlier receiver left goes; one at a time.
+    /// Makes ready for the batches from `log_start` to `end`. What earlier receivers have is worth nothing from now on.
     pub async fn receive(&self, log_start: i64, end: i64) -> Result<Receiver, ReceiveError> {
         if log_start < 0 || log_start >= end {
             return Err(ReceiveError::Malformed(format!("nothing lies from offset {log_start} to {end}")));
@@ -137,11 +141,15 @@ impl GroupLog {
             let known = inner.segments.iter().filter_map(|segment| segment.compacted);
             let highest = known.map(|compacted| compacted.generation).max().unwrap_or(0);
             let limit = inner.segment_limit().clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX);
-            (inner.begun, highest.saturating_add(GENERATIONS_ABOVE), limit)
+            self.group.receivers.set(self.group.receivers.get() + 1);
+            // With the number of the receiver, as the files of one may be removed while the next one writes.
+            let above = GENERATIONS_ABOVE.saturating_add(self.group.receivers.get() as u32);
+            (inner.begun, highest.saturating_add(above), limit)
         };
         let receiver = Receiver {
             shard: Rc::clone(&self.shard),
             group: Rc::clone(&self.group),
+            number: self.group.receivers.get(),
             begun,
             log_start,
             end,
@@ -154,29 +162,32 @@ impl GroupLog {
             bytes: 0,
         };
         receiver.go_on()?;
-        self.forget_received().await?;
+        self.remove_received().await?;
+        receiver.go_on()?;
         Ok(receiver)
     }
 
-    /// Removes what was received and will not become the log.
-    pub async fn forget_received(&self) -> Result<(), ReceiveError> {
-        if self.is_beginning() {
+    async fn remove_received(&self) -> Result<(), ReceiveError> {
+        let (files, dir) = (self.shard.files.clone(), self.group.dir.clone());
+        let of = |error: io::Error| ReceiveError::of(&self.group.dir, error);
+        // Listed before another receiver can begin, as its files must stay however late this happens; no two have one name.
+        let old: Vec<PathBuf> = files
+            .list(&dir)
+            .map_err(of)?
+            .into_iter()
+            .filter(|entry| is_unplaced(&entry.name))
+            .map(|entry| dir.join(entry.name))
+            .collect();
+        if old.is_empty() {
             return Ok(());
         }
-        let (files, dir) = (self.shard.files.clone(), self.group.dir.clone());
         let removed = self.shard.disk.off_thread(move || {
-            files
-                .list(&dir)?
-                .into_iter()
-                .filter(|entry| is_unplaced(&entry.name))
-                .try_for_each(|entry| files.remove_file(&dir.join(&entry.name)))
+            old.iter().try_for_each(|path| match files.remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            })
         });
-        match removed.await.and_then(|result| result) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(ReceiveError::of(&self.group.dir, error))
-            }
-            _ => Ok(()),
-        }
+        removed.await.and_then(|result| result).map_err(of)
     }
 }
 
@@ -217,7 +228,9 @@ impl Receiver {
     fn go_on(&self) -> Result<(), ReceiveError> {
         let group = &self.group;
         let stop = self.shard.closing.get() || group.deleting.get() || group.deleted.get();
-        let other = group.inner.borrow().begun != self.begun || !group.unplaced.borrow().is_empty();
+        let other = group.inner.borrow().begun != self.begun
+            || !group.unplaced.borrow().is_empty()
+            || group.receivers.get() != self.number;
         if stop || other || group.is_damaged() {
             return Err(ReceiveError::Interrupted);
         }
@@ -234,7 +247,8 @@ impl Receiver {
     }
 
     async fn begin(&self, base: i64) -> Result<Output, ReceiveError> {
-        let path = self.group.dir.join(format!("{base:020}{UNFINISHED}"));
+        // No other receiver has a file of this name, should one still be at it.
+        let path = self.group.dir.join(format!("{base:020}.{}{UNFINISHED}", self.number));
         let (files, at) = (self.shard.files.clone(), path.clone());
         let file = self
             .away(&path, move || {
@@ -310,6 +324,7 @@ impl Receiver {
     }
 
     async fn write(&mut self, bufs: &mut Vec<Bytes>) -> Result<(), ReceiveError> {
+        self.go_on()?;
         let Some(output) = self.output.as_mut().filter(|_| !bufs.is_empty()) else { return Ok(()) };
         let written = self.shard.disk.append_at(&output.file, &mut output.last, bufs, output.written).await;
         written.map_err(|error| ReceiveError::of(&output.path, error))?;
@@ -365,9 +380,15 @@ impl Receiver {
         }
         self.close(self.end).await?;
         let (files, dir) = (self.shard.files.clone(), self.group.dir.clone());
+        let root = self.shard.segments_root();
         {
             let mut alone = self.shard.sync_alone().await?;
-            let synced = self.shard.disk.off_thread(move || files.sync_dir(&dir)).await;
+            // The directory may be new, and its own name not sure.
+            let synced = self
+                .shard
+                .disk
+                .off_thread(move || files.sync_dir(&dir).and_then(|()| files.sync_dir(&root)))
+                .await;
             if let Err(error) = synced.and_then(|result| result) {
                 let going = self.group.deleting.get() || self.group.deleted.get();
                 if !(going && error.kind() == io::ErrorKind::NotFound) {
@@ -380,6 +401,7 @@ impl Receiver {
         failpoint::pass(Failpoint::ReceivedSynced);
         Ok(Received {
             group: self.group.id,
+            number: self.number,
             begun: self.begun,
             log_start: self.log_start,
             end: self.end,
@@ -417,6 +439,11 @@ pub(crate) fn put_in_place(shard: &Shard, group: &Group) -> Result<(), (PathBuf,
     Ok(())
 }
 
+/// Retention may have taken it since.
+pub(crate) fn is_gone(name: SegmentName, log_start: i64) -> bool {
+    name.holes_to().is_some_and(|end| end <= log_start)
+}
+
 /// At a start: the log is these segments, each under one of its names, and no other file counts. Returns what is in the
 /// directory then; `Err`: what is missing. Whoever calls has to sync the directory.
 pub(crate) fn place_at_start(
@@ -424,9 +451,12 @@ pub(crate) fn place_at_start(
     dir: &Path,
     listed: &[DirEntry],
     segments: &[(SegmentName, u64)],
+    log_start: i64,
 ) -> io::Result<Result<Vec<DirEntry>, String>> {
     let there = |name: &str| listed.iter().any(|entry| entry.name == name);
-    let lacks = segments.iter().find(|(name, _)| !there(&waiting_log(*name)) && !there(&name.log_file()));
+    let lacks = segments.iter().find(|(name, _)| {
+        !is_gone(*name, log_start) && !there(&waiting_log(*name)) && !there(&name.log_file())
+    });
     if let Some((name, _)) = lacks {
         return Ok(Err(format!("the segment {name}, with which the log began, is missing")));
     }

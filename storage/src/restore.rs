@@ -493,7 +493,9 @@ pub(crate) fn restore(
     let mut afterwards = Vec::new();
     // The record that says so is safe, so nothing else counts any more.
     let placed = match &received {
-        Some(segments) => receive::place_at_start(files, dir, &found.listed, segments).map_err(io)?,
+        Some(segments) => {
+            receive::place_at_start(files, dir, &found.listed, segments, state.log_start).map_err(io)?
+        }
         None => Ok(found.listed),
     };
     let listed = placed.or_else(damaged)?;

@@ -170,7 +170,7 @@ fn decoded(batch: &[u8]) -> Result<BTreeMap<i64, KeyAndValue>, Mismatch> {
 /// The newest record of every key below an offset.
 fn newest_below(state: &Log, bound: i64) -> Result<BTreeMap<Vec<u8>, i64>, Mismatch> {
     let mut newest = BTreeMap::new();
-    for batch in state.entries.iter().filter(|entry| entry.base < bound).filter_map(|e| e.batch.as_deref()) {
+    for batch in state.all().filter(|entry| entry.base < bound).filter_map(|e| e.batch.as_deref()) {
         let below = decoded(batch)?.into_iter().filter(|(offset, _)| *offset < bound);
         newest.extend(below.map(|(offset, (key, _))| (key, offset)));
     }
