@@ -31,6 +31,7 @@ pub mod links;
 pub mod listener;
 pub mod members;
 pub mod news;
+pub mod pace;
 pub mod remote_log;
 pub mod requests;
 pub mod ship;

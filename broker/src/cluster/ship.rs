@@ -5,7 +5,7 @@
 //! (It rarely does: leaders compact only what all replicas have.)
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_protocol::error_code::ErrorCode;
@@ -86,7 +86,9 @@ async fn try_fetch(
         if body.is_empty() {
             break;
         }
+        let bytes = body.len();
         receiver.append(body).await?;
+        tokio::time::sleep(shard.node.catch_up.pay(Instant::now(), bytes)).await;
     }
     Ok(receiver.finish().await?)
 }

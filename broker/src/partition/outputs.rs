@@ -101,7 +101,7 @@ impl Partition {
                 return;
             }
             if let Some((_, members)) = membership {
-                self.alone.set(members.is_alone(self.node_id));
+                self.set_alone(members.has_only(self.node_id));
             }
             if several {
                 moved = true;
@@ -262,7 +262,7 @@ impl Partition {
             None => self.log.begin_anew(&beginning)?,
         };
         tracing::info!(topic = %self.topic, partition = self.index, log_start, offset, "the log begins anew: its leader no longer has the entries that came before");
-        self.alone.set(install.membership.is_alone(self.node_id));
+        self.set_alone(install.membership.has_only(self.node_id));
         self.committed.set(Some(install.index));
         let mut state = self.state.borrow_mut();
         state.uncommitted.clear();

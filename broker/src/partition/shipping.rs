@@ -7,6 +7,7 @@
 //! being fetched is still what is wanted.
 
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use flumen_raft::{Body, Message};
@@ -45,8 +46,6 @@ pub(super) struct Shipment {
     /// Raft's, to be told when all is there.
     message: Message,
     received: Option<Received>,
-    /// Everything below it is here.
-    next: i64,
 }
 
 /// A piece of what a leader has, for a replica that fetches it.
@@ -82,7 +81,7 @@ impl Partition {
             }
             None => {}
         }
-        *shipment = Some(Shipment { offer, message, received: None, next: log_start });
+        *shipment = Some(Shipment { offer, message, received: None });
         drop(shipment);
         if let Some(shard) = self.shard.upgrade()
             && let Some(partition) = shard.partition(self.group_id)
@@ -102,11 +101,12 @@ impl Partition {
 
     /// Whether this is still what is wanted; `next`: so far it has come.
     pub(crate) fn still_wants(&self, offer: &Offer, next: i64) -> bool {
-        let mut shipment = self.shipment.borrow_mut();
-        let current = shipment.as_mut().filter(|known| known.offer == *offer && known.received.is_none());
-        current.map(|known| known.next = next).is_some()
-            && self.damage().is_none()
-            && self.raft_status().committed_index < offer.index
+        let shipment = self.shipment.borrow();
+        let current = shipment.as_ref().filter(|known| known.offer == *offer && known.received.is_none());
+        if current.is_some() {
+            self.show_fetched(next, offer.offset);
+        }
+        current.is_some() && self.damage().is_none() && self.raft_status().committed_index < offer.index
     }
 
     /// All of it is on the disk.
@@ -129,20 +129,21 @@ impl Partition {
         let mut shipment = self.shipment.borrow_mut();
         if shipment.as_ref().is_some_and(|known| known.offer == *offer) {
             *shipment = None;
+            self.show_fetched(0, 0);
         }
     }
 
     /// What Raft begins anew with, if that was fetched.
     pub(super) fn take_shipment(&self, index: u64, offset: i64) -> Option<Received> {
         let known = self.shipment.borrow_mut().take()?;
+        self.show_fetched(0, 0);
         let fits = known.offer.index == index && known.offer.offset == offset;
         known.received.filter(|_| fits)
     }
 
-    /// How far fetching is: the log start, the offset below which all is here, and up to where it goes.
-    pub(crate) fn fetching(&self) -> Option<(i64, i64, i64)> {
-        let shipment = self.shipment.borrow();
-        shipment.as_ref().map(|known| (known.offer.log_start, known.next, known.offer.offset))
+    fn show_fetched(&self, next: i64, end: i64) {
+        self.gauges.fetched.0.store(next, Ordering::Relaxed);
+        self.gauges.fetched.1.store(end, Ordering::Relaxed);
     }
 
     /// For a replica that fetches: batches from an offset on, below the place after the entry `index`. `None`: this is not,
