@@ -231,11 +231,19 @@ pub(crate) async fn finish_cut(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(
             }
         }
     }
-    if let Err((path, error)) = receive::put_in_place(shard, group)
-        && !(group.deleting.get() || group.deleted.get())
-    {
-        shard.poison(&format!("giving {} its name: {error}", path.display()));
-        return Err(FlushError::Poisoned);
+    if let Err((path, error)) = receive::put_in_place(shard, group) {
+        let going = group.deleting.get() || group.deleted.get();
+        if !going && !is_no_space(&error) {
+            shard.poison(&format!("giving {} its name: {error}", path.display()));
+            return Err(FlushError::Poisoned);
+        }
+        if !going {
+            shard.note_no_space("giving a segment its name", &error);
+        }
+        let mut inner = group.inner.borrow_mut();
+        inner.begun_with = inner.begun_with.take().or(begun_with);
+        inner.cut_by = inner.cut_by.or(cut);
+        return Err(FlushError::NoSpace);
     }
     let Some((offset, producers)) = begun_with else { return Ok(()) };
     let (files, dir, snapshot) = (shard.files.clone(), group.dir.clone(), producers.clone());

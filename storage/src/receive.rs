@@ -411,13 +411,15 @@ impl Receiver {
     }
 }
 
-/// Gives what a log began with its names. Plain calls, so that nobody reads in between. `Err`: it is not there.
+/// Gives what a log began with its names. Plain calls, so that nobody reads in between. `Err`: some have not got theirs, and
+/// the rest is to be done again.
 pub(crate) fn put_in_place(shard: &Shard, group: &Group) -> Result<(), (PathBuf, io::Error)> {
-    let names = std::mem::take(&mut *group.unplaced.borrow_mut());
-    for name in &names {
+    loop {
+        let next = group.unplaced.borrow().last().copied();
+        let Some(name) = next else { break };
         let path = |file: String| group.dir.join(file);
-        let (index, log) = (path(waiting_index(*name)), path(waiting_log(*name)));
-        let counts = group.inner.borrow().segments.iter().any(|segment| segment.name() == *name);
+        let (index, log) = (path(waiting_index(name)), path(waiting_log(name)));
+        let counts = group.inner.borrow().segments.iter().any(|segment| segment.name() == name);
         let done = match counts {
             true => {
                 // One that is not there is built again.
@@ -434,6 +436,7 @@ pub(crate) fn put_in_place(shard: &Shard, group: &Group) -> Result<(), (PathBuf,
             Err(error) if counts || error.kind() != io::ErrorKind::NotFound => return Err((log, error)),
             _ => shard.forget_file(group.id, name.base),
         }
+        group.unplaced.borrow_mut().pop();
     }
     failpoint::pass(Failpoint::ReceivedPlaced);
     Ok(())

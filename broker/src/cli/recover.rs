@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn only_groups_without_a_majority_are_touched() {
         let lost = BTreeSet::from([2, 3]);
-        let of = |voters: &[u64]| Membership::of_voters(voters.iter().copied());
+        let of = |voters: &[u64]| Membership::of_voters(voters);
         assert_eq!(judge(&of(&[1, 2, 3]), 1, &lost), Verdict::Lost);
         assert_eq!(judge(&of(&[1, 2]), 1, &lost), Verdict::Lost, "half is no majority");
         assert_eq!(judge(&of(&[1]), 1, &lost), Verdict::Fine);
