@@ -117,6 +117,9 @@ pub fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Valu
             let gauges = node.gauges_of(info.group_id);
             let is_here = image.nodes.is_empty() || info.is_held_by(image.node.id);
             let number = |value: i64| if is_here { json!(value) } else { Value::Null };
+            let (fetched, fetch_end) = (&gauges.fetched.0, &gauges.fetched.1);
+            let (fetched, fetch_end) = (fetched.load(Ordering::Relaxed), fetch_end.load(Ordering::Relaxed));
+            let fetching = is_here && fetch_end > 0;
             let leads = seen.leader_id >= 0 && !seen.damaged;
             let size = i64::try_from(gauges.size_bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
             found.push(json!({
@@ -128,6 +131,7 @@ pub fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Valu
                 "log_start_offset": number(gauges.log_start_offset.load(Ordering::Relaxed)),
                 "high_watermark": number(gauges.high_watermark.load(Ordering::Relaxed)),
                 "size_bytes": number(size),
+                "fetching": fetching.then(|| json!({ "next_offset": fetched, "end_offset": fetch_end })),
                 "health": health,
             }));
         }

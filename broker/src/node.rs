@@ -17,6 +17,7 @@ use flumen_protocol::error_code::ErrorCode;
 use crate::cluster::Cluster;
 use crate::cluster::change::{Intent, change};
 use crate::cluster::leaders::LeaderTable;
+use crate::cluster::pace::{CATCH_UP_BYTES_PER_S, Pace};
 use crate::disk_space::DiskSpace;
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
@@ -39,6 +40,8 @@ pub struct Node {
     pub started: Instant,
     ready: AtomicBool,
     pub leaders: LeaderTable,
+    /// Of what is fetched for replicas that lack much.
+    pub catch_up: Pace,
     /// None: alone.
     pub cluster: Option<Arc<Cluster>>,
     gauges: RwLock<HashMap<u64, Arc<PartitionGauges>>>,
@@ -66,6 +69,7 @@ impl Node {
             started: Instant::now(),
             ready: AtomicBool::new(false),
             leaders: LeaderTable::new(config.node_id),
+            catch_up: Pace::new(CATCH_UP_BYTES_PER_S),
             cluster,
             gauges: RwLock::default(),
             producer_ids: Mutex::new(0..0),

@@ -1,5 +1,6 @@
 //! A log that begins anew: a replica that was away for longer than others keep their logs gets the place where theirs begin,
-//! and nothing before it.
+//! and nothing before it. Where others have records before that place and cannot send them as entries, it begins with what it
+//! has received of them (`receive.rs`).
 //!
 //! One record says all of it, so it happened or it did not. What lay in segments before goes once that record is safe, and
 //! before anything is written to a segment again (`finish_cut` in `flush.rs`); a recovery in between finds by the record that
@@ -10,32 +11,49 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use crate::codec::Cursor;
-use crate::group::{GroupLog, MEMBERSHIP_BYTES_MAX};
+use crate::group::{GroupLog, MEMBERSHIP_BYTES_MAX, Segment};
 use crate::group_state::GroupState;
 use crate::leader_epochs::LeaderEpochs;
 use crate::marks::{Before, Marks};
 use crate::producer_state::ProducerState;
+use crate::receive::{self, Received};
 use crate::ring::Class;
+use crate::segment_name::SegmentName;
 use crate::tail::Tail;
 use crate::types::{Beginning, Lane, Lsn, StageError};
-use crate::wal_format::{BEGINNING, RecordHeader};
+use crate::wal_format::{BEGINNING, BEGINNING_WITH, RecordHeader};
 
-/// Length of the state u32, state, producer snapshot.
-fn encode(state: &GroupState, producers: &[u8]) -> Vec<u8> {
+/// Length of the state u32, state, names of segments where there are some, producer snapshot.
+fn encode(state: &GroupState, segments: Option<&[Segment]>, producers: &[u8]) -> Vec<u8> {
     let state = state.encode();
     let mut out = Vec::with_capacity(4 + state.len() + producers.len());
     out.extend_from_slice(&(state.len() as u32).to_le_bytes());
     out.extend_from_slice(&state);
+    if let Some(segments) = segments {
+        receive::encode_names(segments, &mut out);
+    }
     out.extend_from_slice(producers);
     out
 }
 
-/// The state, and where in the payload the producers begin.
-pub(crate) fn decode(payload: &[u8]) -> Option<(GroupState, usize)> {
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Begun {
+    pub state: GroupState,
+    /// Of which the log consists, with their lengths.
+    pub segments: Option<Vec<(SegmentName, u64)>>,
+    /// Where in the payload the producers begin.
+    pub producers_at: usize,
+}
+
+pub(crate) fn decode(payload: &[u8], kind: u8) -> Option<Begun> {
     let mut cursor = Cursor::new(payload);
     let length = usize::try_from(cursor.u32()?).ok()?;
     let state = GroupState::decode(cursor.take(length)?)?;
-    Some((state, 4 + length))
+    let segments = match kind {
+        BEGINNING_WITH => Some(receive::decode_names(&mut cursor)?),
+        _ => None,
+    };
+    Some(Begun { state, segments, producers_at: payload.len() - cursor.left() })
 }
 
 impl GroupLog {
@@ -48,11 +66,26 @@ impl GroupLog {
 
     /// The log begins with this, in place of everything that it had. All or nothing, as `stage`.
     pub fn begin_anew(&self, beginning: &Beginning) -> Result<(Lane, Lsn), StageError> {
+        self.begin(beginning, None)
+    }
+
+    /// As `begin_anew`; what lies below its offset is what was received.
+    pub fn begin_with(&self, beginning: &Beginning, received: Received) -> Result<(Lane, Lsn), StageError> {
+        self.begin(beginning, Some(received))
+    }
+
+    fn begin(&self, beginning: &Beginning, received: Option<Received>) -> Result<(Lane, Lsn), StageError> {
         let shard = &self.shard;
         self.check_open()?;
         let Beginning { hard_state, index, term, offset, membership, .. } = beginning;
         let (hard_state, index, term, offset) = (*hard_state, *index, *term, *offset);
         let gap = |reason| StageError::Gap { index, reason };
+        if received.as_ref().is_some_and(|received| !received.is_for(&self.group, offset)) {
+            return Err(gap("what was received belongs to another log, or does not reach to it"));
+        }
+        if self.is_beginning() {
+            return Err(gap("what it began with has not got its place yet"));
+        }
         if index == 0 || offset < 0 || membership.1.len() > MEMBERSHIP_BYTES_MAX {
             return Err(gap("it is no place where a log can begin"));
         }
@@ -69,7 +102,15 @@ impl GroupLog {
         if at != offset {
             return Err(gap("its producers are of another offset"));
         }
-        let snapshot = producers.encode(offset, -1);
+        let (mut log_start, mut segments, mut epochs) = (offset, Vec::new(), LeaderEpochs::default());
+        let with = received.is_some();
+        if let Some(received) = received {
+            // It never goes back.
+            log_start = received.log_start.max(inner.log_start).min(offset);
+            (segments, epochs) = (received.segments, received.epochs);
+            epochs.truncate_start(log_start);
+        }
+        let snapshot = producers.encode(offset, epochs.epoch_at(offset - 1));
         let membership = (membership.0, Bytes::copy_from_slice(&membership.1));
         let before = Before { index, term, offset };
         let lane = self.next_lane(inner);
@@ -79,13 +120,16 @@ impl GroupLog {
             flushed_index: index,
             flushed_term: term,
             flushed_end: offset,
-            log_start: offset,
+            active_base: segments.last().map_or(-1, |segment| segment.base),
+            active_bytes: segments.last().map_or(0, |segment| segment.bytes),
+            log_start,
+            epochs: epochs.clone(),
             committed_index: index,
             membership: Some(membership.clone()),
             marks: Marks::beginning(before),
             ..GroupState::new(self.group.id, &self.group.dir_name)
         };
-        let payload = encode(&state, &snapshot);
+        let payload = encode(&state, with.then_some(&segments[..]), &snapshot);
         let limit = shard.wal(lane).largest_record();
         if payload.len() > limit {
             return Err(StageError::TooLarge { bytes: payload.len(), limit });
@@ -95,7 +139,13 @@ impl GroupLog {
             return Err(StageError::NoSpace);
         }
         let wal = self.enter_lane(inner, lane);
-        let record = RecordHeader { kind: BEGINNING, group: self.group.id, index, term, offset };
+        let record = RecordHeader {
+            kind: if with { BEGINNING_WITH } else { BEGINNING },
+            group: self.group.id,
+            index,
+            term,
+            offset,
+        };
         let placed = wal.append(&shard.next_lsn, &record, &payload, Class::Stage);
         let (lsn, file_seq) = placed.expect("there was room for it");
         inner.touch(self.group.id, wal, file_seq);
@@ -109,6 +159,9 @@ impl GroupLog {
             shard.forget_file(self.group.id, segment.base);
             inner.cut_files.push(segment.name());
         }
+        // From here on their files are found under the names that they have.
+        *self.group.unplaced.borrow_mut() = segments.iter().map(Segment::name).collect();
+        inner.segments = segments.into();
         shard.read_ahead.borrow_mut().retain(|ahead| ahead.group != self.group.id);
         inner.dirty.clear();
         inner.cuts += 1;
@@ -121,11 +174,11 @@ impl GroupLog {
         inner.hard_state = hard_state;
         inner.membership = Some(membership);
         inner.marks = Marks::beginning(before);
-        inner.epochs = LeaderEpochs::default();
+        inner.epochs = epochs;
         (inner.last_index, inner.flushed_index, inner.committed_index) = (index, index, index);
         (inner.last_term, inner.flushed_term) = (term, term);
         (inner.log_start, inner.log_end, inner.flushed_end, inner.high_watermark) =
-            (offset, offset, offset, offset);
+            (log_start, offset, offset, offset);
         (inner.counted_base, inner.clean_offset, inner.bytes_since_snapshot) = (0, Some(0), 0);
         inner.snapshot_offset = -1;
         inner.producers_whole = true;
@@ -146,13 +199,19 @@ pub(crate) fn is_of_this_log(group: &Rc<crate::group::Group>, begun: u64) -> boo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::segment_name::Compacted;
 
     #[test]
-    fn a_record_has_both() {
+    fn a_record_has_all_of_it() {
         let state = GroupState::new(7, "t-0.g7");
-        let payload = encode(&state, b"producers");
-        let (found, at) = decode(&payload).unwrap();
-        assert_eq!((found, &payload[at..]), (state, &b"producers"[..]));
-        assert!((0..at).all(|end| decode(&payload[..end]).is_none()));
+        let compacted = Compacted { end: 90, generation: 3, crc: 77 };
+        let name = SegmentName { base: 5, compacted: Some(compacted) };
+        for (kind, segments) in [(BEGINNING, None), (BEGINNING_WITH, Some([Segment::of(name, 1234)]))] {
+            let payload = encode(&state, segments.as_ref().map(|segments| &segments[..]), b"producers");
+            let begun = decode(&payload, kind).unwrap();
+            assert_eq!((&begun.state, &payload[begun.producers_at..]), (&state, &b"producers"[..]));
+            assert_eq!(begun.segments, segments.map(|_| vec![(name, 1234)]));
+            assert!((0..begun.producers_at).all(|end| decode(&payload[..end], kind).is_none()));
+        }
     }
 }

@@ -14,6 +14,10 @@ impl<'a> Cursor<'a> {
         self.rest.is_empty()
     }
 
+    pub fn left(&self) -> usize {
+        self.rest.len()
+    }
+
     pub fn take(&mut self, len: usize) -> Option<&'a [u8]> {
         let (head, rest) = self.rest.split_at_checked(len)?;
         self.rest = rest;

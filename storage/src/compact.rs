@@ -175,13 +175,17 @@ struct Output {
 struct Pass {
     shard: Rc<Shard>,
     group: Rc<Group>,
+    /// Of which log it is.
+    begun: u64,
 }
 
 impl Pass {
     /// Nothing to do for a log that is going away, or a store.
     fn go_on(&self) -> Result<(), CompactError> {
         let stop = self.shard.closing.get() || self.group.deleting.get() || self.group.deleted.get();
-        if stop || self.group.is_damaged() {
+        // What it would put in the place of segments must not stand above those with which the log begins.
+        let other = !crate::anew::is_of_this_log(&self.group, self.begun);
+        if stop || other || self.group.is_damaged() {
             Err(CompactError::Interrupted)
         } else {
             Ok(self.shard.check_poison()?)
@@ -452,6 +456,7 @@ impl Pass {
         let mut segment = Segment::of(name, bytes);
         segment.max_timestamp = Some(output.builder.max_timestamp);
         segment.first_timestamp = Some(output.first_ms.unwrap_or(-1));
+        inner.compactions += 1;
         inner.segments.drain(at..at + sources.len());
         inner.segments.insert(at, segment);
         // What is left of it has no indexes, and holes.
@@ -552,6 +557,7 @@ impl Pass {
             }
         }
         outcome.records_dropped += filter.records_dropped;
+        self.go_on()?;
         self.set_clean_offset(upper).await?;
         Ok(Some(upper))
     }
@@ -580,7 +586,8 @@ impl GroupLog {
         if !self.group.inner.borrow().producers_whole {
             return Ok(outcome);
         }
-        let pass = Pass { shard: Rc::clone(&self.shard), group: Rc::clone(&self.group) };
+        let begun = self.group.inner.borrow().begun;
+        let pass = Pass { shard: Rc::clone(&self.shard), group: Rc::clone(&self.group), begun };
         pass.go_on()?;
         let Some(target) = pass.due(&config, now_ms, hold_offset).await? else { return Ok(outcome) };
         let counted = self.group.inner.borrow().counted_base;

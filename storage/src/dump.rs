@@ -16,8 +16,8 @@ use crate::inspect::{Batches, Found, Inspection};
 use crate::recovery;
 use crate::types::{LANES, OpenError};
 use crate::wal_format::{
-    BATCH, BEGINNING, CONTROL, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, NOTHING, PRODUCERS,
-    RecordHeader, judge, records, scan,
+    BATCH, BEGINNING, BEGINNING_WITH, CONTROL, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START, NOTHING,
+    PRODUCERS, RecordHeader, judge, records, scan,
 };
 
 /// A batch that opens to more than that is described and not opened: no producer gets such a batch in.
@@ -258,6 +258,7 @@ fn describe_record(record: &RecordHeader, payload: &[u8]) -> String {
         NOTHING => "nothing",
         PRODUCERS => "producers",
         BEGINNING => "beginning",
+        BEGINNING_WITH => "beginningWith",
         _ => "unknown",
     };
     let mut text = format!(
@@ -271,7 +272,9 @@ fn describe_record(record: &RecordHeader, payload: &[u8]) -> String {
     let more = match record.kind {
         BATCH => record_batch::parse(payload).ok().map(|header| describe_batch(&header)),
         GROUP_STATE => GroupState::decode(payload).map(|state| describe_state(&state)),
-        BEGINNING => anew::decode(payload).map(|(state, _)| describe_state(&state)),
+        BEGINNING | BEGINNING_WITH => {
+            anew::decode(payload, record.kind).map(|begun| describe_state(&begun.state))
+        }
         _ => None,
     };
     if let Some(more) = more {

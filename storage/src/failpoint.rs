@@ -39,11 +39,15 @@ pub enum Failpoint {
     /// Runs that go past the WAL are in their segments, and not synced; or they are, and nothing counts them yet.
     DirectWritten,
     DirectSynced,
+    /// What lies below the entries of another replica is here and synced, and does not count; or the log begins with it, and
+    /// it has its names.
+    ReceivedSynced,
+    ReceivedPlaced,
 }
 
 #[cfg(debug_assertions)]
 impl Failpoint {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 20] = [
         Self::RollCreated,
         Self::RollWritten,
         Self::RetireSynced,
@@ -62,6 +66,8 @@ impl Failpoint {
         Self::DeletionRecorded,
         Self::DirectWritten,
         Self::DirectSynced,
+        Self::ReceivedSynced,
+        Self::ReceivedPlaced,
     ];
 
     /// `RollCreated` is `roll-created`.

@@ -18,6 +18,7 @@ use crate::direct;
 use crate::failpoint::{self, Failpoint};
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
 use crate::mutant::{self, Mutant};
+use crate::receive;
 use crate::retire::retire;
 use crate::segment_index::{
     INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexBuilder, IndexEntry, encode_entry, encode_header,
@@ -205,7 +206,8 @@ pub(crate) async fn flush_run_to(
 pub(crate) async fn finish_cut(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(), FlushError> {
     loop {
         let cut = group.inner.borrow().cut_by;
-        let Some((lane, lsn)) = cut.filter(|_| !mutant::is(Mutant::WritesOverBeforeCutIsSafe)) else {
+        let early = mutant::is(Mutant::WritesOverBeforeCutIsSafe) && group.unplaced.borrow().is_empty();
+        let Some((lane, lsn)) = cut.filter(|_| !early) else {
             return Ok(());
         };
         shard.wait_safe(lane, lsn).await.map_err(|_| FlushError::Poisoned)?;
@@ -228,6 +230,20 @@ pub(crate) async fn finish_cut(shard: &Rc<Shard>, group: &Rc<Group>) -> Result<(
                 _ => {}
             }
         }
+    }
+    if let Err((path, error)) = receive::put_in_place(shard, group) {
+        let going = group.deleting.get() || group.deleted.get();
+        if !going && !is_no_space(&error) {
+            shard.poison(&format!("giving {} its name: {error}", path.display()));
+            return Err(FlushError::Poisoned);
+        }
+        if !going {
+            shard.note_no_space("giving a segment its name", &error);
+        }
+        let mut inner = group.inner.borrow_mut();
+        inner.begun_with = inner.begun_with.take().or(begun_with);
+        inner.cut_by = inner.cut_by.or(cut);
+        return Err(FlushError::NoSpace);
     }
     let Some((offset, producers)) = begun_with else { return Ok(()) };
     let (files, dir, snapshot) = (shard.files.clone(), group.dir.clone(), producers.clone());

@@ -22,6 +22,7 @@ use crate::leader_epochs::LeaderEpochs;
 use crate::marks::Marks;
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
+use crate::receive;
 use crate::restore::RestoredSegment;
 use crate::ring::Class;
 use crate::segment_index::IndexEntry;
@@ -136,6 +137,8 @@ pub(crate) struct Inner {
     pub cuts: u64,
     /// Segments that the cut left without a place in the log; removed when it is durable.
     pub cut_files: Vec<SegmentName>,
+    /// How often compaction has replaced segments, in this run.
+    pub compactions: u64,
     /// How often the log began anew, and the producers that it began with, until they are in a file.
     pub begun: u64,
     pub begun_with: Option<(i64, Vec<u8>)>,
@@ -190,6 +193,10 @@ pub(crate) struct Group {
     pub deleted: Cell<bool>,
     pub queued: Cell<bool>,
     pub direct_queued: Cell<bool>,
+    /// Segments with which the log began, and whose files have not got their names: see `receive.rs`.
+    pub unplaced: RefCell<Vec<SegmentName>>,
+    /// How many receivers there were: what an earlier one has is worth nothing.
+    pub receivers: Cell<u64>,
     pub inner: RefCell<Inner>,
     pub producers: RefCell<ProducerState>,
 }
@@ -207,6 +214,8 @@ impl Group {
             deleted: Cell::new(false),
             queued: Cell::new(false),
             direct_queued: Cell::new(false),
+            unplaced: RefCell::default(),
+            receivers: Cell::new(0),
             inner: RefCell::new(Inner {
                 lane: Lane::Durable,
                 recorded_in: Lane::Durable,
@@ -230,6 +239,7 @@ impl Group {
                 cut_by: None,
                 cuts: 0,
                 cut_files: Vec::new(),
+                compactions: 0,
                 begun: 0,
                 begun_with: None,
                 anew_lsn: 0,
@@ -325,11 +335,17 @@ impl Group {
     }
 
     pub fn segment_path(&self, name: SegmentName) -> PathBuf {
-        self.dir.join(name.log_file())
+        match self.unplaced.borrow().contains(&name) {
+            true => self.dir.join(receive::waiting_log(name)),
+            false => self.dir.join(name.log_file()),
+        }
     }
 
     pub fn segment_index_path(&self, name: SegmentName) -> PathBuf {
-        self.dir.join(name.index_file())
+        match self.unplaced.borrow().contains(&name) {
+            true => self.dir.join(receive::waiting_index(name)),
+            false => self.dir.join(name.index_file()),
+        }
     }
 
     pub fn segment_bases(&self) -> Vec<i64> {
@@ -878,6 +894,12 @@ impl GroupLog {
 
     pub fn last_term(&self) -> u64 {
         self.inner().last_term
+    }
+
+    /// How often compaction has replaced segments since the start: who reads a log in pieces and sees it change has pieces of
+    /// different logs.
+    pub fn compactions(&self) -> u64 {
+        self.inner().compactions
     }
 
     pub fn size_bytes(&self) -> u64 {

@@ -14,6 +14,7 @@ use flumen_protocol::record_batch::{self, BatchHeader, HEADER_BYTES};
 use crate::data_dir::{FORMAT, is_read, open_error};
 use crate::group_state::GroupState;
 use crate::producer_state::ProducerState;
+use crate::receive;
 use crate::recovery::{self, Current, Records, Ring};
 use crate::replay::{Action, replay};
 use crate::segment_index::{self, INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, IndexEntry};
@@ -72,6 +73,7 @@ struct Partition {
     /// Segments are good up to this offset; what follows is replaced by entries in the WAL.
     cut: Option<i64>,
     unflushed: usize,
+    received: Option<Vec<(SegmentName, u64)>>,
 }
 
 impl Inspection {
@@ -243,6 +245,7 @@ impl Inspection {
                         dir_name: replayed.state.dir_name.clone(),
                         unflushed: replayed.entries.len(),
                         cut: replayed.cut,
+                        received: replayed.received,
                         state: replayed.state,
                     });
                 }
@@ -278,7 +281,14 @@ impl Inspection {
             return Ok(());
         }
         let state = &partition.state;
-        let (segments, rest) = self.segments(&dir)?;
+        let (segments, rest) = match &partition.received {
+            Some(names) => self.received(&dir, names, state.log_start, report)?,
+            None => self.segments(&dir)?,
+        };
+        let waiting = |name: SegmentName| {
+            let path = dir.join(receive::waiting_log(name));
+            partition.received.is_some() && self.files.exists(&path)
+        };
         let counted = |base: i64, len: u64| match base.cmp(&state.active_base) {
             std::cmp::Ordering::Less => Some(len),
             std::cmp::Ordering::Equal => Some(state.active_bytes),
@@ -287,7 +297,11 @@ impl Inspection {
         let mut reached: Option<i64> = None;
         let first = summary.segments;
         for (name, len) in &segments {
-            let (base, path) = (&name.base, dir.join(name.log_file()));
+            let base = &name.base;
+            let path = match waiting(*name) {
+                true => dir.join(receive::waiting_log(*name)),
+                false => dir.join(name.log_file()),
+            };
             let mut say = |severity, position, what: String| {
                 report(Finding { severity, path: path.clone(), position, what });
             };
@@ -319,7 +333,11 @@ impl Inspection {
             }
             summary.segments += 1;
             summary.segment_bytes += bytes;
-            let index = self.read_index(&dir, *name, bytes);
+            let index_path = match waiting(*name) {
+                true => dir.join(receive::waiting_index(*name)),
+                false => dir.join(name.index_file()),
+            };
+            let index = self.read_index(&index_path, *name, bytes);
             let walked = self.verify_segment(&path, *name, bytes, index.as_ref().ok(), summary)?;
             if let Some((position, what)) = walked.damage {
                 say(Severity::Damage, Some(position), what);
@@ -334,7 +352,6 @@ impl Inspection {
                 );
                 say(Severity::Normal, Some(bytes), what);
             }
-            let index_path = dir.join(name.index_file());
             let wrong = match index {
                 Ok(_) => walked.index_wrong,
                 Err(what) => Some(what),
@@ -359,6 +376,17 @@ impl Inspection {
         }
         for name in rest {
             let path = dir.join(&name);
+            if partition.received.is_some() && SegmentName::parse(&name).is_some() {
+                let what = "of the log that was there before this one began; the next start removes it";
+                report(Finding { severity: Severity::Normal, path, position: None, what: what.to_owned() });
+                continue;
+            }
+            if receive::is_unplaced(&name) {
+                let what =
+                    "received from another replica, and not part of the log; the next start removes it";
+                report(Finding { severity: Severity::Normal, path, position: None, what: what.to_owned() });
+                continue;
+            }
             if SegmentName::parse(&name).is_some() || name.ends_with(crate::compact::UNFINISHED) {
                 let what = "left by compaction, which has replaced it or did not finish it; the next start removes it";
                 report(Finding { severity: Severity::Normal, path, position: None, what: what.to_owned() });
@@ -379,6 +407,39 @@ impl Inspection {
         Ok(())
     }
 
+    /// As `segments`, of a log that began with those that it received, some of which have not got their names.
+    fn received(
+        &self,
+        dir: &Path,
+        names: &[(SegmentName, u64)],
+        log_start: i64,
+        report: &mut dyn FnMut(Finding),
+    ) -> Result<(Vec<(SegmentName, u64)>, Vec<String>), OpenError> {
+        let listed = self.files.list(dir).map_err(|e| open_error(dir, "listing", e))?;
+        let mut segments = Vec::new();
+        for (name, _) in names {
+            let files = [receive::waiting_log(*name), name.log_file()];
+            match files.iter().find_map(|file| listed.iter().find(|entry| entry.name == *file)) {
+                Some(entry) => segments.push((*name, entry.len)),
+                None if receive::is_gone(*name, log_start) => {}
+                None => {
+                    let what = format!("the segment {name}, with which the log began, is missing");
+                    let path = dir.to_owned();
+                    report(Finding { severity: Severity::Damage, path, position: None, what });
+                }
+            }
+        }
+        let is_one = |file: &str| {
+            names.iter().any(|(name, _)| {
+                [receive::waiting_log(*name), receive::waiting_index(*name), name.log_file()]
+                    .iter()
+                    .any(|of| of == file)
+            })
+        };
+        let rest = listed.into_iter().map(|entry| entry.name).filter(|file| !is_one(file)).collect();
+        Ok((segments, rest))
+    }
+
     /// Names and file lengths of the segments of a partition that count, in order, and the names of other files.
     pub(crate) fn segments(&self, dir: &Path) -> Result<(Vec<(SegmentName, u64)>, Vec<String>), OpenError> {
         let (mut found, mut rest) = (Vec::new(), Vec::new());
@@ -394,9 +455,9 @@ impl Inspection {
         Ok((segments, rest))
     }
 
-    fn read_index(&self, dir: &Path, name: SegmentName, bytes: u64) -> Result<Vec<IndexEntry>, String> {
-        let (base, path) = (name.base, dir.join(name.index_file()));
-        let raw = self.files.read(&path).map_err(|error| format!("cannot be read: {error}"))?;
+    fn read_index(&self, path: &Path, name: SegmentName, bytes: u64) -> Result<Vec<IndexEntry>, String> {
+        let base = name.base;
+        let raw = self.files.read(path).map_err(|error| format!("cannot be read: {error}"))?;
         let entries = segment_index::decode(&raw, base, bytes).ok_or("its header is damaged")?;
         let written = raw.len().saturating_sub(INDEX_HEADER_BYTES) / INDEX_ENTRY_BYTES;
         // Those of a run that was not counted are beyond the segment, and decoding ends there.

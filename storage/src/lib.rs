@@ -35,6 +35,7 @@ pub mod mutant;
 mod producer_state;
 mod read;
 mod read_ahead;
+mod receive;
 mod recovery;
 mod replay;
 mod restore;
@@ -63,6 +64,7 @@ pub use producer_state::{
     BATCHES_KEPT, DEFAULT_EXPIRATION_MS, KeptBatch, MAX_PRODUCERS_PER_GROUP, ProducerError, ProducerState,
     SnapshotError, Verdict,
 };
+pub use receive::{Received, Receiver};
 pub use store::ShardStore;
 pub use types::*;
 

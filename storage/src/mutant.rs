@@ -40,10 +40,11 @@ pub enum Mutant {
     AnswersBeforeItCounts,
     ForgetsMembers,
     ForgetsBeginning,
+    ReceivesWithoutSync,
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 33] = [
+pub const MUTANTS: [Mutant; 34] = [
     Mutant::SkipsSegmentSync,
     Mutant::SkipsDirectorySync,
     Mutant::SkipsNameOfFormerRun,
@@ -77,6 +78,7 @@ pub const MUTANTS: [Mutant; 33] = [
     Mutant::AnswersBeforeItCounts,
     Mutant::ForgetsMembers,
     Mutant::ForgetsBeginning,
+    Mutant::ReceivesWithoutSync,
 ];
 
 #[cfg(feature = "mutants")]

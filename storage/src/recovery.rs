@@ -26,8 +26,8 @@ use crate::states_file::{self, Chosen, Saved, States};
 use crate::stop::parse_clean;
 use crate::types::{GroupHealth, GroupId, HardState, LANES, Lane, OpenError, RecoveredGroup, UNKNOWN_GROUP};
 use crate::wal_format::{
-    BATCH, BEGINNING, CONTROL, Found as FoundBlock, GROUP_DELETE, GROUP_STATE, HARD_STATE, LOG_START,
-    PRODUCERS, RecordHeader, Suspects, judge, records, scan,
+    BATCH, BEGINNING, BEGINNING_WITH, CONTROL, Found as FoundBlock, GROUP_DELETE, GROUP_STATE, HARD_STATE,
+    LOG_START, PRODUCERS, RecordHeader, Suspects, judge, records, scan,
 };
 
 /// Up to this many files are synced one by one.
@@ -231,9 +231,12 @@ fn action(header: &RecordHeader, payload: Bytes) -> Option<Action> {
         GROUP_STATE => GroupState::decode(&payload)
             .filter(|state| state.group == header.group)
             .map(|state| Action::State(Box::new(state))),
-        BEGINNING => anew::decode(&payload)
-            .filter(|(state, _)| state.group == header.group)
-            .map(|(state, at)| Action::Beginning(Box::new(state), payload.slice(at..))),
+        BEGINNING | BEGINNING_WITH => anew::decode(&payload, header.kind)
+            .filter(|begun| begun.state.group == header.group)
+            .map(|begun| {
+                let producers = payload.slice(begun.producers_at..);
+                Action::Beginning(Box::new(begun.state), producers, begun.segments)
+            }),
         GROUP_DELETE => Some(Action::Delete),
         PRODUCERS => Some(Action::Producers(payload)),
         _ => None,
@@ -418,7 +421,7 @@ impl Work {
             Ok(None) => return Ok(true),
             Err(reason) => {
                 let from_log = log.iter().rev().find_map(|(_, action)| match action {
-                    Action::State(state) | Action::Beginning(state, _) => Some(state.dir_name.clone()),
+                    Action::State(state) | Action::Beginning(state, ..) => Some(state.dir_name.clone()),
                     _ => None,
                 });
                 self.damaged(group_id, &known_name.or(from_log).unwrap_or_default(), reason)?;
@@ -624,7 +627,7 @@ pub(crate) fn recover(
         for (group, records) in &mut log {
             records.sort_by_key(|(position, _)| *position);
             let state = records.iter().rev().find_map(|(_, action)| match action {
-                Action::State(state) | Action::Beginning(state, _) => Some(state),
+                Action::State(state) | Action::Beginning(state, ..) => Some(state),
                 _ => None,
             });
             if let Some(state) = state {

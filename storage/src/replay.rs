@@ -8,6 +8,7 @@ use bytes::Bytes;
 use crate::flush::is_one_batch;
 use crate::group_state::GroupState;
 use crate::mutant::{self, Mutant};
+use crate::segment_name::SegmentName;
 use crate::types::HardState;
 
 /// Where a record stands: commit, and number of the record in it.
@@ -18,8 +19,9 @@ pub enum Action {
     State(Box<GroupState>),
     /// With the membership, where one came with it.
     Hard(HardState, Option<(u64, Bytes)>),
-    /// The log begins with this state and these producers; nothing before it counts.
-    Beginning(Box<GroupState>, Bytes),
+    /// The log begins with this state, these producers, and, where some were received, these segments and their lengths;
+    /// nothing before it counts.
+    Beginning(Box<GroupState>, Bytes, Option<Vec<(SegmentName, u64)>>),
     /// With the index of the last entry that went with its segment, and the offset after it.
     LogStart(i64, Option<(u64, i64)>),
     Entry {
@@ -54,6 +56,8 @@ pub struct Replayed {
     pub producers: Option<Bytes>,
     /// The log began anew at this offset, with these.
     pub began: Option<(i64, Bytes)>,
+    /// All that is in the directory are these segments, perhaps under their first names: nothing has been done since.
+    pub received: Option<Vec<(SegmentName, u64)>>,
     /// Segments are to be cut at this offset before anything is added.
     pub cut: Option<i64>,
     pub deleted: bool,
@@ -66,7 +70,7 @@ pub fn replay(
 ) -> Result<Option<Replayed>, String> {
     let mut newest = base;
     for (position, action) in records {
-        if let Action::State(state) | Action::Beginning(state, _) = action
+        if let Action::State(state) | Action::Beginning(state, ..) = action
             && newest.as_ref().is_none_or(|(_, at)| position > at)
         {
             newest = Some(((**state).clone(), *position));
@@ -89,6 +93,7 @@ pub fn replay(
             entries: Vec::new(),
             producers: None,
             began: None,
+            received: None,
             cut: None,
             deleted,
         }));
@@ -97,6 +102,7 @@ pub fn replay(
     let mut cut = None;
     let mut producers = None;
     let mut began = None;
+    let mut received = None;
     let mut begins_after: Option<(u64, i64)> = None;
     // The last entry that came before the ones it follows, and its term. Those were in a file that is gone, and all that
     // was not in segments by then is written again further on, unless it was replaced before.
@@ -104,7 +110,8 @@ pub fn replay(
     for (position, action) in records.iter().filter(|(position, _)| *position >= begins_at) {
         match action {
             Action::State(_) | Action::Delete => {}
-            Action::Beginning(state, snapshot) => {
+            Action::Beginning(state, snapshot, segments) => {
+                received = segments.clone().filter(|_| *position == base_at);
                 producers = Some(snapshot.clone());
                 began = Some((state.flushed_end, snapshot.clone()));
             }
@@ -207,7 +214,7 @@ pub fn replay(
     if let Some((index, offset)) = begins_after.filter(|(_, offset)| *offset <= state.log_start) {
         state.marks.raise(index, offset);
     }
-    Ok(Some(Replayed { state, entries: entries.into(), producers, began, cut, deleted }))
+    Ok(Some(Replayed { state, entries: entries.into(), producers, began, received, cut, deleted }))
 }
 
 /// Where the log began anew last: what stands before that does not count. A state that was written since says so too, as the

@@ -18,6 +18,7 @@ use crate::leader_epochs::LeaderEpochs;
 use crate::marks::{Marks, Numbering};
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
+use crate::receive;
 use crate::replay::{LogEntry, Replayed};
 use crate::restore_numbers::{Counted, Numbered};
 use crate::segment_index::{
@@ -108,7 +109,7 @@ impl OnDisk {
         let mut leftovers = Vec::new();
         let mut found = Vec::new();
         for entry in listed {
-            if entry.name.ends_with(crate::compact::UNFINISHED) {
+            if entry.name.ends_with(crate::compact::UNFINISHED) || receive::is_unplaced(&entry.name) {
                 leftovers.push(dir.join(&entry.name));
             }
             found.extend(SegmentName::parse(&entry.name).map(|name| (name, entry.len)));
@@ -485,10 +486,20 @@ pub(crate) fn restore(
     warm_bytes: &mut usize,
 ) -> Result<Outcome, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
-    let damaged = |reason: String| Err(RestoreError::Damaged(reason));
-    let Replayed { mut state, entries, producers: wal_snapshot, began, cut, .. } = replayed;
+    fn damaged<T>(reason: String) -> Result<T, RestoreError> {
+        Err(RestoreError::Damaged(reason))
+    }
+    let Replayed { mut state, entries, producers: wal_snapshot, began, received, cut, .. } = replayed;
     let mut afterwards = Vec::new();
-    let on_disk = OnDisk::of(&found.listed, dir);
+    // The record that says so is safe, so nothing else counts any more.
+    let placed = match &received {
+        Some(segments) => {
+            receive::place_at_start(files, dir, &found.listed, segments, state.log_start).map_err(io)?
+        }
+        None => Ok(found.listed),
+    };
+    let listed = placed.or_else(damaged)?;
+    let on_disk = OnDisk::of(&listed, dir);
     let mut segments: Vec<(i64, u64)> = on_disk
         .segments
         .range(..cut.unwrap_or(i64::MAX))
@@ -563,11 +574,11 @@ pub(crate) fn restore(
     counted.begin_where_known(&first_indexes, &mut state.marks);
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
     // A killed process may have left the name of what replaces these to the kernel; they go only when it is sure.
-    let mut names_changed = !on_disk.leftovers.is_empty();
+    let mut names_changed = !on_disk.leftovers.is_empty() || received.is_some();
     let producers = restore_producers(
         files,
         dir,
-        &found.listed,
+        &listed,
         // A later one may be of entries that were replaced.
         [found.snapshot.as_ref(), wal_snapshot.as_ref(), began.as_ref().map(|(_, producers)| producers)],
         (&on_disk, &segments),

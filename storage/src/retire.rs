@@ -93,6 +93,10 @@ pub(crate) async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushE
         if !is_sure_elsewhere(shard, group, lane).await? {
             return Ok(false);
         }
+        // A state says that the segments have their names.
+        if !group.unplaced.borrow().is_empty() {
+            return Ok(false);
+        }
         let state = group.state(shard.wal_id, 0);
         group.inner.borrow_mut().record_in(shard, lane);
         // It began anew since: the state says so, and may be safe before the record of the other lane that has the producers.

@@ -85,7 +85,7 @@ pub struct Beginning {
     pub hard_state: HardState,
     pub index: u64,
     pub term: u64,
-    /// After the entry at `index`; the log start offset, too.
+    /// After the entry at `index`; the log start offset, too, unless what lies below was received (`GroupLog::begin_with`).
     pub offset: i64,
     pub membership: (u64, Bytes),
     /// A producer snapshot as of `offset`, from `GroupLog::producers_at`.
@@ -374,6 +374,21 @@ pub enum ReadError {
     Damaged { reason: String },
     #[error("reading the log: {0}")]
     Io(#[from] std::io::Error),
+}
+
+/// Why batches of another replica could not be taken. Nothing of the log has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    #[error("no space left for what another replica sends")]
+    NoSpace,
+    #[error("what another replica sent cannot be used: {0}")]
+    Malformed(String),
+    #[error("the log changed meanwhile, or is going away")]
+    Interrupted,
+    #[error("{path}: {source}")]
+    Io { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Poisoned(#[from] LogPoisoned),
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -25,6 +25,8 @@ pub const NOTHING: u8 = 8;
 pub const PRODUCERS: u8 = 9;
 /// The log begins anew; nothing before it counts.
 pub const BEGINNING: u8 = 10;
+/// The same, with segments that were received from another replica.
+pub const BEGINNING_WITH: u8 = 11;
 
 /// Which groups have records in a block. May name a group too many, never one too few.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -85,6 +85,27 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// A broker that runs alone, on the directory that becomes the first node's of `found`.
+    pub fn alone(dir: &Path, settings: &[&str]) -> anyhow::Result<Flumen> {
+        let [kafka, admin] = free_ports();
+        let more = ["--node-id", "1", "--shards", "1"];
+        let mut broker = Flumen::idle_at(&dir.join("n1"), kafka, admin, settings, &more);
+        broker.restart()?;
+        Ok(broker)
+    }
+
+    /// What is in the first node's directory, as a cluster of that node.
+    pub fn found(dir: &Path, settings: &[&str]) -> anyhow::Result<Cluster> {
+        let [rpc, kafka, admin] = free_ports();
+        let rpc = format!("127.0.0.1:{rpc}");
+        let settings = settings.iter().map(ToString::to_string).collect();
+        let mut cluster = Cluster { nodes: Vec::new(), dir: dir.to_path_buf(), seeds: rpc.clone(), settings };
+        let mut node = cluster.idle(0, &rpc, kafka, admin);
+        node.restart()?;
+        cluster.nodes.push(node);
+        Ok(cluster)
+    }
+
     fn idle(&self, at: usize, rpc: &str, kafka: u16, admin: u16) -> Flumen {
         let id = (at + 1).to_string();
         let more = ["--node-id", &id, "--rpc", rpc, "--seeds", &self.seeds, "--shards", "1"];

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use flumen_storage::{DumpOptions, Inspection, OpenError, Severity};
 
 use super::Failure;
+use super::recover::{self, RecoverArgs};
 
 #[derive(Args)]
 pub struct DebugArgs {
@@ -19,6 +20,8 @@ enum DebugCommand {
     /// Read a data directory's segments and write-ahead log; its broker must be stopped
     #[command(subcommand)]
     Log(LogCommand),
+    /// Let what is left go on when a majority of the nodes is lost for good; says first what may be lost
+    Recover(RecoverArgs),
 }
 
 #[derive(Subcommand)]
@@ -54,7 +57,10 @@ enum LogCommand {
 }
 
 pub fn run(args: DebugArgs) -> Result<(), Failure> {
-    let DebugCommand::Log(command) = args.command;
+    let command = match args.command {
+        DebugCommand::Log(command) => command,
+        DebugCommand::Recover(args) => return recover::run(args),
+    };
     let failure = |error: OpenError| match error {
         OpenError::NotOurs { path } => {
             Failure::new(format!("{path}: has no FORMAT file, so it is no broker's data directory"))

@@ -17,6 +17,7 @@ mod admin_client;
 mod cluster;
 mod debug;
 mod export;
+mod recover;
 mod server;
 mod table;
 mod topic;

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::requests::{self, Answered};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
-use super::{change, floors, hand_over, joins, node_id_of, remote_log};
+use super::{change, floors, hand_over, joins, node_id_of, remote_log, ship};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -206,6 +206,7 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
         requests::MEMBERS => joins::answer(&shard.node, request.body).await,
+        requests::SHIP => ship::answer(&shard.node, request.body).await,
         requests::FLOORS => floors::answer(&shard.node, request.body).await,
         requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
         requests::STATUS => {

@@ -49,9 +49,19 @@ pub async fn find_cluster(
             (identity, own)
         }
         None => {
-            refuse_data_of_one(data_dir)?;
+            let has_data = has_data(data_dir)?;
+            if has_data && options.seeds.len() != 1 {
+                bail!(refusal_of_data(data_dir));
+            }
             let own = Presence { node_id, boot_id, seeds: options.seeds.clone(), state: State::Empty };
             let (cluster_id, founders, own_seed) = ask_until_decided(&own).await?;
+            if has_data {
+                // What it has is what the cluster has, so it must be the only one that founds it.
+                if !matches!(&founders[..], [only] if only.node_id == node_id) {
+                    bail!(refusal_of_data(data_dir));
+                }
+                tracing::info!("the topics of this broker, which was alone, are the cluster's");
+            }
             let identity =
                 Identity { cluster_id, node_id, directory_id: Uuid::new_v4(), founders, registered: false };
             identity.store(data_dir)?;
@@ -78,18 +88,19 @@ pub async fn find_cluster(
     Ok((identity, address))
 }
 
-/// Topics of a broker that was alone belong to no cluster yet, and would be lost in one that somebody else forms.
-fn refuse_data_of_one(data_dir: &Path) -> anyhow::Result<()> {
+/// Topics of a broker that was alone would be lost in a cluster that somebody else forms.
+fn has_data(data_dir: &Path) -> anyhow::Result<bool> {
     let log = data_dir.join("log");
-    let has_data = data_dir.join("metadata").exists()
-        || std::fs::read_dir(&log).with_context(|| format!("{}", log.display()))?.next().is_some();
-    if has_data {
-        bail!(
-            "{} holds the topics of a broker that was alone; start it without --rpc, or give this node an empty data directory",
-            data_dir.display()
-        );
-    }
-    Ok(())
+    let listed = std::fs::read_dir(&log).with_context(|| format!("{}", log.display()))?.next().is_some();
+    Ok(listed || data_dir.join("metadata").exists())
+}
+
+fn refusal_of_data(data_dir: &Path) -> String {
+    format!(
+        "{} holds the topics of a broker that was alone; start it without --rpc, or with itself as the only one in --seeds, \
+         which founds a cluster that has these topics; or give this node an empty data directory",
+        data_dir.display()
+    )
 }
 
 async fn ask_until_decided(own: &Presence) -> anyhow::Result<(ClusterId, Vec<Founder>, Option<String>)> {

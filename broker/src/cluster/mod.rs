@@ -31,8 +31,10 @@ pub mod links;
 pub mod listener;
 pub mod members;
 pub mod news;
+pub mod pace;
 pub mod remote_log;
 pub mod requests;
+pub mod ship;
 mod wire;
 
 use std::collections::BTreeMap;

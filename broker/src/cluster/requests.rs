@@ -28,6 +28,10 @@ pub const FLOORS: u16 = 10;
 /// Who the members of a group are: group id u64; the answer is the index of the entry that made it so, u64, and they.
 pub const MEMBERS: u16 = 11;
 
+/// What a leader cannot send as entries: group id u64, offset i64, and the index of the entry before the first that it can
+/// send, u64; the answer is log start i64, term u64, number of compactions u64, batches, none when there are no more.
+pub const SHIP: u16 = 12;
+
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;
 /// Asked over one connection and not answered.

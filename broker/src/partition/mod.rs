@@ -17,6 +17,7 @@ mod pending;
 mod replica;
 #[cfg(test)]
 mod replica_tests;
+mod shipping;
 mod turned_away;
 
 use std::cell::{Cell, RefCell};
@@ -33,6 +34,7 @@ use tokio::sync::oneshot;
 pub use append::{AppendError, Appended, Origin};
 pub use fetch::{FetchError, FetchedSlice, OffsetAt, Reading};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
+pub(crate) use shipping::Offer;
 
 use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
@@ -47,6 +49,9 @@ pub struct PartitionGauges {
     pub log_start_offset: AtomicI64,
     pub high_watermark: AtomicI64,
     pub size_bytes: AtomicU64,
+    /// A replica that fetches what its leader cannot send as entries has it up to the first, of all up to the second; 0, 0:
+    /// none does.
+    pub fetched: (AtomicI64, AtomicI64),
     /// 1 when the log is damaged and the partition refuses to serve.
     pub damaged: AtomicI32,
 }
@@ -65,7 +70,7 @@ pub struct Partition {
     log: GroupLog,
     config: RefCell<TopicConfig>,
     state: RefCell<State>,
-    /// The only voter: all that is on this disk is committed.
+    /// The only member: all that is on this disk is committed, and nobody else is told of it.
     alone: Cell<bool>,
     /// A new replica of a group that exists: it does not know the members, and takes part in nothing.
     joining: Cell<bool>,
@@ -76,7 +81,8 @@ pub struct Partition {
     committed: Cell<Option<u64>>,
     /// Where Raft believes that the log begins.
     told_before: Cell<u64>,
-    refused_to_offer: Cell<bool>,
+    /// What it fetches from its leader, which cannot send it as entries.
+    shipment: RefCell<Option<shipping::Shipment>>,
     /// As the leader said: all replicas have everything below.
     everywhere_known: Cell<i64>,
     /// What followers were told last.
@@ -135,17 +141,21 @@ impl Partition {
         let node_id = shard.node.raft_id();
         let (raft, fresh) = start_group(&spec, &log, node_id);
         let joins = fresh && !raft.membership().contains(node_id);
-        let alone = raft.membership().is_alone(node_id);
+        let alone = raft.membership().has_only(node_id);
+        let votes_alone = raft.membership().is_alone(node_id);
+        // The metadata may be ahead of the group, or behind it.
+        log.set_config(group_config(&spec.config, alone));
         let (last_index, end) = (log.last_index(), log.log_end_offset());
         let committed = raft.status().committed_index;
         // In a group of one all that is there is committed.
-        let high_watermark = if alone || committed >= last_index {
+        let high_watermark = if votes_alone || committed >= last_index {
             end
         } else {
             log.end_of(committed).unwrap_or(0).max(log.log_start_offset())
         };
         // A new group has no leader for a second if all wait for their time-outs.
-        let eager = fresh && !alone && spec.replicas.first().is_some_and(|first| raft_id(*first) == node_id);
+        let eager =
+            fresh && !votes_alone && spec.replicas.first().is_some_and(|first| raft_id(*first) == node_id);
         // Until the export says how far it is, everything is held.
         let hold = if spec.exported { log.log_start_offset() } else { i64::MAX };
         let gauges = shard.node.gauges_of(spec.group_id);
@@ -177,7 +187,7 @@ impl Partition {
             serves: Cell::new(false),
             committed: Cell::new(None),
             told_before: Cell::new(0),
-            refused_to_offer: Cell::new(false),
+            shipment: RefCell::default(),
             everywhere_known: Cell::new(0),
             told_floor: Cell::new(None),
             ticks_to_stand: Cell::new(if eager { replica::STAND_TICKS } else { 0 }),
@@ -192,7 +202,7 @@ impl Partition {
         if partition.damage().is_none() {
             partition.log.set_committed(committed);
             partition.log.set_high_watermark(high_watermark);
-            if alone {
+            if votes_alone {
                 partition.state.borrow_mut().raft.campaign().expect("a group of one may always campaign");
             }
             partition.advance();
@@ -224,6 +234,14 @@ impl Partition {
 
     pub fn size_bytes(&self) -> u64 {
         self.log.size_bytes()
+    }
+
+    /// The members are others now. What is written past the log of the shard is not replaced by anybody, so that is for a
+    /// replica that has no other.
+    pub(super) fn set_alone(&self, alone: bool) {
+        if self.alone.replace(alone) != alone {
+            self.log.set_config(group_config(&self.config.borrow(), alone));
+        }
     }
 
     pub fn set_config(&self, config: TopicConfig, exported: bool) {

@@ -19,22 +19,43 @@ use crate::export::STATE_TOPIC;
 
 /// Read at a time for a replica that is behind: what a few messages carry.
 const READ_BYTES_MAX: usize = 1 << 20;
+/// Nothing lies below the place where entries begin; or something does.
 const SNAPSHOT_VERSION: u8 = 1;
+const SNAPSHOT_ABOVE_RECORDS: u8 = 2;
 
-/// With what a replica begins whose leader no longer has what it lacks: version u8, offset i64, producer snapshot.
-fn encode_snapshot(offset: i64, producers: &[u8]) -> Bytes {
-    let mut out = BytesMut::with_capacity(9 + producers.len());
-    out.put_u8(SNAPSHOT_VERSION);
+/// With what a replica begins whose leader no longer has the entries that it lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Brought {
+    /// Records from there on lie below the place, and have to be fetched; else equal to it.
+    pub log_start: i64,
+    pub offset: i64,
+    pub producers: Bytes,
+}
+
+/// version u8, offset i64, in version 2 log start i64, producer snapshot.
+fn encode_snapshot(log_start: i64, offset: i64, producers: &[u8]) -> Bytes {
+    let mut out = BytesMut::with_capacity(17 + producers.len());
+    let above = log_start < offset;
+    out.put_u8(if above { SNAPSHOT_ABOVE_RECORDS } else { SNAPSHOT_VERSION });
     out.put_i64(offset);
+    if above {
+        out.put_i64(log_start);
+    }
     out.put_slice(producers);
     out.freeze()
 }
 
-fn decode_snapshot(mut data: Bytes) -> Option<(i64, Bytes)> {
-    if data.len() < 9 || data.get_u8() != SNAPSHOT_VERSION {
+pub(super) fn decode_snapshot(mut data: Bytes) -> Option<Brought> {
+    if data.len() < 9 {
         return None;
     }
-    Some((data.get_i64(), data))
+    let (version, offset) = (data.get_u8(), data.get_i64());
+    let log_start = match version {
+        SNAPSHOT_VERSION => offset,
+        SNAPSHOT_ABOVE_RECORDS if data.len() >= 8 => data.get_i64(),
+        _ => return None,
+    };
+    (0 <= log_start && log_start <= offset).then_some(Brought { log_start, offset, producers: data })
 }
 
 fn to_storage(entry: Entry) -> flumen_storage::Entry {
@@ -80,7 +101,7 @@ impl Partition {
                 return;
             }
             if let Some((_, members)) = membership {
-                self.alone.set(members.is_alone(self.node_id));
+                self.set_alone(members.has_only(self.node_id));
             }
             if several {
                 moved = true;
@@ -218,18 +239,30 @@ impl Partition {
     ) -> Result<Option<(Lane, Lsn)>, StageError> {
         let malformed =
             StageError::Gap { index: install.index, reason: "what it should begin with is malformed" };
-        let (offset, producers) = decode_snapshot(install.data.clone()).ok_or(malformed)?;
+        let Brought { log_start, offset, producers } =
+            decode_snapshot(install.data.clone()).ok_or(malformed)?;
+        let received = self.take_shipment(install.index, offset);
+        if log_start < offset && received.is_none() {
+            return Err(StageError::Gap {
+                index: install.index,
+                reason: "records lie below it that were not fetched",
+            });
+        }
         let hard_state = hard_state.unwrap_or_else(|| self.log.hard_state());
-        let staged = self.log.begin_anew(&Beginning {
+        let beginning = Beginning {
             hard_state: HardState { commit: install.index, ..hard_state },
             index: install.index,
             term: install.term,
             offset,
             membership: (install.membership_index, install.membership.encode()),
             producers,
-        })?;
-        tracing::info!(topic = %self.topic, partition = self.index, offset, "the log begins anew: its leader no longer has what came before");
-        self.alone.set(install.membership.is_alone(self.node_id));
+        };
+        let staged = match received {
+            Some(received) => self.log.begin_with(&beginning, received)?,
+            None => self.log.begin_anew(&beginning)?,
+        };
+        tracing::info!(topic = %self.topic, partition = self.index, log_start, offset, "the log begins anew: its leader no longer has the entries that came before");
+        self.set_alone(install.membership.has_only(self.node_id));
         self.committed.set(Some(install.index));
         let mut state = self.state.borrow_mut();
         state.uncommitted.clear();
@@ -317,24 +350,16 @@ impl Partition {
         self.advance();
     }
 
-    /// A follower lacks what the log no longer has: it begins where this log does. Where records are left that cannot be sent
-    /// by index, it would lose them, so it is not offered anything.
+    /// A follower lacks what the log no longer has as entries: it begins where this log's do, with what lies below, if
+    /// anything does.
     fn offer_beginning(&self, follower: u64) {
         self.note_log_start();
         let (index, _, offset) = self.log.before();
-        let start = self.log.log_start_offset();
-        if offset > start {
-            if !self.refused_to_offer.replace(true) {
-                tracing::error!(
-                    topic = %self.topic, partition = self.index, node = follower as i64 - 1, start, offset,
-                    "a replica lacks records of this log that were compacted, or written before replication: whole segments cannot be sent yet"
-                );
-            }
-            return;
-        }
+        let start = self.log.log_start_offset().min(offset);
         let mut state = self.state.borrow_mut();
         if index > 0 && state.raft.log_start() == index {
-            state.raft.offer_snapshot(encode_snapshot(offset, &self.log.producers_at(offset)));
+            tracing::debug!(topic = %self.topic, partition = self.index, node = follower as i64 - 1, start, offset, "a replica is to begin anew");
+            state.raft.offer_snapshot(encode_snapshot(start, offset, &self.log.producers_at(offset)));
         }
     }
 
@@ -380,9 +405,13 @@ mod tests {
 
     #[test]
     fn a_beginning_comes_back_or_is_refused() {
-        let data = encode_snapshot(77, b"producers");
-        assert_eq!(decode_snapshot(data.clone()), Some((77, Bytes::from_static(b"producers"))));
-        assert_eq!(decode_snapshot(data.slice(..8)), None);
+        for log_start in [77, 5] {
+            let data = encode_snapshot(log_start, 77, b"producers");
+            let brought = Brought { log_start, offset: 77, producers: Bytes::from_static(b"producers") };
+            assert_eq!(decode_snapshot(data.clone()), Some(brought));
+            assert_eq!(decode_snapshot(data.slice(..8)), None);
+        }
+        assert_eq!(decode_snapshot(encode_snapshot(5, 77, b"").slice(..16)), None);
         assert_eq!(decode_snapshot(Bytes::from_static(&[9; 12])), None);
     }
 

@@ -32,6 +32,10 @@ impl Partition {
         {
             return;
         }
+        let Some(message) = self.hold_back(message) else {
+            self.stay_awake();
+            return;
+        };
         let outcome = self.state.borrow_mut().raft.step(message);
         match outcome {
             Ok(()) | Err(StepError::UnknownPeer) => {}
@@ -248,7 +252,7 @@ impl Partition {
     pub(crate) fn stay_awake(&self) {
         let awake = {
             let raft = &self.state.borrow().raft;
-            !self.joining.get() && !raft.is_asleep() && !raft.membership().is_alone(self.node_id)
+            !self.joining.get() && !raft.is_asleep() && !raft.membership().has_only(self.node_id)
         };
         if awake && let Some(shard) = self.shard.upgrade() {
             shard.wake(self.slot.get());

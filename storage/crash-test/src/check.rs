@@ -8,7 +8,7 @@ use flumen_protocol::record::{self, RecordError};
 use flumen_protocol::record_batch;
 use flumen_storage::{GroupLog, Payload, ReadError, RecoveredGroup};
 
-use crate::model::{Log, Partition};
+use crate::model::{Entry, Log, Partition};
 
 /// Where in a batch the fields end that Kafka's checksum does not cover: base offset, length, leader epoch, magic, and
 /// the checksum itself.
@@ -45,6 +45,12 @@ pub fn same_batches(state: &Log, from: i64, upper: i64, found: &[Bytes]) -> Resu
                 let checked = |bytes: &[u8]| bytes.get(UNCHECKED_BYTES..).map(<[u8]>::to_vec);
                 if checked(bytes) == checked(want_bytes) && header.base_offset == want.base {
                     return Err(Mismatch::Noticeable(format!("the batch at {at} has another leader epoch")));
+                }
+                // Where offsets may be missing, nothing but the checksum of the whole file tells that this one is wrong.
+                let same =
+                    |below: &Entry| checked(below.batch.as_deref().unwrap_or_default()) == checked(bytes);
+                if state.below.iter().any(same) {
+                    return Err(Mismatch::Noticeable(format!("the batch at {at} has another offset")));
                 }
                 return Err(Mismatch::Wrong(format!(
                     "another batch at {at}: found {}, wanted {}",
@@ -170,7 +176,7 @@ fn decoded(batch: &[u8]) -> Result<BTreeMap<i64, KeyAndValue>, Mismatch> {
 /// The newest record of every key below an offset.
 fn newest_below(state: &Log, bound: i64) -> Result<BTreeMap<Vec<u8>, i64>, Mismatch> {
     let mut newest = BTreeMap::new();
-    for batch in state.entries.iter().filter(|entry| entry.base < bound).filter_map(|e| e.batch.as_deref()) {
+    for batch in state.all().filter(|entry| entry.base < bound).filter_map(|e| e.batch.as_deref()) {
         let below = decoded(batch)?.into_iter().filter(|(offset, _)| *offset < bound);
         newest.extend(below.map(|(offset, (key, _))| (key, offset)));
     }

@@ -12,4 +12,4 @@ pub mod settings;
 pub mod workload;
 
 pub use life::{Failure, Life, Report, paused};
-pub use settings::REPLICATED_FROM;
+pub use settings::{RECEIVES_FROM, REPLICATED_FROM};

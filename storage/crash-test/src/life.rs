@@ -51,6 +51,8 @@ pub struct Report {
     pub staged: u64,
     pub compactions: u64,
     pub begun: u64,
+    /// Of those, with segments of another replica.
+    pub received: u64,
     pub counters: Counters,
     pub trace: u64,
 }
@@ -65,6 +67,7 @@ impl Report {
         self.staged += other.staged;
         self.compactions += other.compactions;
         self.begun += other.begun;
+        self.received += other.received;
         self.counters.add(&other.counters);
     }
 
@@ -258,12 +261,14 @@ impl Life {
             next_group: self.next_group,
             partitions: self.plan.partitions,
             replicated: self.plan.replicated,
+            receives: self.plan.receives,
             violation: None,
             poisoned: false,
             process_ends: Rc::default(),
             stage_count: self.report.staged,
             compactions: 0,
             begun: 0,
+            received: 0,
         }));
         let seen = Rc::clone(&world);
         let result = paused(async {
@@ -279,6 +284,7 @@ impl Life {
         self.report.staged = world.stage_count;
         self.report.compactions += world.compactions;
         self.report.begun += world.begun;
+        self.report.received += world.received;
         for slot in self.slots.values_mut() {
             slot.log = None;
         }

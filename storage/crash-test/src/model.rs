@@ -48,6 +48,8 @@ pub struct Step {
 /// State of a log that exists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Log {
+    /// Batches that it began with, which have no indexes; holes are between them.
+    pub below: Vec<Entry>,
     pub entries: Vec<Entry>,
     pub hard: HardState,
     pub log_start: i64,
@@ -82,11 +84,19 @@ impl Log {
 
     /// Batches that a reader of the whole log gets.
     pub fn batches(&self) -> impl Iterator<Item = &Entry> + '_ {
-        self.entries.iter().filter(|entry| entry.batch.is_some() && entry.next > self.log_start)
+        self.all().filter(|entry| entry.batch.is_some() && entry.next > self.log_start)
     }
 
-    /// The batch with `offset`.
+    pub fn all(&self) -> impl Iterator<Item = &Entry> + '_ {
+        self.below.iter().chain(&self.entries)
+    }
+
+    /// The batch with `offset`, or the first one behind it.
     pub fn batch_at(&self, offset: i64) -> Option<&Entry> {
+        let at = self.below.partition_point(|entry| entry.next <= offset);
+        if let Some(below) = self.below.get(at) {
+            return Some(below);
+        }
         let at = self.entries.partition_point(|entry| entry.next <= offset);
         self.entries[at..].iter().find(|entry| entry.batch.is_some())
     }
@@ -121,7 +131,7 @@ impl Log {
     /// Last batch of every idempotent producer: epoch, last sequence, base offset.
     pub fn producers(&self) -> BTreeMap<i64, (i16, i32, i64)> {
         let mut found = self.brought.clone();
-        for batch in self.entries.iter().filter_map(|entry| entry.batch.as_ref()) {
+        for batch in self.all().filter_map(|entry| entry.batch.as_ref()) {
             if let Ok(header) = record_batch::parse_header(batch)
                 && header.has_producer_id()
             {

@@ -62,10 +62,14 @@ pub struct Plan {
     pub crashes: u64,
     /// The partitions have members, and sometimes begin anew.
     pub replicated: bool,
+    /// And begin with what another replica has below its entries.
+    pub receives: bool,
 }
 
 /// Seeds below this mean what they meant before partitions had members; some of them are kept because they failed once.
 pub const REPLICATED_FROM: u64 = 6_000;
+/// And those below this, what they meant before logs began with received segments.
+pub const RECEIVES_FROM: u64 = 40_000;
 
 impl Plan {
     pub fn of(seed: u64, crashes: u64, log: bool) -> Plan {
@@ -94,6 +98,7 @@ impl Plan {
             clients: 2 + usize::try_from(random.below(3)).unwrap_or(0),
             crashes,
             replicated: seed >= REPLICATED_FROM,
+            receives: seed >= RECEIVES_FROM,
         }
     }
 }

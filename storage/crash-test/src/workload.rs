@@ -15,8 +15,8 @@ use flumen_protocol::record::BatchBuilder;
 use flumen_protocol::record_batch;
 use flumen_storage::{
     AdvanceError, Beginning, CompactError, CompactionConfig, CreateError, DeleteError, Durability, Entry,
-    GroupConfig, GroupId, GroupLog, HardState, Lane, Lsn, Payload, ProducerState, ReadError, ShardStore,
-    StageError,
+    GroupConfig, GroupId, GroupLog, HardState, Lane, Lsn, Payload, ProducerState, ReadError, ReceiveError,
+    Received, ShardStore, StageError,
 };
 use tokio::sync::Notify;
 
@@ -63,6 +63,8 @@ pub struct World {
     pub partitions: u64,
     /// The partitions have members, and sometimes begin anew.
     pub replicated: bool,
+    /// Some of them with what lies below another replica's entries.
+    pub receives: bool,
     /// First broken promise.
     pub violation: Option<String>,
     /// A store took no more writes.
@@ -73,6 +75,7 @@ pub struct World {
     /// Passes of compaction that changed something or found that there was nothing to change.
     pub compactions: u64,
     pub begun: u64,
+    pub received: u64,
 }
 
 impl Slot {
@@ -328,20 +331,96 @@ fn replace(world: &mut World, id: GroupId) {
     stage(world, id, first, term, count, true);
 }
 
+/// Batches that another replica has below its entries, in any places, and where its entries begin: behind what is committed
+/// here, as far as that goes by then.
+fn shipped(world: &mut World, id: GroupId) -> Option<(i64, Vec<model::Entry>, i64)> {
+    let slot = world.slots.get(&id).filter(|_| !is_alone(id))?;
+    let state = slot.model.log()?;
+    let (start, end, term) = (state.log_start, state.log_end(), term_of(state));
+    let some =
+        |random: &mut Random, below: i64| i64::try_from(random.below(below.max(1) as u64)).unwrap_or(0);
+    let log_start = start + some(&mut world.random, end - start);
+    let mut at = log_start;
+    let mut batches = Vec::new();
+    let count = 1 + world.random.below(8);
+    for k in 1..=count {
+        at += some(&mut world.random, 6);
+        if k == count {
+            at = at.max(end + 1 + some(&mut world.random, 60));
+        }
+        let (bytes, records) = batch(world, id, at, term, None);
+        let (base, next) = (at, at + records);
+        batches.push(model::Entry { index: 0, term, base, next, batch: Some(bytes), control: Bytes::new() });
+        at = next;
+    }
+    Some((log_start, batches, at))
+}
+
+/// As `begin_anew`, with what another replica sends first.
+async fn receive(world: &Shared, id: GroupId) {
+    let (log, (log_start, batches, end)) = {
+        let mut world = world.borrow_mut();
+        let Some(log) = world.slots.get(&id).and_then(|slot| slot.log.clone()) else { return };
+        if log.is_beginning() {
+            return;
+        }
+        let Some(shipped) = shipped(&mut world, id) else { return };
+        (log, shipped)
+    };
+    let in_one = 1 + world.borrow_mut().random.below(3) as usize;
+    let received = async {
+        let mut receiver = log.receive(log_start, end).await?;
+        for some in batches.chunks(in_one) {
+            let bytes = some.iter().filter_map(|entry| entry.batch.as_deref()).collect::<Vec<_>>().concat();
+            receiver.append(bytes.into()).await?;
+        }
+        receiver.finish().await
+    };
+    let received = received.await;
+    let mut world = world.borrow_mut();
+    if world.machine.is_down() {
+        return;
+    }
+    let counters = world.machine.counters();
+    let may_fail = counters.of(Fault::ReadFails) + counters.of(Fault::WriteFails) > 0;
+    match received {
+        Ok(received) => begin(&mut world, id, Some((received, batches))),
+        Err(ReceiveError::NoSpace | ReceiveError::Interrupted) => {}
+        Err(ReceiveError::Poisoned(_)) => world.poisoned = true,
+        Err(ReceiveError::Io { .. }) if may_fail => {}
+        Err(error) => world.blame(format!("group {id} receives: {error}")),
+    }
+}
+
 /// What others have begins further on than this log ends, or disagrees with what is not committed of it.
 fn begin_anew(world: &mut World, id: GroupId) {
+    begin(world, id, None);
+}
+
+fn begin(world: &mut World, id: GroupId, received: Option<(Received, Vec<model::Entry>)>) {
     // Nobody brings it what it does not have.
     if is_alone(id) {
         return;
     }
     let Some(slot) = world.slots.get(&id) else { return };
     let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
+    if log.is_beginning() {
+        return;
+    }
     let last = state.last_index();
     let commit = slot.commit.max(slot.settled.min(last));
     let (committed_end, term) = (state.end_of(commit).max(state.log_start), term_of(state));
     let (membership, durable) = (state.membership.clone(), slot.config.durability == Durability::Durable);
     let index = commit + 1 + world.random.below(last - commit + 20);
-    let offset = committed_end + 1 + i64::try_from(world.random.below(100)).unwrap_or(0);
+    let (mut offset, old_start) =
+        (committed_end + 1 + i64::try_from(world.random.below(100)).unwrap_or(0), state.log_start);
+    if let Some((received, _)) = &received {
+        if received.end() <= committed_end {
+            // Raft would not take it any more.
+            return;
+        }
+        offset = received.end();
+    }
     let term = term + world.random.below(2);
     let mut producers = ProducerState::new();
     let mut brought = BTreeMap::new();
@@ -358,14 +437,22 @@ fn begin_anew(world: &mut World, id: GroupId) {
     let members = (index, Bytes::from(vec![world.random.below(250) as u8; 20]));
     let membership = if world.random.below(2) == 0 { members } else { membership.unwrap_or(members) };
     let hard = HardState { term, vote: world.random.below(4), commit: index };
-    let begun = log.begin_anew(&Beginning {
+    let beginning = Beginning {
         hard_state: hard,
         index,
         term,
         offset,
         membership: membership.clone(),
         producers: producers.encode(offset, -1).into(),
-    });
+    };
+    let with = received.is_some();
+    let (begun, log_start, below) = match received {
+        Some((received, below)) => {
+            let log_start = received.log_start().max(old_start);
+            (log.begin_with(&beginning, received), log_start, below)
+        }
+        None => (log.begin_anew(&beginning), offset, Vec::new()),
+    };
     let Some(slot) = world.slots.get_mut(&id) else { return };
     match begun {
         Ok(commit) => {
@@ -374,20 +461,24 @@ fn begin_anew(world: &mut World, id: GroupId) {
             (slot.commit, slot.settled) = (index, index);
             slot.elected = false;
             let state = model::Log {
+                below,
                 entries: Vec::new(),
                 hard,
-                log_start: offset,
+                log_start,
                 before: (index, term, offset),
                 membership: Some(membership),
                 brought,
             };
             slot.model.stage(Change::Begin(Box::new(state)), Some(commit), durable);
             world.begun += 1;
+            world.received += u64::from(with);
             world
                 .machine
                 .note(&format!("{id} begins anew after {index} of term {term} at {offset}, {commit:?}"));
         }
         Err(StageError::NoSpace) => {}
+        // Another receiver has begun since.
+        Err(StageError::Gap { .. }) if with => {}
         Err(StageError::Poisoned) => world.poisoned = true,
         Err(StageError::Damaged) if world.may_be_refused() => world.take_out_of_service(id),
         Err(error) => world.blame(format!("group {id}: beginning anew after {index}: {error}")),
@@ -692,6 +783,12 @@ async fn read(world: &Shared, id: GroupId) {
     }
 }
 
+/// Every other log that begins anew does so with what another replica sends.
+fn receives(world: &Shared) -> bool {
+    let mut world = world.borrow_mut();
+    world.receives && world.random.below(2) == 0
+}
+
 /// One client, for a number of actions.
 pub async fn client(world: Shared, actions: u64) {
     for _ in 0..actions {
@@ -731,6 +828,7 @@ pub async fn client(world: Shared, actions: u64) {
             82..=84 => reconfigure(&mut world.borrow_mut(), id),
             85..=86 => create_any(&mut world.borrow_mut()),
             87 => delete(&world, id).await,
+            100 if receives(&world) => receive(&world, id).await,
             100 => begin_anew(&mut world.borrow_mut(), id),
             101.. => read_entries(&world, id).await,
             88..=90 if is_keyed(id) => compact(&world, id).await,

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use flumen_crash_test::{Life, REPLICATED_FROM, Report};
+use flumen_crash_test::{Life, RECEIVES_FROM, REPLICATED_FROM, Report};
 
 /// Crashes in each life; part of what a seed means.
 const CRASHES: u64 = 8;
@@ -62,14 +62,16 @@ fn live(seed: u64) -> Report {
 #[test]
 fn ten_thousand_crashes_keep_every_promise() {
     let (next, points, compactions) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-    let begun = AtomicU64::new(0);
+    let (begun, received) = (AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 while points.load(Ordering::Relaxed) < CRASH_POINTS {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    // With members and without.
-                    let report = live(number / 2 + (number % 2) * REPLICATED_FROM);
+                    // Without members, with them, and with what they receive.
+                    let from = [0, REPLICATED_FROM, RECEIVES_FROM][(number % 3) as usize];
+                    let report = live(number / 3 + from);
+                    received.fetch_add(report.received, Ordering::Relaxed);
                     begun.fetch_add(report.begun, Ordering::Relaxed);
                     let lived = report.crash_points();
                     compactions.fetch_add(report.compactions, Ordering::Relaxed);
@@ -84,8 +86,9 @@ fn ten_thousand_crashes_keep_every_promise() {
     let (seeds, compactions) = (next.into_inner(), compactions.into_inner());
     println!("{compactions} passes of compaction");
     assert!(compactions > CRASH_POINTS / 20, "compaction hardly ever ran");
-    let begun = begun.into_inner();
-    println!("{begun} logs began anew");
+    let (begun, received) = (begun.into_inner(), received.into_inner());
+    println!("{begun} logs began anew, {received} with what they received");
+    assert!(received > CRASH_POINTS / 100, "hardly any log began with what it received");
     assert!(begun > CRASH_POINTS / 20, "hardly any log ever began anew");
     println!("{seeds} seeds, {} crash points", points.into_inner());
     assert!(seeds > CRASH_POINTS / CRASHES / 4, "a life has few more crashes than it was given");
@@ -101,7 +104,9 @@ fn what_failed_once_holds() {
 #[test]
 fn a_seed_is_one_run() {
     // One of each theme.
-    for seed in (5_000..5_008).chain(REPLICATED_FROM..REPLICATED_FROM + 8) {
+    for seed in
+        (5_000..5_008).chain(REPLICATED_FROM..REPLICATED_FROM + 8).chain(RECEIVES_FROM..RECEIVES_FROM + 8)
+    {
         let (first, second) = (live(seed), live(seed));
         assert_eq!(first.trace, second.trace, "seed {seed}");
         assert_eq!((first.staged, first.crash_points()), (second.staged, second.crash_points()));

@@ -5,8 +5,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use flumen_crash_test::{Life, REPLICATED_FROM};
-use flumen_storage::mutant::{MUTANTS, become_mutant};
+use flumen_crash_test::{Life, RECEIVES_FROM, REPLICATED_FROM};
+use flumen_storage::mutant::{MUTANTS, Mutant, become_mutant};
 
 const CRASHES: u64 = 8;
 
@@ -32,7 +32,10 @@ fn every_mutant_is_caught() {
                             continue;
                         }
                         become_mutant(Some(*mutant));
-                        let seeds = REPLICATED_FROM..REPLICATED_FROM + SEEDS_MAX;
+                        // Those of what is received show nowhere else.
+                        let receives = matches!(mutant, Mutant::ReceivesWithoutSync);
+                        let from = if receives { RECEIVES_FROM } else { REPLICATED_FROM };
+                        let seeds = from..from + SEEDS_MAX;
                         let caught = seeds.into_iter().find_map(|seed| Life::run(seed, CRASHES, false).err());
                         become_mutant(None);
                         match caught {
