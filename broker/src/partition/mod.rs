@@ -34,6 +34,7 @@ pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
 use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
+use crate::mutant::{self, Mutant};
 use crate::shard::Shard;
 use pending::Pending;
 
@@ -126,7 +127,7 @@ impl Partition {
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let node_id = shard.node.raft_id();
         let (raft, fresh) = start_group(&spec, &log, node_id);
-        let joins = fresh && !raft.membership().contains(node_id);
+        let joins = fresh && !raft.membership().contains(node_id) && !mutant::is(Mutant::JoinsWithoutAsking);
         let alone = raft.membership().is_alone(node_id);
         let (last_index, end) = (log.last_index(), log.log_end_offset());
         let committed = raft.status().committed_index;

@@ -10,12 +10,13 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_metadata::Durability;
 use flumen_protocol::record_batch;
 use flumen_raft::{Entry, Install, Leadership, Outputs, Role};
-use flumen_storage::{Beginning, HardState, Lane, Lsn, Payload, ReadError, StageError};
+use flumen_storage::{Beginning, HardState, Lane, Lsn, Payload, ProducerState, ReadError, StageError};
 
 use super::Partition;
 use crate::cluster::node_id_of;
 use crate::coordinator::OFFSETS_TOPIC;
 use crate::export::STATE_TOPIC;
+use crate::mutant::{self, Mutant};
 
 /// Read at a time for a replica that is behind: what a few messages carry.
 const READ_BYTES_MAX: usize = 1 << 20;
@@ -100,7 +101,12 @@ impl Partition {
         }
         if moved {
             let end = self.log.log_end_offset();
-            self.state.borrow_mut().next_offset = end;
+            let mut state = self.state.borrow_mut();
+            let keeps = mutant::is(Mutant::KeepsOffsets) && state.next_offset > end;
+            if !keeps {
+                state.next_offset = end;
+            }
+            drop(state);
             if let Some(index) = self.committed.get() {
                 self.log.set_committed(index);
             }
@@ -139,7 +145,8 @@ impl Partition {
             self.state.borrow_mut().recovered = (first - 1, end);
         }
         let mut state = self.state.borrow_mut();
-        while state.uncommitted.back().is_some_and(|(index, _)| *index >= first) {
+        let cuts = !mutant::is(Mutant::KeepsUncommitted);
+        while cuts && state.uncommitted.back().is_some_and(|(index, _)| *index >= first) {
             state.uncommitted.pop_back();
         }
         for entry in entries.iter().filter(|entry| !entry.is_membership && !entry.data.is_empty()) {
@@ -156,7 +163,8 @@ impl Partition {
         let hard_state =
             outputs.hard_state.map(|hs| HardState { term: hs.term, vote: hs.vote, commit: hs.commit });
         let entries: Vec<flumen_storage::Entry> = outputs.entries.into_iter().map(to_storage).collect();
-        let from_memory = outputs.install.is_none() && self.acknowledges_from_memory(hard_state);
+        let from_memory = outputs.install.is_none()
+            && (self.acknowledges_from_memory(hard_state) || mutant::is(Mutant::ReportsBeforeStored));
         let begun = match &outputs.install {
             Some(install) => self.begin_anew(install, hard_state),
             None => Ok(None),
@@ -261,7 +269,7 @@ impl Partition {
         let leader_id = node_id_of(now.leader_id).unwrap_or(-1);
         shard.node.leaders.note(self.group_id, leader_id, self.leader_epoch());
         self.publish_gauges();
-        if led && !leads {
+        if led && !leads && !mutant::is(Mutant::KeepsWaiters) {
             self.lose_leadership();
         }
         if served && !now.may_serve {
@@ -322,7 +330,12 @@ impl Partition {
         }
         let mut state = self.state.borrow_mut();
         if index > 0 && state.raft.log_start() == index {
-            state.raft.offer_snapshot(encode_snapshot(offset, &self.log.producers_at(offset)));
+            let producers = if mutant::is(Mutant::ForgetsProducersOfBeginning) {
+                ProducerState::default().encode(offset, -1).into()
+            } else {
+                self.log.producers_at(offset)
+            };
+            state.raft.offer_snapshot(encode_snapshot(offset, &producers));
         }
     }
 
