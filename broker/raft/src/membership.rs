@@ -66,6 +66,11 @@ impl Membership {
         self.voters == [id] && self.outgoing.is_empty()
     }
 
+    /// There is nobody else, not even a learner.
+    pub fn has_only(&self, id: u64) -> bool {
+        self.is_alone(id) && self.learners.is_empty() && self.learners_next.is_empty()
+    }
+
     /// Everybody but `id`, each once.
     pub fn others(&self, id: u64) -> Vec<u64> {
         let mut all: Vec<u64> = [&self.voters, &self.outgoing, &self.learners, &self.learners_next]

@@ -63,7 +63,7 @@ pub struct Partition {
     log: GroupLog,
     config: RefCell<TopicConfig>,
     state: RefCell<State>,
-    /// The only voter: all that is on this disk is committed.
+    /// The only member: all that is on this disk is committed, and nobody else is told of it.
     alone: Cell<bool>,
     /// A new replica of a group that exists: it does not know the members, and takes part in nothing.
     joining: Cell<bool>,
@@ -128,17 +128,20 @@ impl Partition {
         let node_id = shard.node.raft_id();
         let (raft, fresh) = start_group(&spec, &log, node_id);
         let joins = fresh && !raft.membership().contains(node_id) && !mutant::is(Mutant::JoinsWithoutAsking);
-        let alone = raft.membership().is_alone(node_id);
+        let alone = raft.membership().has_only(node_id);
+        let votes_alone = raft.membership().is_alone(node_id);
+        // The metadata may be ahead of the group, or behind it.
+        log.set_config(group_config(&spec.config, alone));
         let (last_index, end) = (log.last_index(), log.log_end_offset());
         let committed = raft.status().committed_index;
         // In a group of one all that is there is committed.
-        let high_watermark = if alone || committed >= last_index {
+        let high_watermark = if votes_alone || committed >= last_index {
             end
         } else {
             log.end_of(committed).unwrap_or(0).max(log.log_start_offset())
         };
         // A new group has no leader for a second if all wait for their time-outs.
-        let eager = fresh && !alone && spec.replicas.first().is_some_and(|first| raft_id(*first) == node_id);
+        let eager = fresh && !votes_alone && spec.replicas.first().is_some_and(|first| raft_id(*first) == node_id);
         // Until the export says how far it is, everything is held.
         let hold = if spec.exported { log.log_start_offset() } else { i64::MAX };
         let gauges = shard.node.gauges_of(spec.group_id);
@@ -182,7 +185,7 @@ impl Partition {
         if partition.damage().is_none() {
             partition.log.set_committed(committed);
             partition.log.set_high_watermark(high_watermark);
-            if alone {
+            if votes_alone {
                 partition.state.borrow_mut().raft.campaign().expect("a group of one may always campaign");
             }
             partition.advance();
@@ -214,6 +217,14 @@ impl Partition {
 
     pub fn size_bytes(&self) -> u64 {
         self.log.size_bytes()
+    }
+
+    /// The members are others now. What is written past the log of the shard is not replaced by anybody, so that is for a
+    /// replica that has no other.
+    pub(super) fn set_alone(&self, alone: bool) {
+        if self.alone.replace(alone) != alone {
+            self.log.set_config(group_config(&self.config.borrow(), alone));
+        }
     }
 
     pub fn set_config(&self, config: TopicConfig, exported: bool) {

@@ -81,7 +81,7 @@ impl Partition {
                 return;
             }
             if let Some((_, members)) = membership {
-                self.alone.set(members.is_alone(self.node_id));
+                self.set_alone(members.has_only(self.node_id));
             }
             if several {
                 moved = true;
@@ -229,7 +229,7 @@ impl Partition {
             producers,
         })?;
         tracing::info!(topic = %self.topic, partition = self.index, offset, "the log begins anew: its leader no longer has what came before");
-        self.alone.set(install.membership.is_alone(self.node_id));
+        self.set_alone(install.membership.has_only(self.node_id));
         self.committed.set(Some(install.index));
         let mut state = self.state.borrow_mut();
         state.uncommitted.clear();

@@ -225,7 +225,7 @@ impl Partition {
     pub(crate) fn stay_awake(&self) {
         let awake = {
             let raft = &self.state.borrow().raft;
-            !self.joining.get() && !raft.is_asleep() && !raft.membership().is_alone(self.node_id)
+            !self.joining.get() && !raft.is_asleep() && !raft.membership().has_only(self.node_id)
         };
         if awake && let Some(shard) = self.shard.upgrade() {
             shard.wake(self.slot.get());

@@ -41,7 +41,7 @@ async fn look(world: &World, group: u64) -> Vec<Seen> {
                 serves: partition.serves(),
                 status: match partition.damage() {
                     Some(damage) => format!("refuses: {damage}"),
-                    None => format!("{:?}", partition.raft_status()),
+                    None => format!("must wait: {}, {:?}", partition.must_wait(256 << 10, 10 << 10, 10), partition.raft_status()),
                 },
             })
         });

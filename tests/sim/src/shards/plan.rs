@@ -96,7 +96,7 @@ impl Plan {
             sector_bytes: rng.pick(&[512, 4096]),
             store: StoreConfig {
                 // Small rings and caches, so that what is not committed, not flushed or not cached matters.
-                wal_file_bytes: rng.pick(&[512 << 10, 1 << 20]),
+                wal_file_bytes: rng.pick(&[1 << 20, 2 << 20]),
                 cache_bytes: rng.pick(&[8 << 10, 64 << 10, 1 << 20]),
                 direct_batch_bytes: rng.pick(&[usize::MAX, 1, 1_000]),
                 direct_run_bytes: rng.pick(&[1, 4 << 10]),
