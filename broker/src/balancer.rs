@@ -142,7 +142,8 @@ fn view_of(status: &Status) -> GroupView {
         leader: node_id_of(own).unwrap_or(-1),
         voters: ids(&status.membership.voters),
         learners: ids(&status.membership.learners),
-        is_joint: status.membership.is_joint(),
+        // What is on its way would come after whatever is concluded from the members of now.
+        is_joint: status.membership.is_joint() || status.change_pending,
         behind: behind.collect(),
     }
 }

@@ -26,10 +26,12 @@ pub enum Mutant {
     KeepsWaiters,
     /// A new replica takes part with the members that the metadata names.
     JoinsWithoutAsking,
+    /// Votes of topics that acknowledge from the kernel's memory are lost with it.
+    LeavesVotesToTheKernel,
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 9] = [
+pub const MUTANTS: [Mutant; 10] = [
     Mutant::AcknowledgesBeforeMajority,
     Mutant::KeepsUncommitted,
     Mutant::ReportsBeforeStored,
@@ -39,6 +41,7 @@ pub const MUTANTS: [Mutant; 9] = [
     Mutant::AnswersDuplicatesAtOnce,
     Mutant::KeepsWaiters,
     Mutant::JoinsWithoutAsking,
+    Mutant::LeavesVotesToTheKernel,
 ];
 
 #[cfg(feature = "mutants")]

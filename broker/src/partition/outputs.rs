@@ -165,6 +165,12 @@ impl Partition {
         let entries: Vec<flumen_storage::Entry> = outputs.entries.into_iter().map(to_storage).collect();
         let from_memory = outputs.install.is_none()
             && (self.acknowledges_from_memory(hard_state) || mutant::is(Mutant::ReportsBeforeStored));
+        let votes = hard_state.is_some_and(|new| {
+            let known = self.log.hard_state();
+            (new.term, new.vote) != (known.term, known.vote)
+        });
+        let must_force =
+            votes && !self.alone.get() && self.config.borrow().acknowledges() != Durability::Durable;
         let begun = match &outputs.install {
             Some(install) => self.begin_anew(install, hard_state),
             None => Ok(None),
@@ -187,6 +193,9 @@ impl Partition {
             }
             Ok((lane, lsn)) => {
                 self.staged_number.set(number);
+                if must_force && !mutant::is(Mutant::LeavesVotesToTheKernel) {
+                    self.force_vote(number);
+                }
                 if let Some(shard) = self.shard.upgrade() {
                     shard.note_staged(lane, lsn, self.group_id, number);
                 }

@@ -113,7 +113,7 @@ impl Broker {
     pub fn new(id: i32, seed: u64, sector_bytes: usize, started: Instant) -> Broker {
         let settings = DiskSettings {
             sector_bytes,
-            capacity_bytes: 64 << 20,
+            capacity_bytes: 1 << 30,
             rates: quiet(),
             stall_ms: STALL_MS,
             ..DiskSettings::default()

@@ -1,5 +1,6 @@
 //! Consumers: each reads one partition from its beginning on, from whoever it takes for the leader and sometimes from another
-//! replica, up to the high watermark, and writes down what it got.
+//! replica, up to the high watermark, and writes down what it got. It names the newest leader epoch that it was told, as
+//! Kafka's clients do.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use flumen_protocol::record::decode_records;
 use flumen_protocol::record_batch::batches;
 
 use super::broker::Broker;
-use super::producer::guess_leader;
+use super::producer::leader_told_by;
 use super::world::{World, name_of};
 
 const PATIENCE: Duration = Duration::from_millis(1_000);
@@ -24,9 +25,15 @@ pub(super) struct Read {
     pub serves: bool,
 }
 
-pub(super) async fn read(partition: Rc<Partition>, offset: i64, max_bytes: usize) -> Result<Read, (FetchError, bool)> {
+pub(super) async fn read(
+    partition: Rc<Partition>,
+    asked: i32,
+    offset: i64,
+    max_bytes: usize,
+) -> Result<Read, (FetchError, bool)> {
     let serves = partition.serves();
     let epoch = partition.leader_epoch();
+    partition.check_epoch(asked).map_err(|error| (error, serves))?;
     let slice = partition.fetch(offset, max_bytes).await.map_err(|error| (error, serves))?;
     Ok(Read { records: slice.records, high_watermark: slice.high_watermark, epoch, serves })
 }
@@ -74,15 +81,21 @@ pub(super) async fn consume(world: Rc<World>, group: u64, number: u64) {
     let consumer = group << 8 | number;
     let pace = world.pick(&[10, 60]);
     let mut position = 0;
+    let mut leader = world.brokers[0].clone();
+    let mut known_epoch = -1;
     while world.is_sound() && !world.clients_stop.get() {
         tokio::time::sleep(Duration::from_millis(world.between(1, pace))).await;
-        let broker = match world.below(5) {
-            0 => world.brokers[world.below(world.brokers.len() as u64) as usize].clone(),
-            _ => guess_leader(&world, group),
-        };
+        let some = world.brokers[world.below(world.brokers.len() as u64) as usize].clone();
+        // Older metadata is not believed.
+        if let Some((told, epoch)) = leader_told_by(&world, &some, group)
+            && epoch >= known_epoch
+        {
+            (leader, known_epoch) = (told, epoch);
+        }
+        let broker = if world.below(5) == 0 { some } else { leader.clone() };
         let max_bytes = world.pick(&[1, 2_000, 20_000]);
         let from = position;
-        let Some(answer) = call(&world, &broker, move |p| read(p, from, max_bytes), group).await else { continue };
+        let Some(answer) = call(&world, &broker, move |p| read(p, known_epoch, from, max_bytes), group).await else { continue };
         let partition = name_of(group);
         match answer {
             Ok(read) => {

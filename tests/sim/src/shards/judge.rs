@@ -111,7 +111,7 @@ async fn content(world: &World, broker: &Broker, group: u64, from: i64, up_to: i
         let partition = shard.partition(group).ok_or("it is gone".to_owned())?;
         let (mut out, mut at) = (Vec::new(), from);
         while at < up_to {
-            let slice = read(partition.clone(), at, READ_BYTES).await.map_err(|(error, _)| error.to_string())?;
+            let slice = read(partition.clone(), -1, at, READ_BYTES).await.map_err(|(error, _)| error.to_string())?;
             let before = at;
             for bytes in &slice.records {
                 for batch in flumen_protocol::record_batch::batches(bytes) {

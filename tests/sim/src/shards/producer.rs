@@ -22,7 +22,7 @@ use crate::network::Time;
 const IN_FLIGHT_MAX: usize = 5;
 const RECORDS_MAX: u64 = 3;
 /// Some batches are large enough that several of them fill a segment.
-const PADDING_BYTES_MAX: u64 = 3_000;
+const PADDING_BYTES_MAX: u64 = 2_000;
 
 struct Answered {
     connection: u64,
@@ -110,11 +110,17 @@ impl Connection {
 /// Whom a client takes for the leader: it asks some broker that it can reach.
 pub(super) fn guess_leader(world: &World, group: u64) -> Rc<Broker> {
     let some = world.brokers[world.below(world.brokers.len() as u64) as usize].clone();
-    let told = some.node().and_then(|node| node.leaders.get(group)).map(|(leader, _)| leader);
-    match told.and_then(|id| usize::try_from(id).ok()).and_then(|id| world.brokers.get(id)) {
-        Some(leader) => leader.clone(),
+    match leader_told_by(world, &some, group) {
+        Some((leader, _)) => leader,
         None => some,
     }
+}
+
+/// As Metadata of this broker says.
+pub(super) fn leader_told_by(world: &World, broker: &Broker, group: u64) -> Option<(Rc<Broker>, i32)> {
+    let (leader, epoch) = broker.node()?.leaders.get(group)?;
+    let leader = world.brokers.get(usize::try_from(leader).ok()?)?;
+    Some((leader.clone(), epoch))
 }
 
 fn batch_of(first: u64, count: u64, producer: Option<(i64, i32)>) -> BytesMut {
@@ -301,12 +307,12 @@ pub(super) async fn idempotent(world: Rc<World>, group: u64) {
     let (answers, mut answered) = mpsc::unbounded_channel();
     let mut producer = Producer::new(&world, group);
     let mut next = Instant::now();
-    let pace = world.pick(&[5, 30, 150]);
+    let pace = world.pick(&[20, 60, 200]);
     while world.is_sound() && !(world.clients_stop.get() && producer.queue.is_empty()) {
         let room = producer.queue.len() < IN_FLIGHT_MAX;
         if room && !world.clients_stop.get() && Instant::now() >= next {
             producer.push();
-            next = Instant::now() + Duration::from_millis(world.below(2) * world.between(1, pace));
+            next = Instant::now() + Duration::from_millis(world.below(5).min(1) * world.between(1, pace));
         }
         producer.send_due(&answers);
         let wait = match room && !world.clients_stop.get() {
