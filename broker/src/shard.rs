@@ -167,7 +167,8 @@ impl Shard {
         }
         // A replica that comes to a group that exists may have been here before, and the store never takes a number again.
         let returns = !spec.replicas.contains(&self.node.config.node_id);
-        let id = if returns { number_of_its_own(spec.group_id, self.node.host.draw()) } else { spec.group_id };
+        let id =
+            if returns { number_of_its_own(spec.group_id, self.node.host.draw()) } else { spec.group_id };
         let dir_name = dir_name(&spec.topic, spec.index, id);
         let log = self.store.create(id, &dir_name, group_config(&spec.config, self.is_alone(&spec)))?;
         Ok(self.insert(spec, log))

@@ -53,7 +53,12 @@ pub struct Link {
 
 /// Carries requests where there are no connections: in a simulation, which has a network of its own.
 pub trait Carrier {
-    fn ask(&self, node_id: i32, kind: u16, body: Bytes) -> LocalBoxFuture<'static, Result<Answered, AskError>>;
+    fn ask(
+        &self,
+        node_id: i32,
+        kind: u16,
+        body: Bytes,
+    ) -> LocalBoxFuture<'static, Result<Answered, AskError>>;
 }
 
 #[derive(Default)]

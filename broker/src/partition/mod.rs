@@ -145,7 +145,8 @@ impl Partition {
             log.end_of(committed).unwrap_or(0).max(log.log_start_offset())
         };
         // A new group has no leader for a second if all wait for their time-outs.
-        let eager = fresh && !votes_alone && spec.replicas.first().is_some_and(|first| raft_id(*first) == node_id);
+        let eager =
+            fresh && !votes_alone && spec.replicas.first().is_some_and(|first| raft_id(*first) == node_id);
         // Until the export says how far it is, everything is held.
         let hold = if spec.exported { log.log_start_offset() } else { i64::MAX };
         let gauges = shard.node.gauges_of(spec.group_id);

@@ -169,8 +169,9 @@ impl Partition {
             let known = self.log.hard_state();
             (new.term, new.vote) != (known.term, known.vote)
         });
-        let must_force =
-            votes && !self.alone.get() && self.config.borrow().acknowledges() != Durability::Durable;
+        // Whoever is alone cannot contradict anybody. With the first other member comes all that was before.
+        let matters = (votes && !self.alone.get()) || membership.is_some();
+        let must_force = matters && self.config.borrow().acknowledges() != Durability::Durable;
         let begun = match &outputs.install {
             Some(install) => self.begin_anew(install, hard_state),
             None => Ok(None),
@@ -303,7 +304,7 @@ impl Partition {
         tokio::task::spawn_local(async move {
             let read = log.read_entries(low, high, READ_BYTES_MAX).await;
             let Some(partition) = shard.partition(group_id) else { return };
-            let entries = match read {
+            let entries: Vec<Entry> = match read {
                 Ok(entries) => entries.into_iter().map(from_storage).collect(),
                 // An empty answer: the follower is asked again, and then may have to begin anew.
                 Err(ReadError::OutOfRange { .. }) => Vec::new(),
@@ -312,6 +313,7 @@ impl Partition {
                     Vec::new()
                 }
             };
+            tracing::debug!(topic = %partition.topic, partition = partition.index, low, high, read = entries.len(), "read for a follower");
             partition.note_log_start();
             partition.entries_read(low, entries);
         });

@@ -25,7 +25,9 @@ fn main() -> ExitCode {
             other => match other.parse::<u64>() {
                 Ok(number) => numbers.push(number),
                 Err(_) => {
-                    eprintln!("usage: flumen-sim [--shards] SEED [COUNT] [--keep DIR] [--mutant NAME] [--log]");
+                    eprintln!(
+                        "usage: flumen-sim [--shards] SEED [COUNT] [--keep DIR] [--mutant NAME] [--log]"
+                    );
                     return ExitCode::from(2);
                 }
             },
@@ -41,7 +43,10 @@ fn main() -> ExitCode {
         commits += report.commits;
         if let Some(failure) = report.failure {
             failed += 1;
-            println!("seed {seed}: {failure}\n  repeat: flumen-sim {}{seed}", if of_shards { "--shards " } else { "" });
+            println!(
+                "seed {seed}: {failure}\n  repeat: flumen-sim {}{seed}",
+                if of_shards { "--shards " } else { "" }
+            );
             if let Some(dir) = &keep {
                 let path = format!("{dir}/seed-{seed}.jsonl");
                 match std::fs::write(&path, report.history.to_text()) {

@@ -19,7 +19,7 @@ use flumen_broker::partition::PartitionSpec;
 use flumen_broker::shard::{Shard, group_of};
 use flumen_io::simulated::{Crash, Fault, Machine, Settings as DiskSettings};
 use flumen_metadata::{BrokerConfig, Durability, MetadataImage, NodeInfo, PartitionInfo};
-use flumen_storage::{DataDir, Inspection, OpenError, RecoveredGroup, Severity, ShardStore};
+use flumen_storage::{DataDir, GroupHealth, Inspection, OpenError, RecoveredGroup, Severity, ShardStore};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, Sleep};
@@ -213,6 +213,7 @@ impl Broker {
             Crash::Kill => "kill",
             Crash::PowerLoss => "power loss",
         });
+        tracing::debug!(at_ms = world.now_ms(), broker = self.id, ?crash, "comes up");
         let sync_failed = self.machine.counters().of(Fault::SyncFails) > 0;
         let stopped = self.stopped.replace(false);
         for (group, info) in &*world.partitions.borrow() {
@@ -234,9 +235,6 @@ impl Broker {
         self.machine.set_rates(quiet());
         if sound {
             self.machine.free_space();
-        }
-        if self.boots.get() > 0 && !self.inspect(world) {
-            return false;
         }
         if !sound {
             self.machine.set_rates(world.plan.theme.rates());
@@ -261,6 +259,14 @@ impl Broker {
                 return false;
             }
         };
+        for group in &found {
+            let id = group_of(group.group_id);
+            if let GroupHealth::Damaged { reason } = &group.health
+                && !world.is_voided(id)
+            {
+                world.fail(format!("broker {} finds group {id} damaged: {reason}", self.id));
+            }
+        }
         self.run(world, dir, found);
         true
     }
@@ -270,34 +276,27 @@ impl Broker {
         if world.plan.theme.loses_power() && world.below(2) == 0 { Crash::PowerLoss } else { Crash::Kill }
     }
 
-    /// The run is over: what is on the disk is looked at as it lies there.
-    pub fn ends(&self, world: &World) {
+    /// The run is over: what a clean stop left on the disk is looked at as it lies there.
+    pub fn ends(&self, world: &World, stopped: bool) {
         self.kill();
         self.machine.restart();
         self.machine.set_rates(quiet());
-        self.inspect(world);
+        if stopped {
+            self.inspect(world);
+        }
     }
 
     /// What the store's own judge says of the directory.
-    pub fn inspect(&self, world: &World) -> bool {
+    fn inspect(&self, world: &World) {
         let outcome = Inspection::open_on(self.machine.file_system(), DIR).and_then(|inspection| {
             inspection.verify(&mut |finding| {
-                // What a topic lost that does not promise to keep it shows until recovery has cut it.
-                let path = finding.path.to_string_lossy();
-                let lossy = world.voided.borrow().iter().any(|group| path.contains(&format!("t-{group}.g")));
-                if finding.severity == Severity::Damage && !(lossy && self.boots.get() > 0) {
+                if finding.severity == Severity::Damage {
                     world.fail(format!("broker {}: the directory is called damaged: {finding:?}", self.id));
                 }
             })
         });
-        match outcome {
-            Ok(_) => true,
-            // A first start that was cut short.
-            Err(OpenError::NotOurs { .. } | OpenError::NotADirectory { .. }) => true,
-            Err(error) => {
-                world.fail(format!("broker {}: its directory cannot be inspected: {error}", self.id));
-                false
-            }
+        if let Err(error) = outcome {
+            world.fail(format!("broker {}: its directory cannot be inspected: {error}", self.id));
         }
     }
 

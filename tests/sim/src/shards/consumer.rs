@@ -12,7 +12,7 @@ use flumen_protocol::record::decode_records;
 use flumen_protocol::record_batch::batches;
 
 use super::broker::Broker;
-use super::producer::leader_told_by;
+use super::producer::LeaderKnown;
 use super::world::{World, name_of};
 
 const PATIENCE: Duration = Duration::from_millis(1_000);
@@ -44,7 +44,8 @@ pub(super) fn decode(records: &[Bytes], from: i64) -> Result<Vec<(i64, u64)>, St
     for bytes in records {
         for batch in batches(bytes) {
             let (header, batch) = batch.map_err(|e| e.to_string())?;
-            let records = decode_records(batch, &mut scratch, DECODED_BYTES_MAX).map_err(|e| e.to_string())?;
+            let records =
+                decode_records(batch, &mut scratch, DECODED_BYTES_MAX).map_err(|e| e.to_string())?;
             for (offset, record) in (header.base_offset..).zip(records) {
                 let record = record.map_err(|e| e.to_string())?;
                 let value = record.value.and_then(|value| value.try_into().ok()).map(u64::from_be_bytes);
@@ -81,27 +82,29 @@ pub(super) async fn consume(world: Rc<World>, group: u64, number: u64) {
     let consumer = group << 8 | number;
     let pace = world.pick(&[10, 60]);
     let mut position = 0;
-    let mut leader = world.brokers[0].clone();
-    let mut known_epoch = -1;
+    let mut leader = LeaderKnown::nobody(&world);
     while world.is_sound() && !world.clients_stop.get() {
         tokio::time::sleep(Duration::from_millis(world.between(1, pace))).await;
-        let some = world.brokers[world.below(world.brokers.len() as u64) as usize].clone();
-        // Older metadata is not believed.
-        if let Some((told, epoch)) = leader_told_by(&world, &some, group)
-            && epoch >= known_epoch
-        {
-            (leader, known_epoch) = (told, epoch);
-        }
-        let broker = if world.below(5) == 0 { some } else { leader.clone() };
+        let known = leader.ask(&world, group);
+        let broker = match world.below(5) {
+            0 => world.brokers[world.below(world.brokers.len() as u64) as usize].clone(),
+            _ => known,
+        };
+        let known_epoch = leader.epoch;
         let max_bytes = world.pick(&[1, 2_000, 20_000]);
         let from = position;
-        let Some(answer) = call(&world, &broker, move |p| read(p, known_epoch, from, max_bytes), group).await else { continue };
+        let Some(answer) = call(&world, &broker, move |p| read(p, known_epoch, from, max_bytes), group).await
+        else {
+            continue;
+        };
         let partition = name_of(group);
         match answer {
             Ok(read) => {
                 let records = match decode(&read.records, position) {
                     Ok(records) => records,
-                    Err(what) => return world.fail(format!("broker {} gave bytes of {partition}: {what}", broker.id)),
+                    Err(what) => {
+                        return world.fail(format!("broker {} gave bytes of {partition}: {what}", broker.id));
+                    }
                 };
                 if let Some((last, _)) = records.last() {
                     position = last + 1;
@@ -116,9 +119,22 @@ pub(super) async fn consume(world: Rc<World>, group: u64, number: u64) {
                 if read.serves {
                     let last_stable = high_watermark;
                     let partition = partition.clone();
-                    world.note(Event::Watermarks { observer: consumer, partition, leader_epoch, high_watermark, last_stable });
+                    world.note(Event::Watermarks {
+                        observer: consumer,
+                        partition,
+                        leader_epoch,
+                        high_watermark,
+                        last_stable,
+                    });
                 }
-                world.note(Event::Poll { consumer, partition, records, committed_only: true, seek: false, txn: None });
+                world.note(Event::Poll {
+                    consumer,
+                    partition,
+                    records,
+                    committed_only: true,
+                    seek: false,
+                    txn: None,
+                });
             }
             Err((FetchError::OutOfRange { start, end, .. }, serves)) => {
                 let (seek, records) = (true, Vec::new());
@@ -127,14 +143,24 @@ pub(super) async fn consume(world: Rc<World>, group: u64, number: u64) {
                     position = start;
                 } else if serves {
                     if !world.is_voided(group) {
-                        let what = format!("broker {} leads {partition} to {end}, and {position} was read", broker.id);
+                        let what = format!(
+                            "broker {} leads {partition} to {end}, and {position} was read",
+                            broker.id
+                        );
                         world.fail(what);
                     }
                     position = end;
                 } else {
                     continue;
                 }
-                world.note(Event::Poll { consumer, partition, records, committed_only: true, seek, txn: None });
+                world.note(Event::Poll {
+                    consumer,
+                    partition,
+                    records,
+                    committed_only: true,
+                    seek,
+                    txn: None,
+                });
             }
             // Another one is asked.
             Err(_) => {}

@@ -1,6 +1,6 @@
 //! What is left in the end: whether replicas are the same, what can be read, and what the directories look like.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -41,7 +41,11 @@ async fn look(world: &World, group: u64) -> Vec<Seen> {
                 serves: partition.serves(),
                 status: match partition.damage() {
                     Some(damage) => format!("refuses: {damage}"),
-                    None => format!("must wait: {}, {:?}", partition.must_wait(256 << 10, 10 << 10, 10), partition.raft_status()),
+                    None => format!(
+                        "must wait: {}, {:?}",
+                        partition.must_wait(256 << 10, 10 << 10, 10),
+                        partition.raft_status()
+                    ),
                 },
             })
         });
@@ -62,6 +66,10 @@ pub(super) async fn judge(world: &Rc<World>) {
     for group in world.groups() {
         let until = world.now_ms() + SETTLE_MS;
         let mut seen = look(world, group).await;
+        // A replica that kept what the others lost never follows them: a known lack, of topics that do not promise to keep it.
+        if world.is_voided(group) {
+            continue;
+        }
         while world.is_sound() && !agree(&seen) && world.now_ms() < until {
             tokio::time::sleep(Duration::from_millis(100)).await;
             seen = look(world, group).await;
@@ -78,7 +86,10 @@ pub(super) async fn judge(world: &Rc<World>) {
         let up_to = seen[0].high_watermark;
         for one in &seen {
             let start = if one.serves { one.start } else { from };
-            let Some(bytes) = content(world, &world.brokers[one.broker as usize], group, start, up_to).await else { return };
+            let Some(bytes) = content(world, &world.brokers[one.broker as usize], group, start, up_to).await
+            else {
+                return;
+            };
             let records = match decode(&bytes, start) {
                 Ok(records) => records,
                 Err(what) => return world.fail(format!("broker {}: {}: {what}", one.broker, name_of(group))),
@@ -88,30 +99,39 @@ pub(super) async fn judge(world: &Rc<World>) {
             world.note(Event::Digest { node: one.broker as u64, partition: name_of(group), up_to, digest });
             if one.serves {
                 let committed = records.iter().map(|(_, value)| *value).collect();
-                world.note(Event::FinalRead { partition: name_of(group), log_start: start, records, committed });
+                world.note(Event::FinalRead {
+                    partition: name_of(group),
+                    log_start: start,
+                    records,
+                    committed,
+                });
             }
         }
     }
     for broker in &world.brokers {
-        if world.below(2) == 0 {
-            // With what it takes to close the log.
-            if broker.ask(|shard| async move { shard.shutdown().await }).await != Some(Ok(())) {
-                world.fail(format!("broker {} does not stop cleanly", broker.id));
-            }
+        // With what it takes to close the log; or it just ends.
+        let stops = world.below(4) > 0;
+        if stops && broker.ask(|shard| async move { shard.shutdown().await }).await != Some(Ok(())) {
+            world.fail(format!("broker {} does not stop cleanly", broker.id));
         }
-    }
-    for broker in &world.brokers {
-        broker.ends(world);
+        broker.ends(world, stops);
     }
 }
 
 /// Whole batches from an offset on.
-async fn content(world: &World, broker: &Broker, group: u64, from: i64, up_to: i64) -> Option<Vec<bytes::Bytes>> {
+async fn content(
+    world: &World,
+    broker: &Broker,
+    group: u64,
+    from: i64,
+    up_to: i64,
+) -> Option<Vec<bytes::Bytes>> {
     let asked = broker.ask(move |shard| async move {
         let partition = shard.partition(group).ok_or("it is gone".to_owned())?;
         let (mut out, mut at) = (Vec::new(), from);
         while at < up_to {
-            let slice = read(partition.clone(), -1, at, READ_BYTES).await.map_err(|(error, _)| error.to_string())?;
+            let slice =
+                read(partition.clone(), -1, at, READ_BYTES).await.map_err(|(error, _)| error.to_string())?;
             let before = at;
             for bytes in &slice.records {
                 for batch in flumen_protocol::record_batch::batches(bytes) {
@@ -154,50 +174,30 @@ fn digest(bytes: &[bytes::Bytes], from: i64) -> u64 {
     hash
 }
 
-/// What the checker finds in what clients saw. Of groups that lost what their durability does not promise, only what came
-/// after everything had healed counts.
+/// What the checker finds in what clients saw. Of groups that lost what their durability does not promise nothing is judged
+/// here; that brokers live with them is.
 pub(super) fn anomalies(world: &World) -> Option<String> {
-    let history = judged(world);
-    let found = check(&history, Options::default());
+    let found = check(&judged(world), Options::default());
     found.first().map(|a| format!("{}: {} ({} anomalies)", a.check, a.what, found.len()))
 }
 
 fn judged(world: &World) -> History {
     let history = world.history.borrow();
     let voided: Vec<String> = world.voided.borrow().iter().map(|group| name_of(*group)).collect();
-    if voided.is_empty() {
-        return history.clone();
-    }
-    let mut healed = false;
-    // Of partitions that count from here on only: what was sent by when.
-    let mut ops: BTreeMap<u64, bool> = BTreeMap::new();
-    let mut out: Vec<Record> = Vec::new();
-    for record in &history.records {
-        let mut record = record.clone();
-        let keep = match &mut record.event {
-            Event::Healed { .. } => {
-                healed = true;
-                true
+    let mut ops: BTreeSet<u64> = BTreeSet::new();
+    let mut counts = |record: &&Record| match &record.event {
+        Event::Send { op, partition, .. } => {
+            let counts = !voided.contains(partition);
+            if counts {
+                ops.insert(*op);
             }
-            Event::Send { op, partition, .. } => {
-                let keep = healed || !voided.contains(partition);
-                ops.insert(*op, keep);
-                keep
-            }
-            Event::Sent { op, .. } => ops.get(op).copied().unwrap_or(true),
-            Event::Poll { partition, .. } | Event::Watermarks { partition, .. } => !voided.contains(partition),
-            Event::FinalRead { partition, records, committed, .. } => {
-                if voided.contains(partition) {
-                    records.retain(|(_, value)| ops.get(value) == Some(&true));
-                    committed.retain(|value| ops.get(value) == Some(&true));
-                }
-                true
-            }
-            _ => true,
-        };
-        if keep {
-            out.push(record);
+            counts
         }
-    }
-    History { records: out }
+        Event::Sent { op, .. } => ops.contains(op),
+        Event::Poll { partition, .. }
+        | Event::Watermarks { partition, .. }
+        | Event::FinalRead { partition, .. } => !voided.contains(partition),
+        _ => true,
+    };
+    History { records: history.records.iter().filter(|record| counts(record)).cloned().collect() }
 }

@@ -11,7 +11,8 @@
 //!
 //! Invariants checked: one leader a term and one vote a term, as the messages tell (`oracle.rs`); what clients saw
 //! (`flumen_checker`); an idempotent producer never hears of a gap before its oldest batch; replicas are the same bytes;
-//! directories pass the store's own inspection before every start and at the end; no task panics.
+//! recovery finds nothing damaged that was promised to be kept; what a clean stop leaves passes the store's own inspection; no
+//! task panics.
 
 mod broker;
 mod consumer;

@@ -102,7 +102,8 @@ fn one_fault(world: &Rc<World>) {
         }
         2..=4 => world.network.borrow_mut().heal(),
         5 if several => {
-            let (loss, twice, late, flip) = (world.below(100), world.below(80), world.below(60), world.below(20));
+            let (loss, twice, late, flip) =
+                (world.below(100), world.below(80), world.below(60), world.below(20));
             let mut network = world.network.borrow_mut();
             network.loss_permille = loss;
             network.duplicate_permille = twice;
@@ -231,7 +232,8 @@ pub(super) async fn move_replicas(world: Rc<World>) {
             for broker in &world.brokers {
                 let (for_job, info) = (world.clone(), info.clone());
                 broker.post(move |shard| {
-                    let Some(partition) = shard.partition(group).filter(|partition| partition.serves()) else {
+                    let Some(partition) = shard.partition(group).filter(|partition| partition.serves())
+                    else {
                         return;
                     };
                     let raft_ids = |ids: BTreeSet<i32>| ids.into_iter().map(raft_id).collect();
@@ -283,7 +285,8 @@ async fn stop_cleanly(world: Rc<World>, broker: Rc<Broker>) {
             }
             leads
         });
-        if tokio::time::timeout(Duration::from_millis(HAND_OVER_MS), leads).await.ok().flatten() != Some(true) {
+        if tokio::time::timeout(Duration::from_millis(HAND_OVER_MS), leads).await.ok().flatten() != Some(true)
+        {
             break;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -1,5 +1,7 @@
 //! What one seed is about: how many brokers, which partitions, what goes wrong. Everything follows from the number.
 
+use std::fmt;
+
 use flumen_io::simulated::Rates;
 use flumen_metadata::{Durability, TopicConfig};
 use flumen_storage::StoreConfig;
@@ -105,6 +107,17 @@ impl Plan {
             partitions,
             faults_ms: rng.between(4_000, 12_000),
         }
+    }
+}
+
+/// For whoever looks at a failure.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}, {} brokers", self.theme, self.brokers)?;
+        for (group, partition) in (1..).zip(&self.partitions) {
+            write!(f, ", t-{group} {:?} on {:?}", partition.config.durability, partition.replicas)?;
+        }
+        Ok(())
     }
 }
 

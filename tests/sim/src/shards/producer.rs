@@ -40,6 +40,7 @@ struct Connection {
     broker: Rc<Broker>,
     boot: Option<u64>,
     last_arrival: Cell<Time>,
+    last_answer: Cell<Time>,
     answers: mpsc::UnboundedSender<Answered>,
     line: RefCell<Option<Line>>,
 }
@@ -51,6 +52,7 @@ impl Connection {
             boot: broker.boot(),
             broker,
             last_arrival: Cell::new(0),
+            last_answer: Cell::new(0),
             answers: answers.clone(),
             line: RefCell::default(),
         })
@@ -103,21 +105,38 @@ impl Connection {
     fn answer(&self, world: &World, tag: i32, result: Option<(ErrorCode, i64)>) {
         let answered = Answered { connection: self.number, tag, result };
         let answers = self.answers.clone();
-        world.at(world.now() + world.between(100, 2_000), move |_| drop(answers.send(answered)));
+        let at = (world.now() + world.between(100, 2_000)).max(self.last_answer.get());
+        self.last_answer.set(at);
+        world.at(at, move |_| drop(answers.send(answered)));
     }
 }
 
-/// Whom a client takes for the leader: it asks some broker that it can reach.
-pub(super) fn guess_leader(world: &World, group: u64) -> Rc<Broker> {
-    let some = world.brokers[world.below(world.brokers.len() as u64) as usize].clone();
-    match leader_told_by(world, &some, group) {
-        Some((leader, _)) => leader,
-        None => some,
+/// Whom a client takes for the leader.
+pub(super) struct LeaderKnown {
+    leader: Rc<Broker>,
+    pub epoch: i32,
+}
+
+impl LeaderKnown {
+    pub fn nobody(world: &World) -> LeaderKnown {
+        LeaderKnown { leader: world.brokers[0].clone(), epoch: -1 }
+    }
+
+    /// Asks a broker's metadata. What is older than what is known is not believed, as Kafka's clients do not; who is told
+    /// nothing tries anybody.
+    pub fn ask(&mut self, world: &World, group: u64) -> Rc<Broker> {
+        let some = world.brokers[world.below(world.brokers.len() as u64) as usize].clone();
+        match leader_told_by(world, &some, group) {
+            Some((leader, epoch)) if epoch >= self.epoch => *self = LeaderKnown { leader, epoch },
+            None if self.epoch == -1 => return some,
+            _ => {}
+        }
+        self.leader.clone()
     }
 }
 
 /// As Metadata of this broker says.
-pub(super) fn leader_told_by(world: &World, broker: &Broker, group: u64) -> Option<(Rc<Broker>, i32)> {
+fn leader_told_by(world: &World, broker: &Broker, group: u64) -> Option<(Rc<Broker>, i32)> {
     let (leader, epoch) = broker.node()?.leaders.get(group)?;
     let leader = world.brokers.get(usize::try_from(leader).ok()?)?;
     Some((leader.clone(), epoch))
@@ -126,7 +145,8 @@ pub(super) fn leader_told_by(world: &World, broker: &Broker, group: u64) -> Opti
 fn batch_of(first: u64, count: u64, producer: Option<(i64, i32)>) -> BytesMut {
     let mut builder = BatchBuilder::new();
     // The same bytes whenever it is sent again.
-    let padding = vec![b'.'; (first.wrapping_mul(0x9E37_79B9) % PADDING_BYTES_MAX) as usize / (1 + first as usize % 7)];
+    let padding =
+        vec![b'.'; (first.wrapping_mul(0x9E37_79B9) % PADDING_BYTES_MAX) as usize / (1 + first as usize % 7)];
     for value in first..first + count {
         builder.append(EPOCH_MS + (first % 1_000) as i64, Some(&padding), Some(&value.to_be_bytes()), &[]);
     }
@@ -175,6 +195,7 @@ struct Producer {
     next_sequence: i32,
     queue: VecDeque<Batch>,
     any_acknowledged: bool,
+    leader: LeaderKnown,
     one_by_one: bool,
     connection: Option<Rc<Connection>>,
     /// The connection is left once all that is on it is answered.
@@ -192,6 +213,7 @@ impl Producer {
             next_sequence: 0,
             queue: VecDeque::new(),
             any_acknowledged: false,
+            leader: LeaderKnown::nobody(world),
             one_by_one: world.below(2) == 0,
             connection: None,
             leaving: false,
@@ -227,9 +249,10 @@ impl Producer {
         }
         let world = self.world.clone();
         let group = self.group;
+        let leader = &mut self.leader;
         let connection = self
             .connection
-            .get_or_insert_with(|| Connection::new(&world, guess_leader(&world, group), answers))
+            .get_or_insert_with(|| Connection::new(&world, leader.ask(&world, group), answers))
             .clone();
         // Kafka takes any first sequence of a producer that it does not know, so nobody sends more before the first is there.
         let most = if self.any_acknowledged { IN_FLIGHT_MAX } else { 1 };
@@ -262,8 +285,21 @@ impl Producer {
             self.back_off();
             return true;
         };
-        let Some(at) = self.queue.iter().position(|b| b.sequence == answered.tag && b.sent) else { return true };
+        let Some(at) = self.queue.iter().position(|b| b.sequence == answered.tag && b.sent) else {
+            return true;
+        };
         self.progress = Instant::now();
+        let broker = self.connection.as_ref().map_or(-1, |c| c.broker.id);
+        tracing::debug!(
+            at_ms = self.world.now_ms(),
+            group = self.group,
+            producer = self.id,
+            sequence = answered.tag,
+            ?error,
+            base_offset,
+            broker,
+            "answered"
+        );
         match error {
             ErrorCode::NONE => {
                 let Some(batch) = self.queue.remove(at) else { return true };
@@ -274,7 +310,6 @@ impl Producer {
             ErrorCode::OUT_OF_ORDER_SEQUENCE_NUMBER if at == 0 => {
                 if !self.world.is_voided(self.group) {
                     let (id, sequence) = (self.id, answered.tag);
-                    let broker = self.connection.as_ref().map_or(-1, |c| c.broker.id);
                     self.world.fail(format!(
                         "broker {broker}: {} told producer {id} that its oldest batch, sequence {sequence}, leaves a gap",
                         name_of(self.group)
@@ -338,17 +373,20 @@ pub(super) async fn idempotent(world: Rc<World>, group: u64) {
 
 /// Sends each batch once, and waits for all replicas or for the leader alone; what is not acknowledged by all may be anywhere.
 pub(super) async fn plain(world: Rc<World>, group: u64) {
+    let mut leader = LeaderKnown::nobody(&world);
     while world.is_sound() && !world.clients_stop.get() {
         tokio::time::sleep(Duration::from_millis(world.between(5, 200))).await;
         let (answers, mut answered) = mpsc::unbounded_channel();
-        let connection = Connection::new(&world, guess_leader(&world, group), &answers);
+        let connection = Connection::new(&world, leader.ask(&world, group), &answers);
         // Each batch is a producer's only one: nothing keeps the order of those that were given up.
         let values = values(&world, world.number(), group);
         let for_all = world.below(3) > 0;
         connection.send(&world, group, 0, batch_of(values.0, values.1, None), for_all);
         let heard = timeout(Duration::from_millis(world.between(200, 2_000)), answered.recv()).await;
         let base = match heard {
-            Ok(Some(Answered { result: Some((ErrorCode::NONE, base_offset)), .. })) if for_all => Some(base_offset),
+            Ok(Some(Answered { result: Some((ErrorCode::NONE, base_offset)), .. })) if for_all => {
+                Some(base_offset)
+            }
             _ => None,
         };
         ended(&world, values, base);

@@ -41,7 +41,12 @@ pub(super) fn carrier(world: &Rc<World>, broker: &Rc<Broker>) -> Box<dyn Carrier
 }
 
 impl Carrier for Wire {
-    fn ask(&self, node_id: i32, kind: u16, body: Bytes) -> LocalBoxFuture<'static, Result<Answered, AskError>> {
+    fn ask(
+        &self,
+        node_id: i32,
+        kind: u16,
+        body: Bytes,
+    ) -> LocalBoxFuture<'static, Result<Answered, AskError>> {
         let (world, broker) = (self.world.clone(), self.broker.clone());
         async move {
             let id = world.number();
@@ -79,6 +84,7 @@ pub(super) async fn send_raft(world: Rc<World>, broker: Rc<Broker>, shard: Rc<Sh
 /// What a message gives away.
 fn observe(world: &World, group: u64, message: &Message) {
     let mut oracle = world.oracle.borrow_mut();
+    tracing::trace!(at_ms = world.now_ms(), group, from = message.from, to = message.to, term = message.term, body = ?message.body, "says");
     oracle.sends(group, message);
     match &message.body {
         Body::Append { entries, .. } => {
@@ -192,7 +198,11 @@ pub(super) async fn tell_leads(world: Rc<World>, broker: Rc<Broker>, shard: Rc<S
         }
         let lead = |led: &Led| {
             let epoch = u64::try_from(led.epoch).ok()?;
-            Some(Lead { group: led.group_id, epoch, lagging: led.lagging.iter().copied().map(raft_id).collect() })
+            Some(Lead {
+                group: led.group_id,
+                epoch,
+                lagging: led.lagging.iter().copied().map(raft_id).collect(),
+            })
         };
         let frame = Frame::Leads(led.iter().filter_map(lead).collect());
         for other in world.brokers.iter().filter(|other| other.id != broker.id) {

@@ -79,6 +79,7 @@ pub fn run(settings: Settings) -> Report {
     // Before what followed from it.
     failure = world.oracle.borrow().failure().cloned().or(failure);
     let failure = failure.or_else(|| judge::anomalies(&world));
+    let failure = failure.map(|what| format!("{what} [{}]", world.plan));
     for broker in &world.brokers {
         world.mix(&[broker.machine.trace()]);
     }
@@ -232,6 +233,7 @@ impl World {
     }
 
     pub fn count(&self, fault: &'static str) {
+        tracing::trace!(at_ms = self.now_ms(), fault);
         self.network.borrow_mut().count(fault);
     }
 
