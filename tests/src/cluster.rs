@@ -39,7 +39,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Founds a cluster of so many nodes with empty directories, all at once; returns when all are ready.
+    /// Founds a cluster of so many nodes with empty directories, all at once; returns when all are ready. `{id}` in a setting
+    /// stands for the node's id.
     pub fn start(dir: &Path, nodes: usize, settings: &[&str]) -> anyhow::Result<Cluster> {
         Cluster::start_with(dir, nodes, settings, Vec::new())
     }
@@ -87,7 +88,8 @@ impl Cluster {
     fn idle(&self, at: usize, rpc: &str, kafka: u16, admin: u16) -> Flumen {
         let id = (at + 1).to_string();
         let more = ["--node-id", &id, "--rpc", rpc, "--seeds", &self.seeds, "--shards", "1"];
-        let settings: Vec<&str> = self.settings.iter().map(String::as_str).collect();
+        let settings: Vec<String> = self.settings.iter().map(|s| s.replace("{id}", &id)).collect();
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
         Flumen::idle_at(&self.dir.join(format!("n{id}")), kafka, admin, &settings, &more)
     }
 

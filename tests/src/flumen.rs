@@ -157,7 +157,16 @@ impl Flumen {
 
     /// SIGSTOP: the process stands still as on a machine that hangs, until `resume`.
     pub fn pause(&self) -> anyhow::Result<()> {
-        self.signal("-STOP")
+        self.signal("-STOP")?;
+        // The signal may be on its way to some of its threads.
+        let tasks = format!("/proc/{}/task", self.pid().context("the broker is not running")?);
+        for task in std::fs::read_dir(tasks)? {
+            let stat = task?.path().join("stat");
+            while !std::fs::read_to_string(&stat)?.contains(") T ") {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
     }
 
     pub fn resume(&self) -> anyhow::Result<()> {
