@@ -3,7 +3,7 @@ SHELL := /bin/bash
 DEMO_SECONDS ?= 60
 KEEP ?=
 
-.PHONY: build engine setup demo demo-cluster test test-full crash-test sim lint conformance differential bench-smoke bench-log \
+.PHONY: build engine setup demo demo-cluster test test-full crash-test sim chaos lint conformance differential bench-smoke bench-log bench-cluster \
 	bench-instructions clean
 
 build:
@@ -53,6 +53,15 @@ sim:
 	for world in "" --shards; do target/release/flumen-sim $$world $(firstword $(subst .., ,$(SEEDS))) \
 		$$(( $(lastword $(subst .., ,$(SEEDS))) - $(firstword $(subst .., ,$(SEEDS))) )) $(if $(KEEP),--keep $(KEEP),) || exit 1; done
 
+# Three to five real processes in network namespaces (root), with clients and an export, under CYCLES faults that SEED chooses;
+# PAUSE_MS: for how long a node may stand still. A failure keeps its directory.
+CYCLES ?= 100
+PAUSE_MS ?= 60000
+chaos: engine
+	cargo build -p flumen-broker
+	FLUMEN_BIN=$(CURDIR)/target/debug/flumen CYCLES=$(CYCLES) SEED=$(SEED) PAUSE_MS=$(PAUSE_MS) \
+		cargo test -p flumen-tests --test cluster_chaos -- --nocapture
+
 bench-smoke: engine
 	cargo build --release -p flumen-broker -p flumen-bench
 	bash bench/kafka.sh fetch
@@ -63,6 +72,12 @@ bench-log:
 	cargo build --release -p flumen-broker -p flumen-bench
 	bash bench/kafka.sh fetch
 	bash bench/log.sh $(BENCH_ARGS)
+
+# Three nodes against three of Apache Kafka, about ten minutes; BENCH_ARGS="--quick".
+bench-cluster:
+	cargo build --release -p flumen-broker -p flumen-bench
+	bash bench/kafka.sh fetch
+	bash bench/cluster.sh $(BENCH_ARGS)
 
 # Instructions of the hot paths by valgrind, compared with bench/results/instructions.json.
 bench-instructions:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Apache Kafka, one node, as the peer of a measurement.
 #   kafka.sh fetch                        get the jars (Maven, once, into .cache/kafka)
-#   kafka.sh start [--port N] [--data DIR] [--node-id N] [--set key=value]...   prints "pid=N kafka=HOST:PORT took=SECONDS data=DIR"
+#   kafka.sh start [--port N] [--data DIR] [--node-id N] [--controller PORT] [--cluster-id ID] [--set key=value]...   prints "pid=N kafka=HOST:PORT took=SECONDS data=DIR"
 #   kafka.sh run [same arguments]         become the broker: prints "launching kafka=HOST:PORT", logs to DIR/server.log
 #   kafka.sh stop DIR                     stop the node of that data directory
 #   kafka.sh kill DIR                     the same with -9
@@ -16,7 +16,7 @@ free_port() {
         || echo $((20000 + RANDOM % 10000))
 }
 
-port="" data="" node_id=1 format_began="" launch=()
+port="" data="" node_id=1 controller="" cluster_id="" format_began="" launch=()
 
 # Reads the arguments, writes the properties, formats the directory, and leaves the command in `launch`.
 prepare() {
@@ -26,6 +26,8 @@ prepare() {
             --port) port=$2; shift 2 ;;
             --data) data=$2; shift 2 ;;
             --node-id) node_id=$2; shift 2 ;;
+            --controller) controller=$2; shift 2 ;;
+            --cluster-id) cluster_id=$2; shift 2 ;;
             --set) sets+=("$2"); shift 2 ;;
             *) kafka_fail "unknown argument $1" ;;
         esac
@@ -34,8 +36,7 @@ prepare() {
     [ -n "$port" ] || port=$(free_port)
     [ -n "$data" ] || data=$(mktemp -d "${TMPDIR:-/tmp}/kafka-peer.XXXXXX")
     mkdir -p "$data"
-    local controller
-    controller=$(free_port)
+    [ -n "$controller" ] || controller=$(free_port)
     {
         cat <<P
 process.roles=broker,controller
@@ -66,9 +67,8 @@ P
     local cp="$kafka_dir/libs/*" log="-Dlog4j2.configurationFile=$bench_dir/kafka/log4j2.xml"
     format_began=$(date +%s.%N)
     if [ ! -f "$data/logs/meta.properties" ]; then
-        local id
-        id=$("$java" "$log" -cp "$cp" kafka.tools.StorageTool random-uuid)
-        "$java" "$log" -cp "$cp" kafka.tools.StorageTool format -t "$id" -c "$data/server.properties" \
+        [ -n "$cluster_id" ] || cluster_id=$("$java" "$log" -cp "$cp" kafka.tools.StorageTool random-uuid)
+        "$java" "$log" -cp "$cp" kafka.tools.StorageTool format -t "$cluster_id" -c "$data/server.properties" \
             >"$data/format.log" 2>&1 || { cat "$data/format.log" >&2; kafka_fail "format failed"; }
     fi
     # shellcheck disable=SC2206

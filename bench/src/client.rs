@@ -117,6 +117,7 @@ impl Client {
         &mut self,
         topic: &str,
         partitions: usize,
+        replication_factor: i16,
         configs: &[(String, String)],
     ) -> Result<()> {
         if self.led_partitions(topic).await?.is_none() {
@@ -133,7 +134,7 @@ impl Client {
                     CreatableTopic::default()
                         .with_name(topic_name(topic))
                         .with_num_partitions(partitions.min(PARTITIONS_AT_ONCE) as i32)
-                        .with_replication_factor(1)
+                        .with_replication_factor(replication_factor)
                         .with_configs(configs),
                 ])
                 .with_timeout_ms(CREATE_TIMEOUT_MS);
@@ -165,9 +166,33 @@ impl Client {
             made = (made + PARTITIONS_AT_ONCE).min(partitions);
             self.grow_topic(topic, made).await?;
         }
-        // Metadata can name a leader before that leader knows; only an answer from it proves it.
-        self.offsets(topic, partitions, LATEST).await?;
         Ok(())
+    }
+
+    /// The brokers' addresses, and the address of each partition's leader.
+    pub async fn leaders(&mut self, topic: &str, partitions: usize) -> Result<(Vec<String>, Vec<String>)> {
+        let request = MetadataRequest::default()
+            .with_topics(Some(vec![MetadataRequestTopic::default().with_name(Some(topic_name(topic)))]))
+            .with_allow_auto_topic_creation(false);
+        for _ in 0..LEADER_TRIES_MAX {
+            let response = self.call(&request, METADATA_VERSION).await?;
+            let address = |id: BrokerId| {
+                let broker = response.brokers.iter().find(|b| b.node_id == id)?;
+                Some(format!("{}:{}", broker.host.as_str(), broker.port))
+            };
+            let mut leaders = vec![None; partitions];
+            for p in response.topics.iter().flat_map(|t| &t.partitions).filter(|p| p.error_code == 0) {
+                if let Some(slot) = usize::try_from(p.partition_index).ok().and_then(|i| leaders.get_mut(i)) {
+                    *slot = address(p.leader_id);
+                }
+            }
+            if let Some(leaders) = leaders.into_iter().collect::<Option<Vec<String>>>() {
+                let brokers = response.brokers.iter().filter_map(|b| address(b.node_id)).collect();
+                return Ok((brokers, leaders));
+            }
+            tokio::time::sleep(leader_wait(partitions)).await;
+        }
+        bail!("{topic} has partitions without a leader")
     }
 
     async fn await_leaders(&mut self, topic: &str, partitions: usize) -> Result<()> {
@@ -218,14 +243,16 @@ impl Client {
         bail!("no producer id in time")
     }
 
-    /// The offset of each partition at `at` ([`EARLIEST`] or [`LATEST`]); waits for leaders that are not ready.
-    pub async fn offsets(&mut self, topic: &str, partitions: usize, at: i64) -> Result<Vec<i64>> {
+    /// The offset of each of these partitions (ascending), which this broker leads, at `at` ([`EARLIEST`] or [`LATEST`]); waits for
+    /// leaders that are not ready.
+    pub async fn offsets(&mut self, topic: &str, partitions: &[u32], at: i64) -> Result<Vec<i64>> {
         let request = ListOffsetsRequest::default().with_replica_id(BrokerId(-1)).with_topics(vec![
             ListOffsetsTopic::default().with_name(topic_name(topic)).with_partitions(
-                (0..partitions as i32)
+                partitions
+                    .iter()
                     .map(|p| {
                         ListOffsetsPartition::default()
-                            .with_partition_index(p)
+                            .with_partition_index(*p as i32)
                             .with_current_leader_epoch(-1)
                             .with_timestamp(at)
                     })
@@ -235,7 +262,7 @@ impl Client {
         let mut last = 0;
         for _ in 0..LEADER_TRIES_MAX {
             let r = self.call(&request, LIST_OFFSETS_VERSION).await?;
-            let mut out = vec![0; partitions];
+            let mut out = vec![0; partitions.len()];
             last = 0;
             for p in r.topics.iter().flat_map(|t| &t.partitions) {
                 match p.error_code {
@@ -244,14 +271,15 @@ impl Client {
                     3 | 5 | 6 | 78 => last = p.error_code,
                     code => bail!("ListOffsets: {}", error_name(code)),
                 }
-                if let Some(slot) = usize::try_from(p.partition_index).ok().and_then(|i| out.get_mut(i)) {
-                    *slot = p.offset;
+                // Ascending, as they are asked for.
+                if let Ok(at) = partitions.binary_search(&(p.partition_index as u32)) {
+                    out[at] = p.offset;
                 }
             }
             if last == 0 {
                 return Ok(out);
             }
-            tokio::time::sleep(leader_wait(partitions)).await;
+            tokio::time::sleep(leader_wait(partitions.len())).await;
         }
         bail!("ListOffsets of {topic}: {}", error_name(last))
     }

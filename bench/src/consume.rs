@@ -16,7 +16,8 @@ use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
 use crate::batch;
-use crate::client::{CLIENT_ID, Client, EARLIEST, LATEST, error_name};
+use crate::client::{CLIENT_ID, EARLIEST, LATEST, error_name};
+use crate::route;
 use crate::stats::{self, Cpu};
 use crate::wire::{self, Reader};
 
@@ -43,6 +44,7 @@ pub struct ConsumeConfig {
     pub topic: String,
     #[arg(long, default_value_t = 100)]
     pub partitions: usize,
+    /// To each broker that leads something.
     #[arg(long, default_value_t = 1)]
     pub connections: usize,
     #[arg(long, default_value_t = 10.0)]
@@ -61,8 +63,9 @@ pub struct ConsumeConfig {
     pub max_bytes: i32,
     #[arg(long, default_value_t = 100)]
     pub max_wait_ms: i32,
-    #[arg(long)]
-    pub pid: Option<u32>,
+    /// Process ids of the brokers, for CPU; repeatable.
+    #[arg(long = "pid")]
+    pub pids: Vec<u32>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -100,32 +103,37 @@ pub fn run(config: &ConsumeConfig, stop: Option<Arc<AtomicBool>>) -> Result<Cons
     ensure!(config.partitions > 0 && config.connections > 0, "nothing to do");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
-        let mut control = Client::connect(&config.bootstrap).await?;
+        let routes = route::routes(&config.bootstrap, &config.topic, config.partitions).await?;
+        let offsets = |at| route::offsets(&config.bootstrap, &config.topic, config.partitions, at);
         let from = if config.from == From::Earliest { EARLIEST } else { LATEST };
-        let begin = control.offsets(&config.topic, config.partitions, from).await?;
+        let begin = offsets(from).await?;
         let ends = match config.until_end {
-            true => Some(control.offsets(&config.topic, config.partitions, LATEST).await?),
+            true => Some(offsets(LATEST).await?),
             false => None,
         };
-        let before = config.pid.map(stats::cpu).transpose()?;
+        let before = stats::cpu_of(&config.pids)?;
         let start = Instant::now();
         let end = start + Duration::from_secs_f64(config.seconds);
         let stop = stop.unwrap_or_default();
         let mut tasks = Vec::new();
-        for c in 0..config.connections.min(config.partitions) {
-            let mine: Vec<Position> = (c..config.partitions)
+        let all = routes.len() * config.connections;
+        for (route, c) in routes.iter().flat_map(|route| (0..config.connections).map(move |c| (route, c))) {
+            let mine: Vec<Position> = (route.partitions.iter().skip(c))
                 .step_by(config.connections)
                 .map(|p| Position {
-                    partition: p as i32,
-                    offset: begin[p],
-                    end: ends.as_ref().map(|e| e[p]),
+                    partition: *p as i32,
+                    offset: begin[*p as usize],
+                    end: ends.as_ref().map(|e| e[*p as usize]),
                     high_watermark: i64::MAX,
                 })
                 .collect();
-            let (config, stop) = (config.clone(), stop.clone());
+            if mine.is_empty() {
+                continue;
+            }
+            let (config, stop, address) = (config.clone(), stop.clone(), route.address.clone());
             tasks.push(tokio::task::spawn_local(async move {
-                let mut f = Fetcher::connect(&config, mine).await?;
-                let lag_max = config.until_lag.map(|lag| lag / config.connections as u64);
+                let mut f = Fetcher::connect(&address, mine).await?;
+                let lag_max = config.until_lag.map(|lag| lag / all as u64);
                 while !stop.load(Ordering::Acquire) {
                     f.reached = config.until_end && f.at_end() || lag_max.is_some_and(|max| f.lag() <= max);
                     if f.reached || !config.until_end && Instant::now() >= end {
@@ -152,10 +160,7 @@ pub fn run(config: &ConsumeConfig, stop: Option<Arc<AtomicBool>>) -> Result<Cons
             sum.fetches += c.fetches;
         }
         let seconds = start.elapsed().as_secs_f64();
-        let cpu = match (config.pid, before) {
-            (Some(pid), Some(before)) => Some(stats::cpu(pid)?.since(before)),
-            _ => None,
-        };
+        let cpu = stats::cpu_of(&config.pids)?.zip(before).map(|(after, before)| after.since(before));
         Ok(ConsumeResult {
             seconds,
             bytes: sum.bytes,
@@ -192,8 +197,8 @@ struct Fetcher {
 }
 
 impl Fetcher {
-    async fn connect(config: &ConsumeConfig, positions: Vec<Position>) -> Result<Self> {
-        let stream = TcpStream::connect(&config.bootstrap).await.context(config.bootstrap.clone())?;
+    async fn connect(address: &str, positions: Vec<Position>) -> Result<Self> {
+        let stream = TcpStream::connect(address).await.context(address.to_string())?;
         stream.set_nodelay(true)?;
         Ok(Self {
             stream,

@@ -244,7 +244,7 @@ fn backlog(config: &ExportConfig, http: &Http) -> Result<Backlog> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let bytes = runtime.block_on(async {
         let mut client = Client::connect(&config.bootstrap).await?;
-        client.ensure_topic(&topic, config.partitions, &[]).await?;
+        client.ensure_topic(&topic, config.partitions, 1, &[]).await?;
         let (mut bytes, mut sent) = (0, 0);
         while sent < config.rows {
             let n = BATCH_ROWS.min(config.rows - sent);
@@ -306,7 +306,7 @@ fn live(config: &ExportConfig, http: &Http, index: usize, rate: f64) -> Result<L
     http.query(&format!("DROP TABLE IF EXISTS {topic}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        Client::connect(&config.bootstrap).await?.ensure_topic(&topic, config.partitions, &[]).await
+        Client::connect(&config.bootstrap).await?.ensure_topic(&topic, config.partitions, 1, &[]).await
     })?;
     http.enable(&topic, &config.export_configs)?;
 

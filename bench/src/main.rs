@@ -5,6 +5,7 @@
 
 mod batch;
 mod client;
+mod cluster;
 mod consume;
 mod export;
 mod load;
@@ -14,6 +15,7 @@ mod outbox;
 mod pace;
 mod peer;
 mod plan;
+mod route;
 mod smoke;
 mod stats;
 mod tail;
@@ -67,6 +69,8 @@ enum Command {
     Smoke(smoke::SmokeConfig),
     /// The log against Apache Kafka, row by row, with goals.
     Log(log::LogConfig),
+    /// Three nodes against three of Apache Kafka, replication factor 3.
+    Cluster(cluster::ClusterConfig),
 }
 
 fn write_json(path: Option<&Path>, value: &impl Serialize) -> Result<()> {
@@ -112,6 +116,7 @@ fn run() -> Result<ExitCode> {
         }
         Command::Smoke(config) => return smoke::run(&config),
         Command::Log(config) => return log::run(&config),
+        Command::Cluster(config) => return cluster::run(&config),
     }
     Ok(ExitCode::SUCCESS)
 }

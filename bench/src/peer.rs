@@ -13,7 +13,7 @@ use bytes::{BufMut, BytesMut};
 use serde::Serialize;
 
 use crate::batch;
-use crate::client::{CLIENT_ID, Client, error_name};
+use crate::client::{CLIENT_ID, Client, LATEST, error_name};
 use crate::load;
 use crate::wire;
 
@@ -30,6 +30,9 @@ pub enum Side {
 const START_MAX: Duration = Duration::from_secs(600);
 /// Fine enough that the poll does not show in the start time.
 const CONNECT_POLL: Duration = Duration::from_millis(2);
+
+/// Clusters live on empty directories, one at a time, so they may all have the same.
+const KAFKA_CLUSTER_ID: &str = "Zmx1bWVuLWJlbmNoLWthZg";
 
 /// Printed by kafka.sh when the properties are written and the JVM comes next.
 const KAFKA_LAUNCHING: &str = "launching kafka=";
@@ -60,11 +63,23 @@ impl Peer {
     }
 
     fn spawn(
-        mut command: Command,
+        command: Command,
         data: PathBuf,
         kafka: String,
         ready: Option<&'static str>,
     ) -> Result<(Self, String)> {
+        let mut peer = Self::begin(command, data, kafka, ready)?;
+        let line = peer.await_ready()?;
+        Ok((peer, line))
+    }
+
+    /// Starts the process, and does not wait for it.
+    fn begin(
+        mut command: Command,
+        data: PathBuf,
+        kafka: String,
+        ready: Option<&'static str>,
+    ) -> Result<Self> {
         if let Some(parent) = data.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         }
@@ -78,9 +93,7 @@ impl Peer {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
         let spawned = Instant::now();
         let child = launch(&mut command)?;
-        let mut peer = Self { child, kafka, admin: None, command, ready, data, log, spawned };
-        let line = peer.await_ready()?;
-        Ok((peer, line))
+        Ok(Self { child, kafka, admin: None, command, ready, data, log, spawned })
     }
 
     fn await_ready(&mut self) -> Result<String> {
@@ -102,8 +115,18 @@ impl Peer {
 
     /// Kills the process with -9 and starts it again on what it left.
     pub fn crash_and_restart(&mut self) -> Result<()> {
+        self.crash()?;
+        self.restart()
+    }
+
+    pub fn crash(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts a process that crashed again, on what it left.
+    pub fn restart(&mut self) -> Result<()> {
         self.spawned = Instant::now();
         self.child = launch(&mut self.command)?;
         let line = self.await_ready()?;
@@ -135,6 +158,60 @@ impl Peer {
         let (mut peer, _) = Self::spawn(command, data, kafka, Some("flumen ready kafka="))?;
         peer.admin = Some(admin);
         Ok(peer)
+    }
+
+    /// So many brokers that are one cluster, each with a directory of its own.
+    pub fn flumen_cluster(binary: &Path, work: &Path, count: usize) -> Result<Vec<Self>> {
+        let rpc: Vec<String> =
+            (0..count).map(|_| Ok(format!("127.0.0.1:{}", free_port()?))).collect::<Result<_>>()?;
+        let mut peers = Vec::with_capacity(count);
+        for (at, rpc_address) in rpc.iter().enumerate() {
+            let (kafka, admin) =
+                (format!("127.0.0.1:{}", free_port()?), format!("127.0.0.1:{}", free_port()?));
+            let data = work.join(format!("flumen-{}", at + 1));
+            let mut command = Command::new(binary);
+            command.arg("server").arg("--data-dir").arg(&data).args(["--kafka", &kafka, "--admin", &admin]);
+            command.args(["--node-id", &(at + 1).to_string(), "--rpc", rpc_address]);
+            command.args(["--seeds", &rpc.join(",")]);
+            let mut peer = Self::begin(command, data, kafka, Some("flumen ready kafka="))?;
+            peer.admin = Some(admin);
+            peers.push(peer);
+        }
+        peers.iter_mut().try_for_each(|peer| peer.await_ready().map(|_| ()))?;
+        Ok(peers)
+    }
+
+    /// The same of Apache Kafka: brokers that are controllers, too. They share what topics of their own are replicated by.
+    pub fn kafka_cluster(
+        bench_dir: &Path,
+        jars: Option<&Path>,
+        work: &Path,
+        count: usize,
+    ) -> Result<Vec<Self>> {
+        let controllers: Vec<u16> = (0..count).map(|_| free_port()).collect::<Result<_>>()?;
+        let voters: Vec<String> = (controllers.iter().enumerate())
+            .map(|(at, port)| format!("{}@127.0.0.1:{port}", at + 1))
+            .collect();
+        let mut peers = Vec::with_capacity(count);
+        for (at, controller) in controllers.iter().enumerate() {
+            let port = free_port()?;
+            let data = work.join(format!("kafka-{}", at + 1));
+            let mut command = Command::new(bench_dir.join("kafka.sh"));
+            command.arg("run").arg("--data").arg(&data).args(["--port", &port.to_string()]);
+            command.args(["--node-id", &(at + 1).to_string(), "--controller", &controller.to_string()]);
+            command.args(["--cluster-id", KAFKA_CLUSTER_ID]);
+            command.args(["--set", &format!("controller.quorum.voters={}", voters.join(","))]);
+            command.args(["--set", &format!("offsets.topic.replication.factor={count}")]);
+            if let Some(jars) = jars {
+                command.env("KAFKA_DIR", jars);
+            }
+            let server_log = data.join("server.log");
+            let mut peer = Self::begin(command, data, format!("127.0.0.1:{port}"), Some(KAFKA_LAUNCHING))?;
+            peer.log = server_log;
+            peers.push(peer);
+        }
+        peers.iter_mut().try_for_each(|peer| peer.await_ready().map(|_| ()))?;
+        Ok(peers)
     }
 
     /// The embedded ClickHouse; `kafka` holds its HTTP address.
@@ -173,10 +250,18 @@ impl Peer {
         Ok(Self::spawn(command, work.join("null"), kafka, Some("null ready"))?.0)
     }
 
+    /// Waits until it, and what else its cluster has, makes a topic with so many replicas.
+    pub fn until_up(&mut self, replication_factor: i16) -> Result<()> {
+        self.until_answering(async |client| client.ensure_topic("up", 1, replication_factor, &[]).await)?;
+        Ok(())
+    }
+
     /// From spawn to the acknowledgement of one record in a new topic.
     pub fn first_ack(&mut self) -> Result<Duration> {
         self.until_answering(async |client| {
-            client.ensure_topic("first-ack", 1, &[]).await?;
+            client.ensure_topic("first-ack", 1, 1, &[]).await?;
+            // Metadata can name a leader before that leader knows; only an answer from it proves it.
+            client.offsets("first-ack", &[0], LATEST).await?;
             let batch = batch::encode_filler(1, 100, None, load::now_ms());
             produce_one(client, "first-ack", 0, &batch).await
         })

@@ -30,12 +30,14 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub fn new(keyed: Keyed, partitions: usize, per_request: usize, seed: u64) -> Self {
+    /// For the partitions with these numbers.
+    pub fn new(keyed: Keyed, numbers: &[u32], per_request: usize, seed: u64) -> Self {
+        let partitions = numbers.len();
         let per_request = per_request.clamp(1, partitions);
         let mut rng = StdRng::seed_from_u64(seed);
         if keyed == Keyed::None {
             let requests = (0..partitions)
-                .map(|r| (0..per_request).map(|i| ((r * per_request + i) % partitions) as u32).collect())
+                .map(|r| (0..per_request).map(|i| numbers[(r * per_request + i) % partitions]).collect())
                 .collect();
             return Self { requests };
         }
@@ -56,7 +58,7 @@ impl Plan {
                     let p = key_partition[key];
                     if seen[p as usize] != r {
                         seen[p as usize] = r;
-                        chosen.push(p);
+                        chosen.push(numbers[p as usize]);
                         if chosen.len() == per_request {
                             break;
                         }
@@ -83,8 +85,9 @@ mod tests {
 
     #[test]
     fn every_partition_gets_its_turn_and_none_twice_in_a_request() {
+        let numbers: Vec<u32> = (0..100).collect();
         for keyed in [Keyed::None, Keyed::Uniform, Keyed::Zipf] {
-            let plan = Plan::new(keyed, 100, 20, 1);
+            let plan = Plan::new(keyed, &numbers, 20, 1);
             let mut hit = [0u64; 100];
             for turn in 0..10_000 {
                 let mut p = plan.partitions(3, turn).to_vec();
@@ -100,13 +103,13 @@ mod tests {
 
     #[test]
     fn plans_repeat_by_seed() {
-        let a = Plan::new(Keyed::Zipf, 50, 5, 9);
-        let b = Plan::new(Keyed::Zipf, 50, 5, 9);
+        let a = Plan::new(Keyed::Zipf, &[3, 4, 9, 11, 12, 20], 5, 9);
+        let b = Plan::new(Keyed::Zipf, &[3, 4, 9, 11, 12, 20], 5, 9);
         assert_eq!(a.requests, b.requests);
     }
 
     #[test]
     fn more_partitions_per_request_than_there_are() {
-        assert_eq!(Plan::new(Keyed::None, 1, 20, 1).partitions(7, 5), &[0]);
+        assert_eq!(Plan::new(Keyed::None, &[8], 20, 1).partitions(7, 5), &[8]);
     }
 }

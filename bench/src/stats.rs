@@ -63,6 +63,26 @@ pub fn open_files(pid: u32) -> Option<usize> {
     Some(std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
 }
 
+/// The same of several processes together; `None` of none.
+pub fn cpu_of(pids: &[u32]) -> Result<Option<Cpu>> {
+    let each = pids.iter().map(|pid| cpu(*pid)).collect::<Result<Vec<Cpu>>>()?;
+    Ok(each.into_iter().reduce(|a, b| Cpu { user_s: a.user_s + b.user_s, system_s: a.system_s + b.system_s }))
+}
+
+pub fn rss_mib_of(pids: &[u32]) -> Result<Option<f64>> {
+    Ok(pids.iter().map(|pid| rss_mib(*pid)).collect::<Result<Vec<f64>>>()?.into_iter().reduce(|a, b| a + b))
+}
+
+pub fn written_bytes_of(pids: &[u32]) -> Option<u64> {
+    let each: Option<Vec<u64>> = pids.iter().map(|pid| written_bytes(*pid)).collect();
+    each?.into_iter().reduce(|a, b| a + b)
+}
+
+pub fn open_files_of(pids: &[u32]) -> Option<usize> {
+    let each: Option<Vec<usize>> = pids.iter().map(|pid| open_files(*pid)).collect();
+    each?.into_iter().reduce(|a, b| a + b)
+}
+
 /// Set for the kernel's own threads in the flags of `/proc/PID/stat`.
 const PF_KTHREAD: u64 = 0x0020_0000;
 

@@ -25,7 +25,7 @@ pub fn config(load: &LoadConfig) -> ConsumeConfig {
         partition_max_bytes: 1 << 20,
         max_bytes: 8 << 20,
         max_wait_ms: 100,
-        pid: load.pid,
+        pids: load.pids.clone(),
     }
 }
 

@@ -34,6 +34,7 @@ mod mutant;
 pub mod mutant;
 mod producer_state;
 mod read;
+mod read_ahead;
 mod recovery;
 mod replay;
 mod restore;

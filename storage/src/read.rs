@@ -18,9 +18,10 @@ use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::group::{Group, GroupLog, Inner};
 use crate::marks::Numbering;
+use crate::read_ahead::{Rest, Slot};
 use crate::segment_index::{self, IndexBuilder, IndexEntry};
 use crate::segment_name::SegmentName;
-use crate::store::{ReadAhead, Shard};
+use crate::store::Shard;
 use crate::types::ReadError;
 use crate::walk::{Step, Walk};
 
@@ -396,15 +397,21 @@ impl GroupLog {
         max_bytes: usize,
     ) -> Result<Option<Vec<Bytes>>, ReadError> {
         let (shard, group) = (&self.shard, &self.group);
-        let ahead = {
-            let mut slots = shard.read_ahead.borrow_mut();
-            let at = slots
-                .iter()
-                .position(|slot| slot.group == group.id && slot.segment == place.name && slot.offset == from);
-            at.and_then(|at| slots.remove(at))
-        };
+        let ahead = shard.read_ahead.borrow_mut().take(group.id, place.name, from);
+        let reads_on = ahead.is_some();
         let (mut position, mut offset, mut piece) = match ahead {
-            Some(slot) if slot.position <= place.bytes => (slot.position, slot.offset, slot.bytes),
+            Some(slot) if slot.position <= place.bytes => {
+                let bytes = match slot.rest {
+                    Rest::Place => Bytes::new(),
+                    Rest::Here(bytes) => bytes,
+                    // What could not be read in advance is read now, and fails now if it has to.
+                    Rest::Coming(_, read) => read.await.ok().and_then(Result::ok).unwrap_or_default(),
+                };
+                if !place.holds(group) {
+                    return Err(overtaken());
+                }
+                (slot.position, slot.offset, bytes)
+            }
             _ => {
                 let index = index_of(shard, group, place).await?;
                 let (position, offset) = segment_index::seek_offset(&index.borrow(), place.name.base, from);
@@ -438,17 +445,12 @@ impl GroupLog {
                         let reason = format!("the batch at offset {next} reaches over the end");
                         return Err(damaged_at(group, place, reason));
                     }
-                    let rest = piece.slice(end..);
-                    // Only what small readers leave is worth keeping; large ones read again from where they stopped.
-                    let keep = if piece.len() <= READ_MIN_BYTES { rest } else { Bytes::new() };
                     if end > start && next < place.end && place.holds(group) {
-                        shard.keep_read_ahead(ReadAhead {
-                            group: group.id,
-                            segment: place.name,
-                            offset: next,
-                            position: position + end as u64,
-                            bytes: keep,
-                        });
+                        let at = position + end as u64;
+                        let rest = self.rest_of(place, at, piece.slice(end..), (piece.len(), reads_on, want));
+                        let slot =
+                            Slot { group: group.id, segment: place.name, offset: next, position: at, rest };
+                        shard.read_ahead.borrow_mut().keep(slot);
                     }
                     return Ok(Some(if end > start { vec![piece.slice(start..end)] } else { Vec::new() }));
                 }
@@ -476,6 +478,34 @@ impl GroupLog {
                 Selected::Damaged(reason) => return Err(damaged_at(group, place, reason)),
             }
         }
+    }
+
+    /// What is kept for the next read, which begins `at`. Of a piece that was read for a small reader, the rest; a reader that
+    /// reads on in large pieces gets the next one fetched, as far as the segment goes.
+    fn rest_of(
+        &self,
+        place: Place,
+        at: u64,
+        rest: Bytes,
+        (piece_bytes, reads_on, want): (usize, bool, usize),
+    ) -> Rest {
+        let shard = &self.shard;
+        // More than half of a piece that was fetched for an answer that had less room in the end.
+        if piece_bytes <= READ_MIN_BYTES || rest.len() > piece_bytes / 2 {
+            return Rest::Here(rest);
+        }
+        let len = usize::try_from(place.bytes - at).unwrap_or(usize::MAX).min(want);
+        if !reads_on || len < READ_MIN_BYTES || !shard.read_ahead.borrow_mut().has_room(len) {
+            return Rest::Place;
+        }
+        let Ok(file) = shard.segment_file(&self.group, place.name) else { return Rest::Place };
+        let (arrived, coming) = tokio::sync::oneshot::channel();
+        let disk = shard.disk.clone();
+        tokio::task::spawn_local(async move {
+            // Whoever wanted it may have gone away meanwhile.
+            let _ = arrived.send(disk.read_at(&file, at, len).await);
+        });
+        Rest::Coming(len, coming)
     }
 
     fn places(&self) -> Vec<Place> {

@@ -28,6 +28,7 @@ use crate::flush;
 use crate::group::{Group, GroupLog};
 use crate::group_state::{GroupState, valid_dir_name};
 use crate::mutant::{self, Mutant};
+use crate::read_ahead::ReadAhead;
 use crate::ring::Class;
 use crate::segment_name::SegmentName;
 use crate::stop;
@@ -46,11 +47,6 @@ const MIN_WAL_FILES: usize = 3;
 /// Descriptors kept open for segments, per shard: enough for the partitions written and read at one time, and far below
 /// the usual limit of the process. Others are opened again when needed, some ten microseconds.
 const OPEN_FILES: usize = 256;
-
-/// Places where catch-up readers stopped, per shard: the next read of one needs no index. A few dozen bytes each.
-const READ_AHEAD_SLOTS: usize = 1024;
-/// What was read for small readers beyond what they asked for, over all of them, per shard.
-const READ_AHEAD_BYTES: usize = 8 << 20;
 
 /// Files of deleted segments go one by one with this pause, so that freeing their blocks does not stall the journal.
 const UNLINK_PAUSE: Duration = Duration::from_millis(5);
@@ -90,16 +86,6 @@ pub(crate) struct Counters {
 
 pub(crate) fn add(cell: &Cell<u64>, n: u64) {
     cell.set(cell.get() + n);
-}
-
-pub(crate) struct ReadAhead {
-    pub group: GroupId,
-    /// Segment, and where in it the batch at `offset` begins.
-    pub segment: SegmentName,
-    pub position: u64,
-    pub offset: i64,
-    /// From that batch on; may be empty, then only the place is remembered.
-    pub bytes: bytes::Bytes,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -149,7 +135,7 @@ pub(crate) struct Shard {
     syncing: Arc<Syncing>,
     leaving: Leaving,
     open_files: RefCell<FileCache>,
-    pub read_ahead: RefCell<VecDeque<ReadAhead>>,
+    pub read_ahead: RefCell<ReadAhead>,
     /// In the order in which they were loaded, with how many entries each had.
     pub loaded_indexes: RefCell<VecDeque<(GroupId, i64, usize)>>,
     no_space: Cell<bool>,
@@ -433,16 +419,6 @@ impl Shard {
 
     pub fn forget_file(&self, group: GroupId, base: i64) {
         self.open_files.borrow_mut().files.retain(|(of, name), _| *of != group || name.base != base);
-    }
-
-    pub fn keep_read_ahead(&self, ahead: ReadAhead) {
-        let mut slots = self.read_ahead.borrow_mut();
-        slots.push_back(ahead);
-        let mut bytes: usize = slots.iter().map(|slot| slot.bytes.len()).sum();
-        while slots.len() > READ_AHEAD_SLOTS || bytes > READ_AHEAD_BYTES {
-            let Some(oldest) = slots.pop_front() else { break };
-            bytes -= oldest.bytes.len();
-        }
     }
 
     /// Removes a file or directory once the commit is safe that makes it worthless. One in the directory of a partition

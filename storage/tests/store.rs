@@ -214,6 +214,64 @@ fn a_suffix_is_replaced_in_memory_and_on_disk() {
     });
 }
 
+/// A reader that reads on in large pieces gets the next one fetched. What is cut off meanwhile must not come back by that.
+#[test]
+fn a_drain_gets_what_the_log_has_also_when_it_is_cut_meanwhile() {
+    run_all(|io| {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, _) = recover(dir.path());
+        let config = StoreConfig { io, wal_file_bytes: 8 << 20, ..small() };
+        let entry = |index: u64, term| {
+            let payload = Payload::Batch(batch(1, index as i64 - 1, term, 1, 100_000));
+            Entry { index, term, payload }
+        };
+        on_shard(async {
+            let store = ShardStore::open(&data, config.clone()).await.unwrap();
+            let log = store.create(1, "t-0", GroupConfig::default()).unwrap();
+            for index in 1..=120 {
+                let hard = HardState { term: 1, vote: 1, commit: 1 };
+                let lsn = log.stage(Some(hard), &[entry(index, 1)]).unwrap();
+                Writer::new(&store, log.clone()).durable(lsn).await;
+            }
+        });
+        drop(data);
+        // Now all of them are in a segment, and none in memory.
+        let (data, mut found) = recover(dir.path());
+        on_shard(async {
+            let store = ShardStore::open(&data, config.clone()).await.unwrap();
+            let log = store.attach(found.remove(&1).unwrap(), GroupConfig::default());
+            assert_eq!(log.log_end_offset(), 120);
+            check_log(&log, 0, 120, 1 << 20).await;
+            // One that wants less than what was fetched for it, and one that has gone elsewhere.
+            check_log(&log, 0, 40, 1 << 20).await;
+            check_log(&log, 40, 120, 300_000).await;
+            for (from, epochs) in [(20, 1), (20, 2)] {
+                let first = log.read(0, 120, 1 << 20).await.unwrap();
+                assert_eq!(first[0].len() / 100_000, 10);
+                log.read(10, 120, 1 << 20).await.unwrap();
+                if epochs == 2 {
+                    // The piece from 20 on is on its way.
+                    let hard = HardState { term: 2, vote: 2, commit: 1 };
+                    let lsn = log.stage(Some(hard), &[entry(26, 2)]).unwrap();
+                    Writer::new(&store, log.clone()).durable(lsn).await;
+                    assert_eq!(log.log_end_offset(), 26);
+                }
+                let read = log.read(from, log.log_end_offset(), 4 << 20).await.unwrap();
+                let pieces = read.iter().flat_map(|piece| flumen_protocol::record_batch::batches(piece));
+                let headers: Vec<(i64, i32)> = pieces
+                    .map(|found| found.map(|(header, _)| (header.base_offset, header.leader_epoch)).unwrap())
+                    .collect();
+                assert!(!headers.is_empty());
+                for (offset, epoch) in headers {
+                    assert_eq!(epoch, if epochs == 2 && offset >= 25 { 2 } else { 1 }, "at {offset}");
+                    assert!(epochs == 1 || offset <= 25);
+                }
+            }
+            check_log(&log, 0, 26, 1 << 20).await;
+        });
+    });
+}
+
 #[test]
 fn uncommitted_entries_move_on_with_the_ring() {
     let dir = tempfile::tempdir().unwrap();

@@ -11,6 +11,7 @@ use crate::process::{Process, flumen_binary, repository};
 pub struct ClickHouse {
     process: Option<Process>,
     data_dir: PathBuf,
+    host: String,
     port: u16,
     pub url: String,
 }
@@ -20,15 +21,26 @@ impl ClickHouse {
         if let Ok(url) = std::env::var("CLICKHOUSE_URL")
             && !url.is_empty()
         {
-            return Ok(ClickHouse { process: None, data_dir: data_dir.to_path_buf(), port: 0, url });
+            return Ok(ClickHouse {
+                process: None,
+                data_dir: data_dir.to_path_buf(),
+                host: String::new(),
+                port: 0,
+                url,
+            });
         }
         Self::start_own(data_dir, port)
     }
 
     /// The embedded engine, whatever else there is: for tests that kill it.
     pub fn start_own(data_dir: &Path, port: u16) -> anyhow::Result<ClickHouse> {
-        let url = format!("http://127.0.0.1:{port}");
-        let mut engine = ClickHouse { process: None, data_dir: data_dir.to_path_buf(), port, url };
+        Self::start_own_at(data_dir, "127.0.0.1", port)
+    }
+
+    /// Where others than this machine's processes reach it.
+    pub fn start_own_at(data_dir: &Path, host: &str, port: u16) -> anyhow::Result<ClickHouse> {
+        let (host, url) = (host.to_string(), format!("http://{host}:{port}"));
+        let mut engine = ClickHouse { process: None, data_dir: data_dir.to_path_buf(), host, port, url };
         engine.restart()?;
         Ok(engine)
     }
@@ -52,7 +64,7 @@ impl ClickHouse {
         command
             .arg("clickhouse")
             .args(["--data-dir".as_ref(), self.data_dir.join("clickhouse").as_os_str()])
-            .args(["--listen", &format!("127.0.0.1:{}", self.port)]);
+            .args(["--listen", &format!("{}:{}", self.host, self.port)]);
         // `make engine` puts it there; tests do not run at the top of the repository, where it would be found.
         let library = repository().join(".cache/chdb/libchdb.so");
         if std::env::var_os("FLUMEN_CHDB_LIB").is_none() && library.is_file() {

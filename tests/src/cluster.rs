@@ -19,13 +19,16 @@ use serde_json::{Value, json};
 use crate::flumen::Flumen;
 use crate::kafka::{ends_of, read_all};
 use crate::load::Load;
+use crate::network::Network;
 use crate::process::free_ports;
 use crate::wire::{Wire, topic_name};
 use crate::witness::{Witness, judge};
 
 const POLL: Duration = Duration::from_millis(50);
 const NODES_MAX: usize = 8;
+/// What a cluster that serves takes: so many records, and so many in each partition.
 const PROGRESS_RECORDS: usize = 300;
+const PROGRESS_RECORDS_EACH: usize = 30;
 
 pub struct Cluster {
     /// Node ids are positions plus one.
@@ -36,7 +39,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Founds a cluster of so many nodes with empty directories, all at once; returns when all are ready.
+    /// Founds a cluster of so many nodes with empty directories, all at once; returns when all are ready. `{id}` in a setting
+    /// stands for the node's id.
     pub fn start(dir: &Path, nodes: usize, settings: &[&str]) -> anyhow::Result<Cluster> {
         Cluster::start_with(dir, nodes, settings, Vec::new())
     }
@@ -47,9 +51,22 @@ impl Cluster {
         settings: &[&str],
         environment: Vec<(&'static str, String)>,
     ) -> anyhow::Result<Cluster> {
+        Cluster::start_in(dir, nodes, settings, environment, None)
+    }
+
+    /// Each node in its namespace of a network, if there is one.
+    pub fn start_in(
+        dir: &Path,
+        nodes: usize,
+        settings: &[&str],
+        environment: Vec<(&'static str, String)>,
+        network: Option<&Network>,
+    ) -> anyhow::Result<Cluster> {
         ensure!(nodes <= NODES_MAX, "{nodes} nodes are more than a test needs");
         let ports = free_ports::<{ 3 * NODES_MAX }>();
-        let rpc: Vec<String> = ports[..nodes].iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        let host = |at| network.map_or_else(|| "127.0.0.1".to_string(), |network| network.address(at));
+        let rpc: Vec<String> =
+            ports[..nodes].iter().enumerate().map(|(at, port)| format!("{}:{port}", host(at))).collect();
         let mut cluster = Cluster {
             nodes: Vec::new(),
             dir: dir.to_path_buf(),
@@ -59,6 +76,9 @@ impl Cluster {
         for (at, rpc) in rpc.iter().enumerate() {
             let mut node = cluster.idle(at, rpc, ports[NODES_MAX + at], ports[2 * NODES_MAX + at]);
             node.environment.clone_from(&environment);
+            if let Some(network) = network {
+                node.move_to(&network.address(at), network.inside(at));
+            }
             cluster.nodes.push(node);
         }
         cluster.restart_all()?;
@@ -68,7 +88,8 @@ impl Cluster {
     fn idle(&self, at: usize, rpc: &str, kafka: u16, admin: u16) -> Flumen {
         let id = (at + 1).to_string();
         let more = ["--node-id", &id, "--rpc", rpc, "--seeds", &self.seeds, "--shards", "1"];
-        let settings: Vec<&str> = self.settings.iter().map(String::as_str).collect();
+        let settings: Vec<String> = self.settings.iter().map(|s| s.replace("{id}", &id)).collect();
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
         Flumen::idle_at(&self.dir.join(format!("n{id}")), kafka, admin, &settings, &more)
     }
 
@@ -203,11 +224,18 @@ impl Cluster {
         })
     }
 
-    /// Waits until so many more records were acknowledged: it shows that the cluster serves.
+    /// Waits until so many more records were acknowledged, some in every partition: it shows that the cluster serves.
     pub fn progress(&self, load: &Load, what: &str) -> anyhow::Result<()> {
-        let target = load.acknowledged_count() + PROGRESS_RECORDS;
+        let before = load.acknowledged_counts();
+        let total = before.values().sum::<usize>() + PROGRESS_RECORDS;
         let began = Instant::now();
-        self.until(what, || (load.acknowledged_count() >= target).then_some(()))?;
+        self.until(what, || {
+            let counts = load.acknowledged_counts();
+            let comes_on = |(partition, count): (&i32, &usize)| {
+                counts.get(partition).is_some_and(|now| *now >= count + PROGRESS_RECORDS_EACH)
+            };
+            (counts.values().sum::<usize>() >= total && before.iter().all(comes_on)).then_some(())
+        })?;
         println!("{what}: {PROGRESS_RECORDS} records after {:.1?}", began.elapsed());
         Ok(())
     }

@@ -1,9 +1,13 @@
 //! Waiting for an export: until it has settled everything, or says a certain thing.
 
-use anyhow::bail;
+use std::collections::BTreeMap;
+
+use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
+use crate::clickhouse::ClickHouse;
 use crate::flumen::Flumen;
+use crate::kafka::Place;
 
 const POLL: std::time::Duration = std::time::Duration::from_millis(20);
 /// Looks without any change before a wait is given up: two minutes, longer than any back-off.
@@ -68,4 +72,31 @@ fn is_settled(status: &Value, ends: &[i64]) -> bool {
 pub fn settled_offsets(status: &Value) -> Vec<i64> {
     let partitions = status["partitions"].as_array().into_iter().flatten();
     partitions.filter_map(|p| p["settled_offset"].as_i64()).collect()
+}
+
+/// The table of a topic whose records are `{"id": number}`: exactly these, each at its place, none twice.
+pub fn check_table(
+    clickhouse: &ClickHouse,
+    table: &str,
+    expected: &BTreeMap<Place, u64>,
+) -> anyhow::Result<()> {
+    let rows = clickhouse
+        .query(&format!("SELECT _partition, _offset, id FROM {table} ORDER BY _partition, _offset"))?;
+    let mut found: BTreeMap<Place, u64> = BTreeMap::new();
+    for line in rows.lines() {
+        let mut fields = line.split('\t').map(str::parse::<i64>);
+        let mut next = || fields.next().context("a row with too few fields")?.context("no number");
+        let (partition, offset, id) = (next()?, next()?, next()?);
+        let before = found.insert((i32::try_from(partition)?, offset), u64::try_from(id)?);
+        ensure!(before.is_none(), "two rows of {partition} {offset}");
+    }
+    let missing = expected.iter().find(|(place, id)| found.get(place) != Some(id));
+    let strange = found.iter().find(|(place, _)| !expected.contains_key(place));
+    ensure!(
+        missing.is_none() && strange.is_none(),
+        "{table} has {} rows, {} are expected; missing or other: {missing:?}, never acknowledged: {strange:?}",
+        found.len(),
+        expected.len()
+    );
+    Ok(())
 }

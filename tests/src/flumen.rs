@@ -15,6 +15,8 @@ pub struct Flumen {
     pub kafka: String,
     pub admin: String,
     arguments: Vec<String>,
+    /// What its command line begins with: where it runs.
+    inside: Vec<String>,
     /// Of the next start.
     pub environment: Vec<(&'static str, String)>,
 }
@@ -56,8 +58,17 @@ impl Flumen {
             kafka: format!("127.0.0.1:{kafka}"),
             admin: format!("127.0.0.1:{admin}"),
             arguments,
+            inside: Vec::new(),
             environment: Vec::new(),
         }
+    }
+
+    /// To run somewhere else than on loopback.
+    pub(crate) fn move_to(&mut self, host: &str, inside: Vec<String>) {
+        for address in [&mut self.kafka, &mut self.admin] {
+            *address = address.replace("127.0.0.1", host);
+        }
+        self.inside = inside;
     }
 
     /// As `start`, with an environment; `more` are further arguments.
@@ -85,7 +96,15 @@ impl Flumen {
 
     fn command(&self) -> anyhow::Result<Command> {
         std::fs::create_dir_all(&self.data_dir)?;
-        let mut command = Command::new(flumen_binary()?);
+        let binary = flumen_binary()?;
+        let mut command = match self.inside.split_first() {
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(&binary);
+                command
+            }
+            None => Command::new(&binary),
+        };
         command
             .arg("server")
             .args(["--data-dir".as_ref(), self.data_dir.join("data").as_os_str()])
@@ -138,7 +157,16 @@ impl Flumen {
 
     /// SIGSTOP: the process stands still as on a machine that hangs, until `resume`.
     pub fn pause(&self) -> anyhow::Result<()> {
-        self.signal("-STOP")
+        self.signal("-STOP")?;
+        // The signal may be on its way to some of its threads.
+        let tasks = format!("/proc/{}/task", self.pid().context("the broker is not running")?);
+        for task in std::fs::read_dir(tasks)? {
+            let stat = task?.path().join("stat");
+            while !std::fs::read_to_string(&stat)?.contains(") T ") {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
     }
 
     pub fn resume(&self) -> anyhow::Result<()> {

@@ -10,6 +10,7 @@ pub mod group_configs;
 pub mod kafka;
 pub mod load;
 pub mod mount;
+pub mod network;
 pub mod probe;
 pub mod process;
 pub mod wire;

@@ -86,6 +86,15 @@ impl Load {
         self.reports.lock().expect("no panic under this lock").places.len()
     }
 
+    /// Of each partition that has any.
+    pub fn acknowledged_counts(&self) -> BTreeMap<i32, usize> {
+        let mut counts = BTreeMap::new();
+        for (partition, _) in self.reports.lock().expect("no panic under this lock").places.keys() {
+            *counts.entry(*partition).or_default() += 1;
+        }
+        counts
+    }
+
     pub fn acknowledged(&self) -> BTreeMap<Place, u64> {
         self.reports.lock().expect("no panic under this lock").places.clone()
     }

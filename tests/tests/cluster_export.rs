@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use flumen_tests::clickhouse::ClickHouse;
 use flumen_tests::cluster::Cluster;
+use flumen_tests::export::check_table;
 use flumen_tests::kafka::{Sender, ends_of};
 use flumen_tests::process::free_port;
 use serde_json::{Value, json};
@@ -85,25 +86,13 @@ fn exports_exactly(replication_factor: i16) {
             (dead().iter().sum::<i64>() as u64 >= sent.div_ceil(MALFORMED_EVERY)).then_some(())
         })
         .unwrap();
-    let table = clickhouse
-        .query(&format!("SELECT _partition, _offset, id FROM {TOPIC} ORDER BY _partition, _offset"))
-        .unwrap();
-    let mut found: BTreeMap<(i32, i64), u64> = BTreeMap::new();
-    for line in table.lines() {
-        let mut fields = line.split('\t').map(|field| field.parse::<i64>().unwrap());
-        let (partition, offset, id) =
-            (fields.next().unwrap(), fields.next().unwrap(), fields.next().unwrap());
-        let twice = found.insert((i32::try_from(partition).unwrap(), offset), id as u64);
-        assert_eq!(twice, None, "two rows of {partition} {offset}");
-    }
     let rows: BTreeMap<(i32, i64), u64> = reports
         .places
         .iter()
         .filter(|(_, id)| **id % MALFORMED_EVERY != 0)
         .map(|(p, id)| (*p, *id))
         .collect();
-    assert_eq!(found.len(), rows.len());
-    assert!(found == rows, "the table is not what was acknowledged");
+    check_table(&clickhouse, TOPIC, &rows).unwrap();
     assert_eq!(dead().iter().sum::<i64>() as u64, sent.div_ceil(MALFORMED_EVERY), "dead letters");
     let status: Value =
         cluster.nodes[exporting(&cluster)].get(&format!("/v1/exports/{TOPIC}/status")).unwrap();

@@ -173,12 +173,12 @@ pub(super) struct Sample {
 }
 
 impl Sample {
-    pub fn take(pid: Option<u32>) -> anyhow::Result<Self> {
+    pub fn take(pids: &[u32]) -> anyhow::Result<Self> {
         Ok(Self {
             at: Instant::now(),
-            broker: pid.map(stats::cpu).transpose()?.unwrap_or_default(),
+            broker: stats::cpu_of(pids)?.unwrap_or_default(),
             own: stats::cpu(std::process::id())?,
-            written: pid.and_then(stats::written_bytes),
+            written: stats::written_bytes_of(pids),
             host: stats::host(),
             kernel_threads_s: stats::kernel_threads_cpu_s(),
         })
@@ -194,9 +194,9 @@ pub(super) struct Mark {
 }
 
 impl Mark {
-    pub fn take(totals: &Totals, pid: Option<u32>) -> anyhow::Result<Self> {
+    pub fn take(totals: &Totals, pids: &[u32]) -> anyhow::Result<Self> {
         Ok(Self {
-            broker_cpu_s: pid.map(stats::cpu).transpose()?.map(Cpu::total),
+            broker_cpu_s: stats::cpu_of(pids)?.map(Cpu::total),
             at: Instant::now(),
             batches: totals.batches,
             bytes: totals.bytes,

@@ -20,9 +20,10 @@ use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
 use crate::batch::{self, Template};
-use crate::client::{Client, error_name};
+use crate::client::{Client, LATEST, error_name};
 use crate::pace::{self, Due};
 use crate::plan::{Keyed, Plan};
+use crate::route;
 use crate::stats;
 use connection::Connection;
 pub use connection::{parse_answer, poll_read};
@@ -86,9 +87,12 @@ pub struct LoadConfig {
     /// Settings for the topic when it is created here: key=value, repeatable.
     #[arg(long = "topic-config", value_parser = key_value)]
     pub topic_configs: Vec<(String, String)>,
-    /// Process id of the broker, for CPU and memory.
-    #[arg(long)]
-    pub pid: Option<u32>,
+    /// Of the topic, when it is created here.
+    #[arg(long, default_value_t = 1)]
+    pub replication_factor: i16,
+    /// Process ids of the brokers, for CPU and memory, which are summed up; repeatable.
+    #[arg(long = "pid")]
+    pub pids: Vec<u32>,
 }
 
 pub fn key_value(s: &str) -> Result<(String, String), String> {
@@ -110,16 +114,19 @@ pub fn run(config: &LoadConfig, started: Option<Arc<AtomicBool>>) -> Result<Load
     LocalSet::new().block_on(&runtime, drive(config, started))
 }
 
+/// Connections take turns with the brokers that lead something, and produce to what their broker leads.
 async fn connect(config: &LoadConfig, control: &mut Client) -> Result<Vec<Connection>> {
     let key = (config.keyed != Keyed::None).then_some(&b"key-1234"[..]);
     let batch = batch::encode_filler(config.batch_records, config.record_bytes, key, now_ms());
     let deltas = batch::sequence_deltas(batch.len());
-    let plan = Rc::new(Plan::new(
-        config.keyed,
-        config.partitions,
-        config.partitions_per_request,
-        config.partitions as u64,
-    ));
+    let routes = route::routes(&config.bootstrap, &config.topic, config.partitions).await?;
+    let plans: Vec<Rc<Plan>> = routes
+        .iter()
+        .map(|route| {
+            let seed = config.partitions as u64;
+            Rc::new(Plan::new(config.keyed, &route.partitions, config.partitions_per_request, seed))
+        })
+        .collect();
     let mut connections = Vec::with_capacity(config.connections);
     for id in 0..config.connections {
         let template = if config.idempotent {
@@ -128,21 +135,26 @@ async fn connect(config: &LoadConfig, control: &mut Client) -> Result<Vec<Connec
         } else {
             Template::plain(&batch)
         };
-        let stream = TcpStream::connect(&config.bootstrap)
-            .await
-            .with_context(|| format!("connection {id} to {}", config.bootstrap))?;
+        let at = id % routes.len();
+        let address = &routes[at].address;
+        let stream =
+            TcpStream::connect(address).await.with_context(|| format!("connection {id} to {address}"))?;
         stream.set_nodelay(true)?;
-        connections.push(Connection::new(id, stream, template, plan.clone(), config));
+        connections.push(Connection::new(id, stream, template, plans[at].clone(), config));
     }
     Ok(connections)
 }
 
 async fn drive(config: &LoadConfig, started: Option<Arc<AtomicBool>>) -> Result<LoadResult> {
     let mut control = Client::connect(&config.bootstrap).await?;
-    control.ensure_topic(&config.topic, config.partitions, &config.topic_configs).await?;
+    control
+        .ensure_topic(&config.topic, config.partitions, config.replication_factor, &config.topic_configs)
+        .await?;
+    // Metadata can name a leader before that leader knows; only an answer from it proves it.
+    route::offsets(&config.bootstrap, &config.topic, config.partitions, LATEST).await?;
     let connections = connect(config, &mut control).await?;
 
-    let rss_before = config.pid.map(stats::rss_mib).transpose()?;
+    let rss_before = stats::rss_mib_of(&config.pids)?;
     let start = Instant::now();
     let w0 = start + Duration::from_secs_f64(config.warmup_seconds);
     let w1 = w0 + Duration::from_secs_f64(config.seconds);
@@ -164,27 +176,25 @@ async fn drive(config: &LoadConfig, started: Option<Arc<AtomicBool>>) -> Result<
     }
 
     tokio::time::sleep_until(w0.into()).await;
-    let before = Sample::take(config.pid)?;
-    let mut marks = vec![Mark::take(&totals.borrow(), config.pid)?];
+    let before = Sample::take(&config.pids)?;
+    let mut marks = vec![Mark::take(&totals.borrow(), &config.pids)?];
     let mut rss_max = rss_before.unwrap_or(0.0);
     let mut next_mark = w0 + SLICE;
     while Instant::now() < w1 && !totals.borrow().spent() {
         let next = (Instant::now() + RSS_SAMPLE).min(next_mark).min(w1);
         tokio::time::sleep_until(next.into()).await;
         if Instant::now() >= next_mark {
-            marks.push(Mark::take(&totals.borrow(), config.pid)?);
+            marks.push(Mark::take(&totals.borrow(), &config.pids)?);
             next_mark += SLICE;
         }
-        if let Some(pid) = config.pid {
-            rss_max = rss_max.max(stats::rss_mib(pid)?);
-        }
+        rss_max = rss_max.max(stats::rss_mib_of(&config.pids)?.unwrap_or(0.0));
     }
     // What is left of the last slice, unless it is too short to say anything.
     if marks.last().is_some_and(|m| m.at.elapsed() > SLICE / 2) {
-        marks.push(Mark::take(&totals.borrow(), config.pid)?);
+        marks.push(Mark::take(&totals.borrow(), &config.pids)?);
     }
-    let after = Sample::take(config.pid)?;
-    let open_files = config.pid.and_then(stats::open_files);
+    let after = Sample::take(&config.pids)?;
+    let open_files = stats::open_files_of(&config.pids);
     for task in tasks {
         task.await.context("a connection's task failed")??;
     }
@@ -212,7 +222,7 @@ async fn drive(config: &LoadConfig, started: Option<Arc<AtomicBool>>) -> Result<
         unsent: totals.unsent,
         acknowledged_batches: totals.acknowledged,
         slices: figures::slices(&marks, &totals.latency, config.batch_records),
-        broker: config.pid.map(|_| Broker {
+        broker: (!config.pids.is_empty()).then(|| Broker {
             cpu,
             cpu_s: cpu.total(),
             cpu_us_per_batch: cpu.total() * 1e6 / batches.max(1.0),

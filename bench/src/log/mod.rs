@@ -3,16 +3,16 @@
 //! `session` starts brokers and runs cells, `figure` turns slices into medians with intervals, `report` prints, `rows_*`
 //! say what each row does. What the rows mean is in `bench/README.md`.
 
-mod figure;
-mod report;
+pub mod figure;
+pub mod report;
 mod rows_client;
 mod rows_cost;
 mod rows_drain;
 mod rows_latency;
 mod rows_partitions;
 mod rows_start;
-mod session;
-mod variant;
+pub mod session;
+pub mod variant;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

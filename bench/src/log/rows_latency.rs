@@ -272,7 +272,7 @@ fn deleted_records(bootstrap: &str, topic: &str, partitions: usize) -> Result<i6
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut client = Client::connect(bootstrap).await?;
-        Ok(client.offsets(topic, partitions, EARLIEST).await?.iter().sum())
+        Ok(client.offsets(topic, &(0..partitions as u32).collect::<Vec<_>>(), EARLIEST).await?.iter().sum())
     })
 }
 

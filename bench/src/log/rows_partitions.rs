@@ -85,7 +85,7 @@ pub fn create(bootstrap: &str, topic: &str, partitions: usize, configs: &[(Strin
     runtime.block_on(async {
         let mut client = Client::connect(bootstrap).await?;
         let began = Instant::now();
-        client.ensure_topic(topic, partitions, configs).await?;
+        client.ensure_topic(topic, partitions, 1, configs).await?;
         Ok(began.elapsed().as_secs_f64())
     })
 }

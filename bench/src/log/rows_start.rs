@@ -88,7 +88,9 @@ fn after_kill(r: &mut Round<'_, '_>, v: &Variant, partitions: usize) -> Result<(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let kept: i64 = runtime.block_on(async {
         let mut client = Client::connect(&r.peer.kafka).await?;
-        anyhow::Ok(client.offsets(TOPIC, partitions, LATEST).await?.iter().sum())
+        anyhow::Ok(
+            client.offsets(TOPIC, &(0..partitions as u32).collect::<Vec<_>>(), LATEST).await?.iter().sum(),
+        )
     })?;
     let all = r.peer.spawned.elapsed().as_secs_f64();
     r.session.say(&format!(

@@ -235,7 +235,8 @@ impl<'c> Session<'c> {
             idempotent: false,
             produce_version: 12,
             topic_configs: Vec::new(),
-            pid: None,
+            replication_factor: 1,
+            pids: Vec::new(),
         }
     }
 
@@ -303,7 +304,7 @@ impl Round<'_, '_> {
     }
 
     pub fn shape(&self) -> LoadConfig {
-        LoadConfig { bootstrap: self.peer.kafka.clone(), pid: Some(self.peer.pid()), ..self.session.shape() }
+        LoadConfig { bootstrap: self.peer.kafka.clone(), pids: vec![self.peer.pid()], ..self.session.shape() }
     }
 
     pub fn storage(&self) -> Result<Option<Storage>> {
@@ -354,7 +355,7 @@ impl Round<'_, '_> {
     ) -> Result<&Measured> {
         let config = LoadConfig {
             bootstrap: self.peer.kafka.clone(),
-            pid: Some(self.peer.pid()),
+            pids: vec![self.peer.pid()],
             topic: topic_name(cell, variant),
             topic_configs: if self.side == Side::Null {
                 vec![]

@@ -209,7 +209,8 @@ fn cells(config: &SmokeConfig, side: Side, peer: &mut Peer) -> Result<Round> {
             Side::Kafka => config.kafka_topic_configs.clone(),
             Side::Null => Vec::new(),
         },
-        pid: Some(peer.pid()),
+        replication_factor: 1,
+        pids: vec![peer.pid()],
     };
     let mut loads = Vec::new();
     let mut cell = |name: &str, c: LoadConfig| -> Result<()> {

@@ -56,7 +56,10 @@ pub(super) async fn answer(node: &Node, mut body: Bytes) -> Answered {
     let group_id = body.get_u64();
     let members = node.shards[node.shard_of(group_id)]
         .run(move |shard| async move {
-            let partition = shard.partition(group_id).filter(|partition| partition.serves())?;
+            let partition = shard.partition(group_id)?;
+            // A leader that was deposed without knowing it would name members of before, and the new replica would take part
+            // in a group that is no more.
+            partition.confirm_leads().await.ok()?;
             Some(partition.members())
         })
         .await;

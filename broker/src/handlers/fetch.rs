@@ -1,21 +1,30 @@
 //! Fetch: read what is committed, or wait for it. Records are never copied: the answer is a list of
 //! slices that the writer hands to the kernel.
 //!
+//! Clients read from leaders. One that names its rack (KIP-392) is sent to a replica in it, where it then reads up to the high
+//! watermark that this one knows; nobody else may read from a follower. Whoever is sent away hears who leads (KIP-951).
+//!
 //! Sessions are refused by answering session id 0, so every fetch is a full one.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use flumen_metadata::CompressionType;
+use flumen_metadata::{CompressionType, NodeState};
 use flumen_protocol::error_code::ErrorCode;
-use flumen_protocol::fetch::{FetchPartitionData, FetchTopicData, ZSTD_MIN_VERSION, encode_fetch_response};
+use flumen_protocol::fetch::{
+    FetchPartitionData, FetchTopicData, ZSTD_MIN_VERSION, encode_fetch_response,
+    encode_fetch_response_with_endpoints,
+};
 use flumen_protocol::produce::TopicRef;
 use kafka_protocol::messages::FetchRequest;
 use tokio::time::Instant;
 
 use crate::dispatch::{Answer, Request, RequestError};
-use crate::partition::DataWaiter;
+use crate::handlers::leader_hints::{Hints, tells_leader};
+use crate::node::Node;
+use crate::partition::{DataWaiter, FetchError, Reading};
 use crate::shard::Shard;
 
 /// A client may ask to wait for days; the connection's other requests wait with it.
@@ -30,6 +39,33 @@ struct Item {
     offset: i64,
     max_bytes: usize,
     leader_epoch: i32,
+}
+
+/// Where a client is, as far as it says.
+#[derive(Clone)]
+struct Reader {
+    /// In the rack of this broker: it may read from followers.
+    is_near: bool,
+    /// Brokers in its rack, where that is another: replicas there are nearer to it.
+    nearer: Arc<[i32]>,
+}
+
+impl Reader {
+    fn of(node: &Node, rack: &str) -> Reader {
+        let nobody = || Arc::from([]);
+        if rack.is_empty() || node.cluster.is_none() {
+            return Reader { is_near: false, nearer: nobody() };
+        }
+        if node.config.rack.as_deref() == Some(rack) {
+            return Reader { is_near: true, nearer: nobody() };
+        }
+        let is_up = node.is_up();
+        let image = node.image.load();
+        let there = image.nodes.values().filter(|found| {
+            found.rack.as_deref() == Some(rack) && found.state == NodeState::Active && is_up(found.id)
+        });
+        Reader { is_near: false, nearer: there.map(|found| found.id).collect() }
+    }
 }
 
 pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
@@ -51,6 +87,7 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
         return Ok(Answer::Ready(answer));
     }
 
+    let reader = Reader::of(&shard.node, if version >= 11 { fetch.rack_id.as_str() } else { "" });
     let mut topics: Vec<FetchTopicData> = Vec::with_capacity(fetch.topics.len());
     let mut items: Vec<Item> = Vec::new();
     {
@@ -105,11 +142,12 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     let mut standing = false;
     let mut read;
     loop {
-        read = read_all(shard, &items, max_bytes).await;
+        read = read_all(shard, &reader, &items, max_bytes).await;
         let bytes: usize = read.iter().map(|r| r.bytes).sum();
         // A partition that does not exist waits with the others, as in Kafka: a consumer that has not heard yet of a
         // deleted topic must not turn into a busy loop. One that cannot be read is news.
-        let errors = items.is_empty() || read.iter().any(|r| r.data.error != ErrorCode::NONE);
+        let errors = items.is_empty()
+            || read.iter().any(|r| r.data.error != ErrorCode::NONE || r.data.preferred_read_replica >= 0);
         if bytes >= min_bytes || errors || Instant::now() >= deadline || shard.is_stopping() {
             break;
         }
@@ -121,6 +159,7 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
     }
 
     let mut sent = 0;
+    let mut hints = Hints::default();
     let mut flat: Vec<&mut FetchPartitionData> =
         topics.iter_mut().flat_map(|t| t.partitions.iter_mut()).collect();
     for r in read {
@@ -129,11 +168,23 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
             let partition = slot.partition;
             **slot = r.data;
             slot.partition = partition;
+            if tells_leader(slot.error)
+                && let Some(item) = items.iter().find(|item| item.slot == r.slot)
+            {
+                slot.current_leader = hints.leader_of(&shard.node, item.group_id);
+            }
         }
     }
     shard.metrics.fetched(sent);
-    let answer =
-        encode_fetch_response(version, request.header.correlation_id, 0, ErrorCode::NONE, 0, &topics);
+    let answer = encode_fetch_response_with_endpoints(
+        version,
+        request.header.correlation_id,
+        0,
+        ErrorCode::NONE,
+        0,
+        &topics,
+        &hints.endpoints(&shard.node),
+    );
     Ok(Answer::Ready(answer))
 }
 
@@ -159,7 +210,7 @@ struct ReadItem {
 }
 
 /// Reads all items, this shard's first, each shard's in the client's order, within one byte budget.
-async fn read_all(shard: &Rc<Shard>, items: &[Item], max_bytes: usize) -> Vec<ReadItem> {
+async fn read_all(shard: &Rc<Shard>, reader: &Reader, items: &[Item], max_bytes: usize) -> Vec<ReadItem> {
     let shards = shard.node.shards.len();
     let mut out = Vec::with_capacity(items.len());
     let mut budget = max_bytes;
@@ -173,11 +224,11 @@ async fn read_all(shard: &Rc<Shard>, items: &[Item], max_bytes: usize) -> Vec<Re
             continue;
         }
         let read = if local {
-            read_here(shard, mine, budget, any).await
+            read_here(shard, reader, mine, budget, any).await
         } else {
-            let fallback = mine.clone();
+            let (fallback, reader) = (mine.clone(), reader.clone());
             match shard.node.shards[home]
-                .run(move |s| async move { read_here(&s, mine, budget, any).await })
+                .run(move |s| async move { read_here(&s, &reader, mine, budget, any).await })
                 .await
             {
                 Ok(read) => read,
@@ -209,7 +260,13 @@ const SCRAPS_BYTES: usize = 64 << 10;
 
 /// Reads in the client's order, a few at a time. Each gets what the ones before it left of the budget; where they did not
 /// use it, the next few get it.
-async fn read_here(shard: &Rc<Shard>, items: Vec<Item>, mut budget: usize, mut any: bool) -> Vec<ReadItem> {
+async fn read_here(
+    shard: &Rc<Shard>,
+    reader: &Reader,
+    items: Vec<Item>,
+    mut budget: usize,
+    mut any: bool,
+) -> Vec<ReadItem> {
     let mut out = Vec::with_capacity(items.len());
     let mut left = items.into_iter().peekable();
     while left.peek().is_some() {
@@ -226,7 +283,7 @@ async fn read_here(shard: &Rc<Shard>, items: Vec<Item>, mut budget: usize, mut a
             let limit = item.max_bytes.min(budget - reserved);
             reserved += limit;
             let limit = if any || !wave.is_empty() { limit } else { limit.max(1) };
-            wave.push(read_one(shard, item, limit));
+            wave.push(read_one(shard, reader, item, limit));
         }
         for (mut read, limit) in futures_util::future::join_all(wave).await {
             if any && read.bytes > limit {
@@ -246,29 +303,42 @@ async fn read_here(shard: &Rc<Shard>, items: Vec<Item>, mut budget: usize, mut a
     out
 }
 
-async fn read_one(shard: &Rc<Shard>, item: Item, limit: usize) -> (ReadItem, usize) {
+async fn read_one(shard: &Rc<Shard>, reader: &Reader, item: Item, limit: usize) -> (ReadItem, usize) {
     let mut data = empty(0, ErrorCode::NONE);
     let mut bytes = 0;
-    match shard.partition(item.group_id) {
-        None => data.error = ErrorCode::NOT_LEADER_OR_FOLLOWER,
-        Some(partition) => {
-            let read = match partition.check_epoch(item.leader_epoch) {
-                Ok(()) => partition.fetch(item.offset, limit).await,
-                Err(e) => Err(e),
-            };
-            match read {
-                Ok(slice) => {
-                    bytes = slice.records.iter().map(Bytes::len).sum();
-                    data.records = slice.records;
-                    data.high_watermark = slice.high_watermark;
-                    data.last_stable_offset = slice.high_watermark;
-                    data.log_start_offset = slice.log_start_offset;
-                }
-                Err(error) => data.error = error.code(),
-            }
-        }
+    match read_partition(shard, reader, item, limit, &mut data).await {
+        Ok(()) => bytes = data.records.iter().map(Bytes::len).sum(),
+        Err(error) => data.error = error.code(),
     }
     (ReadItem { slot: item.slot, bytes, data }, limit)
+}
+
+async fn read_partition(
+    shard: &Rc<Shard>,
+    reader: &Reader,
+    item: Item,
+    limit: usize,
+    data: &mut FetchPartitionData,
+) -> Result<(), FetchError> {
+    let partition = shard.partition(item.group_id).ok_or(FetchError::NotLeader)?;
+    partition.check_epoch(item.leader_epoch)?;
+    let slice = match partition.check_reader(reader.is_near)? {
+        Reading::NothingYet => partition.nothing_yet(),
+        Reading::AsFollower => partition.fetch(item.offset, limit).await?,
+        Reading::AsLeader => match partition.follower_with(&reader.nearer, item.offset) {
+            // No records: it asks there at once.
+            Some(follower) => {
+                data.preferred_read_replica = follower;
+                partition.nothing_yet()
+            }
+            None => partition.fetch(item.offset, limit).await?,
+        },
+    };
+    data.records = slice.records;
+    data.high_watermark = slice.high_watermark;
+    data.last_stable_offset = slice.high_watermark;
+    data.log_start_offset = slice.log_start_offset;
+    Ok(())
 }
 
 /// Where a waiting fetch stands: on its own shard directly, on others through a task there.

@@ -4,6 +4,7 @@ pub mod cluster;
 pub mod configs;
 pub mod fetch;
 pub mod groups;
+mod leader_hints;
 pub mod offsets;
 pub mod operations;
 pub mod produce;

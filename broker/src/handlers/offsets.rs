@@ -5,9 +5,11 @@ use std::future::Future;
 use std::rc::Rc;
 
 use flumen_protocol::error_code::ErrorCode;
+use futures_util::future::join_all;
 use kafka_protocol::messages::delete_records_response::{
     DeleteRecordsPartitionResult, DeleteRecordsTopicResult,
 };
+use kafka_protocol::messages::list_offsets_request::ListOffsetsPartition;
 use kafka_protocol::messages::list_offsets_response::{
     ListOffsetsPartitionResponse, ListOffsetsTopicResponse,
 };
@@ -77,7 +79,10 @@ pub async fn list_offsets(request: &Request<'_>) -> Result<Answer, RequestError>
         let twice: BTreeSet<i32> =
             topic.partitions.iter().map(|p| p.partition_index).filter(|p| !seen.insert(*p)).collect();
         let mut refused_twice = BTreeSet::new();
-        for p in topic.partitions {
+        // Each asks a majority whether it leads: all at the same time.
+        let name = topic.name.as_str();
+        let found = topic.partitions.iter().map(|p| offset_of(request, version, name, p));
+        for (p, found) in topic.partitions.iter().zip(join_all(found).await) {
             if twice.contains(&p.partition_index) {
                 // One answer for both.
                 if refused_twice.insert(p.partition_index) {
@@ -92,24 +97,6 @@ pub async fn list_offsets(request: &Request<'_>) -> Result<Answer, RequestError>
                 }
                 continue;
             }
-            let (timestamp, epoch) = (p.timestamp, p.current_leader_epoch);
-            // Special timestamps came with versions; an older request that names one gets no offset.
-            let known = match timestamp {
-                -3 => version >= 7,
-                -4 => version >= 8,
-                -5 => version >= 9,
-                -6 => version >= 11,
-                t => t >= -2,
-            };
-            let found = if known {
-                at_home(request.shard, topic.name.as_str(), p.partition_index, move |partition| async move {
-                    partition.check_epoch(epoch)?;
-                    partition.offset_at(timestamp).await
-                })
-                .await
-            } else {
-                Err(ErrorCode::UNSUPPORTED_VERSION)
-            };
             let mut out = ListOffsetsPartitionResponse::default()
                 .with_partition_index(p.partition_index)
                 .with_offset(-1)
@@ -133,20 +120,45 @@ pub async fn list_offsets(request: &Request<'_>) -> Result<Answer, RequestError>
     request.answer(&response)
 }
 
+async fn offset_of(
+    request: &Request<'_>,
+    version: i16,
+    topic: &str,
+    p: &ListOffsetsPartition,
+) -> Result<Option<OffsetAt>, ErrorCode> {
+    let (timestamp, epoch) = (p.timestamp, p.current_leader_epoch);
+    // Special timestamps came with versions; an older request that names one gets no offset.
+    let known = match timestamp {
+        -3 => version >= 7,
+        -4 => version >= 8,
+        -5 => version >= 9,
+        -6 => version >= 11,
+        t => t >= -2,
+    };
+    if !known {
+        return Err(ErrorCode::UNSUPPORTED_VERSION);
+    }
+    at_home(request.shard, topic, p.partition_index, move |partition| async move {
+        partition.check_epoch(epoch)?;
+        partition.offset_at(timestamp).await
+    })
+    .await
+}
+
 pub async fn offset_for_leader_epoch(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: OffsetForLeaderEpochRequest = request.decode()?;
     let mut response = OffsetForLeaderEpochResponse::default();
     for topic in asked.topics {
         let mut answered = OffsetForLeaderTopicResult::default().with_topic(topic.topic.clone());
-        for p in topic.partitions {
+        let found = topic.partitions.iter().map(|p| {
             let (current, epoch) = (p.current_leader_epoch, p.leader_epoch);
-            let found =
-                at_home(request.shard, topic.topic.as_str(), p.partition, move |partition| async move {
-                    partition.check_epoch(current)?;
-                    partition.check_serves()?;
-                    Ok(partition.epoch_end_offset(epoch))
-                })
-                .await;
+            at_home(request.shard, topic.topic.as_str(), p.partition, move |partition| async move {
+                partition.check_epoch(current)?;
+                partition.confirm_leads().await?;
+                Ok(partition.epoch_end_offset(epoch))
+            })
+        });
+        for (p, found) in topic.partitions.iter().zip(join_all(found).await) {
             let mut out = EpochEndOffset::default()
                 .with_partition(p.partition)
                 .with_leader_epoch(-1)

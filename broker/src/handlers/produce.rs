@@ -13,13 +13,15 @@ use bytes::BytesMut;
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::header::RequestHeader;
 use flumen_protocol::produce::{
-    ProducePartitionResult, ProduceRequest, TopicRef, ZSTD_MIN_VERSION, decode_produce,
-    encode_produce_response,
+    NodeEndpoint, ProducePartitionResult, ProduceRequest, TopicRef, ZSTD_MIN_VERSION, decode_produce,
+    encode_produce_response_with_endpoints,
 };
 use flumen_protocol::record_batch;
 use tokio::sync::oneshot;
 
 use crate::dispatch::{Answer, Finished, Part, RequestError, Waiting};
+use crate::handlers::leader_hints::{Hints, tells_leader};
+use crate::node::Node;
 use crate::partition::{Completion, Origin, ProduceInFlight};
 use crate::shard::Shard;
 
@@ -161,7 +163,7 @@ pub async fn handle(
         parts.push(Part::Pending(receiver));
     }
 
-    let metrics = shard.metrics.clone();
+    let (metrics, node) = (shard.metrics.clone(), shard.node.clone());
     let correlation_id = header.correlation_id;
     let finish = move |parts: Vec<Results>| {
         let mut results: Results = parts.into_iter().flatten().collect();
@@ -172,7 +174,13 @@ pub async fn handle(
             return if failures == 0 { Finished::Silent } else { Finished::Close };
         }
         results.sort_by_key(|r| (r.topic, r.partition));
-        Finished::Send(encode_produce_response(version, correlation_id, &topics, &results, 0).freeze())
+        let mut endpoints = Vec::new();
+        if failures > 0 {
+            endpoints = name_leaders(&node, &topics, &mut results);
+        }
+        let answer =
+            encode_produce_response_with_endpoints(version, correlation_id, &topics, &results, 0, &endpoints);
+        Finished::Send(answer.freeze())
     };
     Ok(Answer::Waiting(Waiting { parts, finish: Box::new(finish) }))
 }
@@ -192,6 +200,26 @@ fn resolve(
             .cloned()
             .ok_or(ErrorCode::UNKNOWN_TOPIC_ID),
     }
+}
+
+/// Says who leads where this broker does not, and returns where those listen.
+fn name_leaders(
+    node: &Node,
+    topics: &[TopicRef],
+    results: &mut [ProducePartitionResult],
+) -> Vec<NodeEndpoint> {
+    let mut hints = Hints::default();
+    let image = node.image.load();
+    for result in results.iter_mut().filter(|result| tells_leader(result.error)) {
+        let topic = resolve(&image, &topics[result.topic as usize]);
+        let index = usize::try_from(result.partition);
+        if let (Ok(topic), Ok(index)) = (topic, index)
+            && let Some(info) = topic.partitions.get(index)
+        {
+            result.current_leader = hints.leader_of(node, info.group_id);
+        }
+    }
+    hints.endpoints(node)
 }
 
 fn result(topic: u32, partition: i32, error: ErrorCode, message: Option<&str>) -> ProducePartitionResult {

@@ -14,6 +14,7 @@ use flumen_protocol::record_batch::{self, BatchError, BatchHeader};
 use flumen_raft::ProposeError;
 use flumen_storage::{ProducerError, Verdict};
 
+use super::turned_away::{HOLD_MS, Place, comes_after};
 use super::{Completion, Partition};
 use crate::mutant::{self, Mutant};
 
@@ -56,6 +57,8 @@ pub enum AppendError {
     Damaged(String),
     #[error("this node does not lead the partition")]
     NotLeader,
+    #[error("a batch of this producer that comes before was turned away, and has not come again")]
+    Behind(ErrorCode),
 }
 
 impl AppendError {
@@ -69,7 +72,16 @@ impl AppendError {
             AppendError::Producer(_) => ErrorCode::OUT_OF_ORDER_SEQUENCE_NUMBER,
             AppendError::NoSpace | AppendError::Damaged(_) => ErrorCode::KAFKA_STORAGE_ERROR,
             AppendError::NotLeader => ErrorCode::NOT_LEADER_OR_FOLLOWER,
+            AppendError::Behind(code) => *code,
         }
+    }
+
+    /// The same batch may be taken later; clients send it again.
+    fn is_for_now(&self) -> bool {
+        matches!(
+            self,
+            AppendError::NoSpace | AppendError::NotLeader | AppendError::Damaged(_) | AppendError::Behind(_)
+        )
     }
 
     /// Whether the answer says where the log starts: Kafka tells it with errors that its log found, not with those of
@@ -114,10 +126,36 @@ impl Partition {
     /// committed; on error it is dropped and nothing was written.
     pub fn append(
         &self,
+        records: BytesMut,
+        origin: Origin,
+        now_ms: i64,
+        completion: Option<Completion>,
+    ) -> Result<Appended, (AppendError, Option<Completion>)> {
+        let place = if origin == Origin::Client { Place::of(&records) } else { None };
+        let Some(place) = place else { return self.append_batch(records, origin, now_ms, completion, None) };
+        let stored = |producer_id| self.log.producers().producer(producer_id);
+        let missing = self.turned_away.borrow_mut().must_hear(place, now_ms, stored);
+        let outcome = match missing {
+            Some(code) => Err((AppendError::Behind(code), completion)),
+            None => self.append_batch(records, origin, now_ms, completion, Some(place)),
+        };
+        match &outcome {
+            Ok(_) => self.turned_away.borrow_mut().took(place),
+            Err((error, _)) if error.is_for_now() => {
+                self.turned_away.borrow_mut().note(place, error.code());
+            }
+            Err(_) => {}
+        }
+        outcome
+    }
+
+    fn append_batch(
+        &self,
         mut records: BytesMut,
         origin: Origin,
         now_ms: i64,
         completion: Option<Completion>,
+        place: Option<Place>,
     ) -> Result<Appended, (AppendError, Option<Completion>)> {
         let checked = match self.admit(&records, origin, now_ms) {
             Ok(checked) => checked,
@@ -127,7 +165,7 @@ impl Partition {
             Admitted::Duplicate { base_offset, log_append_time_ms, last_offset } => {
                 if let Some(completion) = completion {
                     let need = if mutant::is(Mutant::AnswersDuplicatesAtOnce) { 0 } else { last_offset + 1 };
-                    self.wait_for_offset(need, completion);
+                    self.wait_for_offset(need, completion, place);
                 }
                 return Ok(Appended {
                     base_offset,
@@ -172,14 +210,14 @@ impl Partition {
                 Some((request, slot))
             }
             Some(completion) => {
-                self.wait_for_offset(last_offset + 1, completion);
+                self.wait_for_offset(last_offset + 1, completion, place);
                 None
             }
             None => None,
         };
         self.advance();
         if let Some((request, slot)) = here {
-            self.wait_until_stored(Completion::ProduceHere(request, slot));
+            self.wait_until_stored(Completion::ProduceHere(request, slot), place);
         }
         if !self.alone.get() {
             self.stay_awake();
@@ -244,9 +282,17 @@ impl Partition {
                 }
             }
         }
-        if header.has_producer_id()
-            && let Verdict::Duplicate { base_offset, timestamp } = self.log.producers().check(&header)?
+        let verdict = match header.has_producer_id() {
+            true => self.log.producers().check(&header),
+            false => Ok(Verdict::Append),
+        };
+        if let Err(ProducerError::OutOfOrder { expected, got, .. }) = verdict
+            && comes_after(got, expected)
+            && self.is_new_leader(now_ms)
         {
+            return Err(AppendError::Behind(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        }
+        if let Verdict::Duplicate { base_offset, timestamp } = verdict? {
             let last_offset = base_offset + i64::from(header.last_offset_delta);
             let stamped = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
             let log_append_time_ms = if stamped { timestamp } else { -1 };
@@ -257,6 +303,18 @@ impl Partition {
             return Err(AppendError::NoSpace);
         }
         Ok(Admitted::New(header))
+    }
+
+    /// What comes before a gap may have been refused by the leader of before, and be on its way here.
+    fn is_new_leader(&self, now_ms: i64) -> bool {
+        if self.alone.get() {
+            return false;
+        }
+        let epoch = self.leader_epoch();
+        if self.first_gap.get().0 != epoch {
+            self.first_gap.set((epoch, now_ms));
+        }
+        (0..HOLD_MS).contains(&now_ms.saturating_sub(self.first_gap.get().1))
     }
 }
 

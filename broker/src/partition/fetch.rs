@@ -6,6 +6,7 @@ use flumen_protocol::error_code::ErrorCode;
 use flumen_storage::ReadError;
 
 use super::Partition;
+use crate::cluster::node_id_of;
 use crate::mutant::{self, Mutant};
 
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,15 @@ impl FetchError {
     }
 }
 
+/// As what a replica answers a client's Fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    AsLeader,
+    /// For clients of the same rack; up to the high watermark that it knows.
+    AsFollower,
+    NothingYet,
+}
+
 /// Whole record batches; the first may start before the offset that was asked for.
 #[derive(Default)]
 pub struct FetchedSlice {
@@ -63,6 +73,41 @@ impl Partition {
         } else {
             Err(FetchError::UnknownEpoch { asked, current })
         }
+    }
+
+    /// Whether a client may read here. A leader that has committed nothing of its own term knows less than the one before
+    /// told its clients, and where the log begins it may not know either: there is nothing to read for a moment. One
+    /// that was deposed and does not know it serves what is committed, which no other leader contradicts.
+    pub fn check_reader(&self, near: bool) -> Result<Reading, FetchError> {
+        match self.check_serves() {
+            Ok(()) => Ok(Reading::AsLeader),
+            Err(FetchError::NotYet) => Ok(Reading::NothingYet),
+            Err(_) if near && !self.joining.get() => Ok(Reading::AsFollower),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What a client hears that may have to wait.
+    pub fn nothing_yet(&self) -> FetchedSlice {
+        FetchedSlice {
+            records: Vec::new(),
+            high_watermark: self.high_watermark(),
+            log_start_offset: self.log_start_offset(),
+        }
+    }
+
+    /// Of these brokers the first that follows this leader and has what comes before `offset`.
+    pub fn follower_with(&self, candidates: &[i32], offset: i64) -> Option<i32> {
+        if candidates.is_empty() || self.alone.get() || offset < self.log_start_offset() {
+            return None;
+        }
+        let status = self.raft_status();
+        let has = |matched: u64| {
+            matched >= status.last_index || self.log.end_of(matched).is_some_and(|end| end >= offset)
+        };
+        let others = status.peers.iter().filter(|peer| peer.id != self.node_id);
+        let mut able = others.filter(|peer| has(peer.matched_index)).filter_map(|p| node_id_of(p.id));
+        able.find(|id| candidates.contains(id))
     }
 
     /// Committed records from `offset` on, at most `max_bytes` but at least one batch.
@@ -108,7 +153,8 @@ impl Partition {
         if let Some(reason) = self.damage() {
             return Err(FetchError::Storage(reason.to_string()));
         }
-        self.check_serves()?;
+        // Where the log ends, and where it begins, another leader may have changed without this one knowing.
+        self.confirm_leads().await?;
         let high_watermark = self.high_watermark();
         let leader_epoch = self.leader_epoch();
         let storage = |e: ReadError| FetchError::Storage(e.to_string());

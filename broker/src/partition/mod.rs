@@ -17,6 +17,7 @@ mod pending;
 mod replica;
 #[cfg(test)]
 mod replica_tests;
+mod turned_away;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -27,9 +28,10 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 use flumen_metadata::{Durability, TopicConfig};
 use flumen_raft::{Group, GroupStart, Membership};
 use flumen_storage::{CompactError, CompactionConfig, GroupLog};
+use tokio::sync::oneshot;
 
 pub use append::{AppendError, Appended, Origin};
-pub use fetch::{FetchError, FetchedSlice, OffsetAt};
+pub use fetch::{FetchError, FetchedSlice, OffsetAt, Reading};
 pub use pending::{Completion, DataWaiter, ProduceInFlight};
 
 use crate::cluster::floors::Floor;
@@ -37,6 +39,7 @@ use crate::disk_space::DiskSpace;
 use crate::mutant::{self, Mutant};
 use crate::shard::Shard;
 use pending::Pending;
+use turned_away::{Place, TurnedAway};
 
 /// What other threads may read of a partition: metrics, Metadata, DescribeLogDirs, lag.
 #[derive(Default)]
@@ -94,6 +97,9 @@ pub struct Partition {
     forced: Cell<(i64, i64)>,
     /// Retention never passes this offset: what an enabled export has not settled yet.
     hold_offset: Cell<i64>,
+    turned_away: RefCell<TurnedAway>,
+    /// The leader epoch in which a producer's gap was seen last, and when first in it.
+    first_gap: Cell<(i32, i64)>,
 }
 
 struct State {
@@ -109,7 +115,9 @@ struct State {
     pending: VecDeque<Pending>,
     waiters: Vec<Weak<DataWaiter>>,
     /// (raft output number, who waits for that to be stored here) of produces that ask for no more.
-    pending_here: VecDeque<(u64, Completion)>,
+    pending_here: VecDeque<(u64, Completion, Option<Place>)>,
+    /// (token of Raft, who waits) for the news that this replica still leads.
+    reads: Vec<(u64, oneshot::Sender<()>)>,
 }
 
 /// Where and what a partition is, as the metadata says.
@@ -170,6 +178,7 @@ impl Partition {
                 pending: VecDeque::new(),
                 waiters: Vec::new(),
                 pending_here: VecDeque::new(),
+                reads: Vec::new(),
             }),
             alone: Cell::new(alone),
             joining: Cell::new(joins),
@@ -188,6 +197,8 @@ impl Partition {
             staged_number: Cell::new(0),
             forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
+            turned_away: RefCell::default(),
+            first_gap: Cell::new((-1, 0)),
         });
         if partition.damage().is_none() {
             partition.log.set_committed(committed);

@@ -131,6 +131,14 @@ impl Partition {
                 shard.outbox.push(message.to, self.group_id, message);
             }
         }
+        if !outputs.confirmed_reads.is_empty() {
+            let mut state = self.state.borrow_mut();
+            let confirmed = |token: u64| outputs.confirmed_reads.iter().any(|read| read.token == token);
+            // What is committed is carried out before whoever waits runs.
+            for (_, waits) in state.reads.extract_if(.., |(token, _)| confirmed(*token)) {
+                let _ = waits.send(());
+            }
+        }
         if let Some(first) = outputs.entries.first().map(|entry| entry.index) {
             self.take_ends(first, &outputs.entries);
         }
@@ -281,6 +289,10 @@ impl Partition {
         self.publish_gauges();
         if led && !leads && !mutant::is(Mutant::KeepsWaiters) {
             self.lose_leadership();
+        }
+        if served != now.may_serve && !self.alone.get() {
+            // Fetches that wait here may read now, or have to go elsewhere.
+            self.wake_readers();
         }
         if served && !now.may_serve {
             shard.coordinators.remove(self.group_id);

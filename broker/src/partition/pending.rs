@@ -8,6 +8,7 @@ use flumen_protocol::produce::ProducePartitionResult;
 use tokio::sync::{Notify, oneshot};
 
 use super::Partition;
+use super::turned_away::Place;
 
 /// Dead fetch waiters are swept once a list is longer than this; a list only grows on a partition
 /// that gets no records while its consumers come and go.
@@ -17,6 +18,7 @@ pub(super) struct Pending {
     /// Complete when the high watermark is at or above this.
     pub(super) need: i64,
     pub(super) completion: Completion,
+    pub(super) place: Option<Place>,
 }
 
 pub enum Completion {
@@ -90,7 +92,7 @@ impl Partition {
         state.waiters.push(Rc::downgrade(waiter));
     }
 
-    pub(super) fn wait_for_offset(&self, need: i64, completion: Completion) {
+    pub(super) fn wait_for_offset(&self, need: i64, completion: Completion, place: Option<Place>) {
         let mut state = self.state.borrow_mut();
         if state.high_watermark >= need {
             drop(state);
@@ -101,7 +103,7 @@ impl Partition {
             Some(last) if last.need > need => state.pending.partition_point(|p| p.need <= need),
             _ => state.pending.len(),
         };
-        state.pending.insert(at, Pending { need, completion });
+        state.pending.insert(at, Pending { need, completion, place });
     }
 
     pub(super) fn complete(&self, high_watermark: i64) {
@@ -116,6 +118,10 @@ impl Partition {
             let Some(pending) = next else { break };
             run(pending.completion);
         }
+        self.wake_readers();
+    }
+
+    pub(super) fn wake_readers(&self) {
         let waiters = std::mem::take(&mut self.state.borrow_mut().waiters);
         for waiter in waiters.iter().filter_map(std::rc::Weak::upgrade) {
             waiter.notify.notify_one();
@@ -125,13 +131,13 @@ impl Partition {
 
 impl Partition {
     /// Completes when what was staged last is on this disk.
-    pub(super) fn wait_until_stored(&self, completion: Completion) {
+    pub(super) fn wait_until_stored(&self, completion: Completion, place: Option<Place>) {
         let number = self.staged_number.get();
         if self.persisted_number.get() >= number {
             run(completion);
             return;
         }
-        self.state.borrow_mut().pending_here.push_back((number, completion));
+        self.state.borrow_mut().pending_here.push_back((number, completion, place));
     }
 
     pub(super) fn complete_here(&self) {
@@ -140,11 +146,11 @@ impl Partition {
             let next = {
                 let mut state = self.state.borrow_mut();
                 match state.pending_here.front() {
-                    Some((number, _)) if *number <= stored => state.pending_here.pop_front(),
+                    Some((number, ..)) if *number <= stored => state.pending_here.pop_front(),
                     _ => None,
                 }
             };
-            let Some((_, completion)) = next else { break };
+            let Some((_, completion, _)) = next else { break };
             run(completion);
         }
     }
@@ -155,13 +161,18 @@ impl Partition {
     pub(super) fn lose_leadership(&self) {
         let (pending, here) = {
             let mut state = self.state.borrow_mut();
+            state.reads.clear();
             (std::mem::take(&mut state.pending), std::mem::take(&mut state.pending_here))
         };
         let all = pending
             .into_iter()
-            .map(|p| p.completion)
-            .chain(here.into_iter().map(|(_, completion)| completion));
-        for completion in all {
+            .map(|p| (p.completion, p.place))
+            .chain(here.into_iter().map(|(_, completion, place)| (completion, place)));
+        for (completion, place) in all {
+            // Should it lead again before the client heard: what is behind these on the wire must not come first.
+            if let Some(place) = place {
+                self.turned_away.borrow_mut().note(place, ErrorCode::NOT_LEADER_OR_FOLLOWER);
+            }
             if let Completion::Produce(request, slot) | Completion::ProduceHere(request, slot) = completion {
                 request.set(slot, |r| r.base_offset = -1);
                 request.fail(slot, ErrorCode::NOT_LEADER_OR_FOLLOWER, None);

@@ -2,7 +2,8 @@
 //!
 //! Nothing here waits. What Raft answers is carried out by `Partition::advance`.
 
-use flumen_raft::{Body, Membership, Message, ProposeError, Status, StepError, Target};
+use flumen_raft::{Body, Membership, Message, ProposeError, ReadError, Status, StepError, Target};
+use tokio::sync::oneshot;
 
 use super::Partition;
 use super::fetch::FetchError;
@@ -82,6 +83,28 @@ impl Partition {
             (false, true) => Err(FetchError::NotYet),
             (false, false) => Err(FetchError::NotLeader),
         }
+    }
+
+    /// Waits until a majority has said that this replica still leads; what is committed now is then all that ever was
+    /// acknowledged before the question. A leader that is cut off hears nothing, and ceases to lead after an election
+    /// time-out.
+    pub(crate) async fn confirm_leads(&self) -> Result<(), FetchError> {
+        self.check_serves()?;
+        if self.alone.get() {
+            return Ok(());
+        }
+        let (confirmed, waits) = oneshot::channel();
+        {
+            let mut state = self.state.borrow_mut();
+            let token = state.raft.confirm_read().map_err(|error| match error {
+                ReadError::NotLeader => FetchError::NotLeader,
+                ReadError::NotYet | ReadError::TooMany => FetchError::NotYet,
+            })?;
+            state.reads.push((token, confirmed));
+        }
+        self.advance();
+        self.stay_awake();
+        waits.await.map_err(|_| FetchError::NotLeader)
     }
 
     /// A group of one always serves, from its first moment on.

@@ -13,11 +13,11 @@ use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo, TopicConfig};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::produce::ProducePartitionResult;
 use flumen_protocol::record::BatchBuilder;
-use flumen_raft::{Message, Target};
+use flumen_raft::{Body, Message, Target};
 use flumen_storage::{DataDir, ShardStore, StoreConfig};
 use tokio::sync::oneshot;
 
-use super::{AppendError, Completion, Origin, Partition, PartitionSpec, ProduceInFlight};
+use super::{AppendError, Completion, Origin, Partition, PartitionSpec, ProduceInFlight, Reading};
 use crate::export::Exports;
 use crate::mailbox::ShardHandle;
 use crate::node::{Node, now_ms};
@@ -94,6 +94,8 @@ struct Three {
     replicas: RefCell<Vec<i32>>,
     /// Nothing gets in or out.
     cut_off: RefCell<BTreeSet<usize>>,
+    /// What they send gets through but for entries of the log.
+    mute: RefCell<BTreeSet<usize>>,
 }
 
 impl Three {
@@ -104,6 +106,7 @@ impl Three {
             brokers: RefCell::new(vec![None, None, None]),
             replicas: RefCell::new(replicas.to_vec()),
             cut_off: RefCell::default(),
+            mute: RefCell::default(),
         };
         (0..3).for_each(|at| three.start(at));
         Rc::new(three)
@@ -165,8 +168,12 @@ impl Three {
                     if cut(from) || cut(to) {
                         continue;
                     }
+                    let mute = self.mute.borrow().contains(&from);
                     let deliver = move |shard: &Rc<Shard>| {
                         for (group, message) in messages {
+                            if mute && matches!(message.body, Body::Append { .. }) {
+                                continue;
+                            }
                             shard.deliver(from as u64 + 1, group, message);
                         }
                     };
@@ -478,6 +485,240 @@ fn what_a_cut_off_leader_wrote_alone_is_replaced() {
         assert_eq!(three.agree(0).await, log);
         let producers = three.at(old).run(|p| p.producers()).await;
         assert_eq!(producers.iter().map(|p| (p.0, p.2)).collect::<Vec<_>>(), [(3, 7)]);
+    });
+}
+
+async fn until<Fut: Future<Output = bool>>(mut met: impl FnMut() -> Fut) {
+    while !met().await {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// What a batch of producer 9 hears at once, if it is not taken.
+async fn refusal(broker: &Broker, sequence: i32) -> Option<ErrorCode> {
+    send(broker, batch(b"piped", Some((9, sequence))), true).await.err().map(|error| error.code())
+}
+
+/// Regression: some batches of a pipeline were refused by a leader without a first commit, and the next one was not.
+#[test]
+fn a_leader_takes_batches_before_it_may_serve() {
+    with_three(|three| async move {
+        produce(&three, b"first", Some((9, 0))).await;
+        three.agree(0).await;
+        three.mute.borrow_mut().extend(0..3);
+        let old = three.leader().await;
+        three.kill(old).await;
+        let others: Vec<usize> = (0..3).filter(|at| *at != old).collect();
+        let mut leader = None;
+        while leader.is_none() {
+            for at in &others {
+                if three.at(*at).run(|p| p.is_leader()).await {
+                    leader = Some(*at);
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let leader = three.at(leader.unwrap());
+        let mut answers = Vec::new();
+        for sequence in 1..4 {
+            answers.push(send(&leader, batch(b"piped", Some((9, sequence))), true).await.unwrap());
+        }
+        // What it had before it led is told to be a repeat.
+        let repeat = send(&leader, batch(b"first", Some((9, 0))), true).await.unwrap();
+        assert!(!leader.run(|p| p.serves()).await, "nothing of its term is committed yet");
+        three.mute.borrow_mut().clear();
+        for (answer, offset) in answers.into_iter().zip(1..) {
+            let results = answer.await.unwrap();
+            assert_eq!((results[0].error, results[0].base_offset), (ErrorCode::NONE, offset));
+        }
+        assert_eq!(repeat.await.unwrap()[0].base_offset, 0);
+    });
+}
+
+#[test]
+fn a_hand_over_that_fails_leaves_no_gap() {
+    with_three(|three| async move {
+        produce(&three, b"known", Some((9, 0))).await;
+        three.agree(0).await;
+        let at = three.leader().await;
+        let leader = three.at(at);
+        // One that hears no entries is never ready to lead.
+        three.mute.borrow_mut().insert(at);
+        let waits = send(&leader, batch(b"piped", Some((9, 1))), true).await.unwrap();
+        let to = (at as u64 + 1) % 3 + 1;
+        leader.run(move |p| p.transfer_leader(to).unwrap()).await;
+        assert_eq!(refusal(&leader, 2).await, Some(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        // Of a producer that nobody knows.
+        let first = send(&leader, batch(b"new", Some((10, 0))), true).await;
+        assert!(matches!(first, Err(AppendError::NotLeader)));
+        until(|| leader.run(|p| p.raft_status().transfer_to.is_none())).await;
+        three.mute.borrow_mut().clear();
+        assert!(leader.run(|p| p.serves()).await);
+        for sequence in [3, 4] {
+            assert_eq!(refusal(&leader, sequence).await, Some(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        }
+        let second = send(&leader, batch(b"new", Some((10, 1))), true).await;
+        assert!(matches!(second, Err(AppendError::Behind(_))));
+        for (id, sequence) in [(9, 2), (9, 3), (9, 4), (10, 0), (10, 1)] {
+            let answer = send(&leader, batch(b"again", Some((id, sequence))), true).await.unwrap();
+            assert_eq!(answer.await.unwrap()[0].error, ErrorCode::NONE);
+        }
+        assert_eq!(waits.await.unwrap()[0].base_offset, 1);
+    });
+}
+
+#[test]
+fn others_that_do_not_keep_up_for_a_moment_leave_no_gap() {
+    with_three(|three| async move {
+        produce(&three, b"known", Some((9, 0))).await;
+        three.agree(0).await;
+        let at = three.leader().await;
+        let leader = three.at(at);
+        three.mute.borrow_mut().insert(at);
+        let (mut sequence, mut answers) = (1, Vec::new());
+        let refused = loop {
+            let records = batch(&vec![b'v'; 900_000], Some((9, sequence)));
+            match send(&leader, records, true).await {
+                Ok(answer) => answers.push(answer),
+                Err(error) => break error,
+            }
+            sequence += 1;
+        };
+        assert_eq!(refused.code(), ErrorCode::KAFKA_STORAGE_ERROR);
+        three.mute.borrow_mut().clear();
+        for answer in answers {
+            assert_eq!(answer.await.unwrap()[0].error, ErrorCode::NONE);
+        }
+        assert_eq!(refusal(&leader, sequence + 1).await, Some(ErrorCode::KAFKA_STORAGE_ERROR));
+        assert_eq!(refusal(&leader, sequence).await, None);
+        assert_eq!(refusal(&leader, sequence + 1).await, None);
+    });
+}
+
+#[test]
+fn a_leadership_that_is_lost_and_won_again_leaves_no_gap() {
+    with_three(|three| async move {
+        produce(&three, b"known", Some((9, 0))).await;
+        three.agree(0).await;
+        let at = three.leader().await;
+        let leader = three.at(at);
+        three.cut_off.borrow_mut().insert(at);
+        three.tell_down(at).await;
+        let mut told = Vec::new();
+        for sequence in 1..3 {
+            told.push(send(&leader, batch(b"nobody hears", Some((9, sequence))), true).await.unwrap());
+        }
+        for answer in told {
+            assert_eq!(answer.await.unwrap()[0].error, ErrorCode::NOT_LEADER_OR_FOLLOWER);
+        }
+        // Another leads, so that what was refused is cut off; and the first leads again.
+        three.leader().await;
+        three.cut_off.borrow_mut().clear();
+        three.agree(0).await;
+        while three.leader().await != at {
+            let now = three.at(three.leader().await);
+            let _ = now.run(move |p| p.transfer_leader(at as u64 + 1)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(refusal(&leader, 3).await, Some(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        for sequence in 1..4 {
+            let answer = send(&leader, batch(b"again", Some((9, sequence))), true).await.unwrap();
+            assert_eq!(answer.await.unwrap()[0].error, ErrorCode::NONE);
+        }
+        // To a producer that others served meanwhile nothing is missing here.
+        let next = three.at((at + 1) % 3);
+        assert_eq!(refusal(&next, 4).await, Some(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        for sequence in 4..9 {
+            produce(&three, b"goes on", Some((9, sequence))).await;
+        }
+        while three.leader().await != (at + 1) % 3 {
+            let now = three.at(three.leader().await);
+            let _ = now.run(move |p| p.transfer_leader((at as u64 + 1) % 3 + 1)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(refusal(&next, 9).await, None);
+    });
+}
+
+/// A leader that is cut off does not know of the one that replaces it, and says nothing of where the log ends or begins.
+#[test]
+fn a_deposed_leader_answers_nothing_that_another_contradicts() {
+    with_three(|three| async move {
+        produce(&three, b"old", None).await;
+        three.agree(0).await;
+        let at = three.leader().await;
+        let old = three.at(at);
+        three.cut_off.borrow_mut().insert(at);
+        let asked = [-1, -2, 0].map(|timestamp| {
+            old.node.shards[0].run(move |shard| async move {
+                let partition = shard.partition(GROUP).unwrap();
+                assert!(partition.serves(), "it knows nothing yet");
+                partition.offset_at(timestamp).await.map_err(|error| error.code())
+            })
+        });
+        for answer in futures_util::future::join_all(asked).await {
+            assert_eq!(answer.unwrap(), Err(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        }
+        assert_eq!(produce(&three, b"new", None).await, 1);
+        let end = three.at(three.leader().await).node.shards[0]
+            .run(|shard| async move { shard.partition(GROUP).unwrap().offset_at(-1).await.unwrap().unwrap() })
+            .await
+            .unwrap();
+        assert_eq!(end.offset, 2);
+        // All replicas sleep when there is nothing to do, and whoever asks is answered all the same.
+        three.cut_off.borrow_mut().clear();
+        three.agree(0).await;
+        let leader = three.at(three.leader().await);
+        until(|| leader.run(|p| p.is_asleep())).await;
+        let end = leader.node.shards[0]
+            .run(|shard| async move { shard.partition(GROUP).unwrap().offset_at(-1).await.unwrap().unwrap() })
+            .await
+            .unwrap();
+        assert_eq!(end.offset, 2);
+    });
+}
+
+#[test]
+fn clients_read_where_they_may() {
+    with_three(|three| async move {
+        for _ in 0..3 {
+            produce(&three, b"value", None).await;
+        }
+        three.agree(0).await;
+        let at = three.leader().await;
+        let leader = three.at(at);
+        let others: Vec<i32> = (0..3).filter(|id| *id != at as i32).collect();
+        assert_eq!(leader.run(|p| p.check_reader(false).unwrap()).await, Reading::AsLeader);
+        let follower = three.at(others[0] as usize);
+        let refused = follower.run(|p| p.check_reader(false).map_err(|error| error.code())).await;
+        assert_eq!(refused, Err(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        assert_eq!(follower.run(|p| p.check_reader(true).unwrap()).await, Reading::AsFollower);
+        // Who has all of it, and is no further than that.
+        let (own, both) = (at as i32, others.clone());
+        let chosen = leader.run(move |p| (p.follower_with(&[own], 3), p.follower_with(&both, 3))).await;
+        assert!(chosen.0.is_none() && others.contains(&chosen.1.unwrap()));
+        three.mute.borrow_mut().insert(at);
+        let waits = send(&leader, batch(b"on its way", None), false).await.unwrap();
+        waits.await.unwrap();
+        let both = others.clone();
+        assert_eq!(leader.run(move |p| p.follower_with(&both, 4)).await, None);
+        // One that leads and has committed nothing yet lets them wait.
+        three.mute.borrow_mut().extend(0..3);
+        drop((leader, follower));
+        three.kill(at).await;
+        until(|| async {
+            let states = [three.at(others[0] as usize), three.at(others[1] as usize)];
+            let leads = |broker: Rc<Broker>| async move {
+                broker.run(|p| p.is_leader().then(|| p.check_reader(false).unwrap())).await
+            };
+            let [first, second] = states;
+            let seen = (leads(first).await, leads(second).await);
+            assert!(![seen.0, seen.1].contains(&Some(Reading::AsLeader)), "nothing is committed");
+            [seen.0, seen.1].contains(&Some(Reading::NothingYet))
+        })
+        .await;
+        three.mute.borrow_mut().clear();
+        three.leader().await;
     });
 }
 
