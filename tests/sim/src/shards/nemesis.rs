@@ -17,7 +17,7 @@ use super::plan::quiet;
 use super::world::World;
 
 /// Every kind of fault, and everything else that must have happened in a set of runs for them to be worth anything.
-pub const FAULTS: [&str; 36] = [
+pub const FAULTS: [&str; 35] = [
     "isolate one",
     "split in two",
     "one way",
@@ -43,7 +43,6 @@ pub const FAULTS: [&str; 36] = [
     "records deleted",
     "snapshot",
     "batch sent again",
-    "batch behind a refused one",
     "request given up",
     "producer started anew",
     "read from a follower",
