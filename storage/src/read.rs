@@ -18,9 +18,9 @@ use flumen_protocol::record_batch::{self, BatchHeader};
 
 use crate::group::{Group, GroupLog, Inner};
 use crate::marks::Numbering;
-use crate::read_ahead::{Rest, Slot};
 use crate::segment_index::{self, IndexBuilder, IndexEntry};
 use crate::segment_name::SegmentName;
+use crate::read_ahead::{Rest, Slot};
 use crate::store::Shard;
 use crate::types::ReadError;
 use crate::walk::{Step, Walk};
@@ -448,8 +448,13 @@ impl GroupLog {
                     if end > start && next < place.end && place.holds(group) {
                         let at = position + end as u64;
                         let rest = self.rest_of(place, at, piece.slice(end..), (piece.len(), reads_on, want));
-                        let slot =
-                            Slot { group: group.id, segment: place.name, offset: next, position: at, rest };
+                        let slot = Slot {
+                            group: group.id,
+                            segment: place.name,
+                            offset: next,
+                            position: at,
+                            rest,
+                        };
                         shard.read_ahead.borrow_mut().keep(slot);
                     }
                     return Ok(Some(if end > start { vec![piece.slice(start..end)] } else { Vec::new() }));
