@@ -45,13 +45,13 @@ crash-test:
 	cargo build --release -p flumen-crash-test
 	target/release/flumen-crash-test --seeds $(N) --seed $(SEED) $(if $(LOG),--log,)
 
-# Brokers with many raft groups in one thread, on a simulated network: SEEDS=from..to (not included). A failure says how to
-# repeat it and keeps its history for flumen-check in KEEP.
+# Brokers in one thread, on a simulated network: first many raft groups with a small driver, then whole shards on simulated
+# disks. SEEDS=from..to (not included). A failure says how to repeat it and keeps its history for flumen-check in KEEP.
 SEEDS ?= 0..2000
 sim:
 	cargo build --release -p flumen-sim
-	target/release/flumen-sim $(firstword $(subst .., ,$(SEEDS))) \
-		$$(( $(lastword $(subst .., ,$(SEEDS))) - $(firstword $(subst .., ,$(SEEDS))) )) $(if $(KEEP),--keep $(KEEP),)
+	for world in "" --shards; do target/release/flumen-sim $$world $(firstword $(subst .., ,$(SEEDS))) \
+		$$(( $(lastword $(subst .., ,$(SEEDS))) - $(firstword $(subst .., ,$(SEEDS))) )) $(if $(KEEP),--keep $(KEEP),) || exit 1; done
 
 # Three to five real processes in network namespaces (root), with clients and an export, under CYCLES faults that SEED chooses;
 # PAUSE_MS: for how long a node may stand still. A failure keeps its directory.

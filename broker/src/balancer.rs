@@ -90,7 +90,7 @@ async fn take_step(
     let told = |error: &dyn std::fmt::Display| {
         tracing::warn!(topic = %one.topic, partition = one.partition, %error, "a step of a move failed; it is tried again");
     };
-    match next_step(&one.info, &view_of(&partition.raft_status())) {
+    match step_of(&one.info, partition) {
         Step::Wait(reason) => {
             if waiting.insert(group_id, reason) != Some(reason) {
                 tracing::info!(topic = %one.topic, partition = one.partition, %reason, "a move waits");
@@ -123,6 +123,11 @@ async fn take_step(
     }
 }
 
+/// What the leader of a partition that is on its way does next.
+pub fn step_of(info: &PartitionInfo, partition: &Partition) -> Step {
+    next_step(info, &view_of(&partition.raft_status()))
+}
+
 fn view_of(status: &Status) -> GroupView {
     let ids = |ids: &[u64]| ids.iter().filter_map(|id| node_id_of(*id)).collect();
     let own = status.leadership.leader_id;
@@ -137,7 +142,8 @@ fn view_of(status: &Status) -> GroupView {
         leader: node_id_of(own).unwrap_or(-1),
         voters: ids(&status.membership.voters),
         learners: ids(&status.membership.learners),
-        is_joint: status.membership.is_joint(),
+        // What is on its way would come after whatever is concluded from the members of now.
+        is_joint: status.membership.is_joint() || status.change_pending,
         behind: behind.collect(),
     }
 }

@@ -6,7 +6,7 @@
 
 mod admin_cluster;
 pub mod admin_http;
-mod balancer;
+pub mod balancer;
 pub mod cli;
 pub mod cluster;
 mod cluster_health;
@@ -17,10 +17,15 @@ pub mod disk_space;
 pub mod dispatch;
 pub mod export;
 pub mod handlers;
+pub mod host;
 pub mod mailbox;
 pub mod metadata_snapshots;
 pub mod metrics;
 mod metrics_text;
+#[cfg(not(feature = "mutants"))]
+mod mutant;
+#[cfg(feature = "mutants")]
+pub mod mutant;
 pub mod net;
 pub mod node;
 pub mod partition;

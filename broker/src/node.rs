@@ -20,6 +20,7 @@ use crate::cluster::leaders::LeaderTable;
 use crate::cluster::pace::{CATCH_UP_BYTES_PER_S, Pace};
 use crate::disk_space::DiskSpace;
 use crate::export::Exports;
+use crate::host::{self, Host};
 use crate::mailbox::ShardHandle;
 use crate::metrics::ShardMetrics;
 use crate::partition::{PartitionGauges, raft_id};
@@ -37,6 +38,7 @@ pub struct Node {
     pub metrics: Vec<Arc<ShardMetrics>>,
     pub exports: Exports,
     pub disk: Arc<DiskSpace>,
+    pub host: Arc<dyn Host>,
     pub started: Instant,
     ready: AtomicBool,
     pub leaders: LeaderTable,
@@ -66,6 +68,7 @@ impl Node {
             metrics,
             exports,
             disk: Arc::default(),
+            host: Arc::new(host::Process),
             started: Instant::now(),
             ready: AtomicBool::new(false),
             leaders: LeaderTable::new(config.node_id),
@@ -76,6 +79,12 @@ impl Node {
             producer_id_refill: tokio::sync::Mutex::default(),
             config,
         }
+    }
+
+    /// In place of a process of its own.
+    pub fn hosted_by(mut self, host: Arc<dyn Host>) -> Node {
+        self.host = host;
+        self
     }
 
     /// What Raft calls this node: one more than its id, as 0 means nobody there.
@@ -142,7 +151,8 @@ impl Node {
     }
 }
 
-/// Wall clock, for record timestamps, retention and session deadlines. Pure code gets it as an argument.
+/// Wall clock of a process, for record timestamps, retention and session deadlines; shards ask `Node::host`. Pure code gets it
+/// as an argument.
 pub fn now_ms() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)

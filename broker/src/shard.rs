@@ -11,7 +11,6 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, VecDeque};
-use std::io::Write;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +29,7 @@ use crate::handlers::produce::ProduceLine;
 use crate::mailbox::ShardMessage;
 use crate::metrics::ShardMetrics;
 use crate::net::connection;
-use crate::node::{Node, now_ms};
+use crate::node::Node;
 use crate::partition::{Partition, PartitionSpec, group_config};
 use crate::peers::Outbox;
 
@@ -46,8 +45,6 @@ const COMPACTION_INTERVAL: Duration = Duration::from_secs(1);
 /// How often flush.ms and flush.messages are looked at; they ask for no more than "about".
 const FORCE_INTERVAL: Duration = Duration::from_millis(100);
 const FORCES_PER_LOOK: u32 = 10;
-/// Exit status when the log failed: an operator has to look at the disk (sysexits EX_IOERR).
-const EXIT_LOG_FAILED: i32 = 74;
 
 pub struct Shard {
     pub id: usize,
@@ -118,8 +115,10 @@ impl Shard {
             });
         }
         tokio::task::spawn_local(self.clone().keep_ticking());
-        if self.node.cluster.is_some() {
+        if self.node.cluster.is_some() || self.links.are_carried() {
             tokio::task::spawn_local(floors::keep_told(self.clone()));
+        }
+        if self.node.cluster.is_some() {
             tokio::task::spawn_local(balancer::keep_moving(self.clone()));
         }
         tokio::task::spawn_local(self.clone().keep_retention());
@@ -168,7 +167,8 @@ impl Shard {
         }
         // A replica that comes to a group that exists may have been here before, and the store never takes a number again.
         let returns = !spec.replicas.contains(&self.node.config.node_id);
-        let id = if returns { number_of_its_own(spec.group_id) } else { spec.group_id };
+        let id =
+            if returns { number_of_its_own(spec.group_id, self.node.host.draw()) } else { spec.group_id };
         let dir_name = dir_name(&spec.topic, spec.index, id);
         let log = self.store.create(id, &dir_name, group_config(&spec.config, self.is_alone(&spec)))?;
         Ok(self.insert(spec, log))
@@ -264,20 +264,15 @@ impl Shard {
         self.staged[lane as usize].borrow_mut().push_back((lsn, group_id, number));
     }
 
-    /// The log failed: say why and stop. Never retried into success.
-    pub fn poison(&self, reason: &str) -> ! {
+    /// The log failed: say why and stop. Never retried into success. Does not return but where the host of the broker only makes
+    /// sure that nobody hears of it any more.
+    pub fn poison(&self, reason: &str) {
         tracing::error!(
             shard = self.id,
             reason,
             "the shard log failed; nothing unacknowledged is assumed stored"
         );
-        // Standard error may lie on the disk that failed: whatever becomes of the sentence, this process ends.
-        let _ = writeln!(
-            std::io::stderr(),
-            "flumen: the log of shard {} failed: {reason}; stopping without acknowledging what was in flight",
-            self.id
-        );
-        std::process::exit(EXIT_LOG_FAILED)
+        self.node.host.log_failed(self.id, reason);
     }
 
     /// Stops taking requests and puts everything where the next start finds it quickly.
@@ -301,7 +296,7 @@ impl Shard {
                     tracing::debug!(shard = self.id, %error, "log closed");
                     return;
                 }
-                Err(error) => self.poison(&error.to_string()),
+                Err(error) => return self.poison(&error.to_string()),
             }
             {
                 let mut staged = self.staged[lane as usize].borrow_mut();
@@ -330,7 +325,7 @@ impl Shard {
                 if i % RETENTION_PARTITIONS_PER_TURN == RETENTION_PARTITIONS_PER_TURN - 1 {
                     tokio::task::yield_now().await;
                 }
-                let now = now_ms();
+                let now = self.node.host.now_ms();
                 partition.enforce_retention(now);
                 partition.expire_producers(now, expiration_ms);
             }
@@ -348,7 +343,7 @@ impl Shard {
                 if i % RETENTION_PARTITIONS_PER_TURN == RETENTION_PARTITIONS_PER_TURN - 1 {
                     tokio::task::yield_now().await;
                 }
-                partition.compact(now_ms()).await;
+                partition.compact(self.node.host.now_ms()).await;
             }
         }
     }
@@ -361,7 +356,7 @@ impl Shard {
             for _ in 0..FORCES_PER_LOOK {
                 tokio::time::sleep(FORCE_INTERVAL).await;
                 for partition in &forced {
-                    partition.keep_forced(now_ms()).await;
+                    partition.keep_forced(self.node.host.now_ms()).await;
                 }
             }
         }
@@ -379,9 +374,9 @@ impl Shard {
 /// here one after the other.
 const GROUP_BITS: u32 = 40;
 
-fn number_of_its_own(group_id: u64) -> u64 {
-    // Random, and never 0; the highest bit stays free.
-    let which = (uuid::Uuid::new_v4().as_u128() as u64 & 0x7f_ffff).max(1);
+fn number_of_its_own(group_id: u64, drawn: u64) -> u64 {
+    // Never 0; the highest bit stays free.
+    let which = (drawn & 0x7f_ffff).max(1);
     group_id | which << GROUP_BITS
 }
 

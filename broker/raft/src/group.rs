@@ -460,6 +460,7 @@ impl Group {
             committed_index: raft.raft_log.committed,
             applied_index: raft.raft_log.applied,
             membership: self.membership.clone(),
+            change_pending: self.is_leader() && raft.has_pending_conf(),
             transfer_to: raft.lead_transferee,
             asleep: self.asleep,
             tail_bytes: self.node.store().bytes(),

@@ -218,6 +218,8 @@ pub struct Status {
     pub committed_index: u64,
     pub applied_index: u64,
     pub membership: Membership,
+    /// A leader's log may hold a change of members that is not applied yet.
+    pub change_pending: bool,
     pub transfer_to: Option<u64>,
     pub asleep: bool,
     pub tail_bytes: usize,

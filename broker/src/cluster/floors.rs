@@ -35,6 +35,7 @@ pub async fn keep_told(shard: Rc<Shard>) {
     let mut round = 0u32;
     while !shard.is_stopping() {
         tokio::select! {
+            biased;
             () = tokio::time::sleep(INTERVAL) => {}
             () = shard.floors_changed.notified() => {}
         }

@@ -184,6 +184,16 @@ async fn serve_request(
     Ok(())
 }
 
+/// What is asked of replicas, and takes no metadata to answer.
+pub async fn answer_of_replicas(node: &Node, kind: u16, body: Bytes) -> Answered {
+    match kind {
+        requests::MEMBERS => joins::answer(node, body).await,
+        requests::FLOORS => floors::answer(node, body).await,
+        requests::HAND_OVER => hand_over::answer(node, &body).await,
+        _ => Answered { code: ErrorCode::UNSUPPORTED_VERSION.0, body: Bytes::new() },
+    }
+}
+
 async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Request) -> Answered {
     let failed = |code: ErrorCode| Answered { code: code.0, body: Bytes::new() };
     let known = is_known(&shard.node, sender.node_id);
@@ -205,10 +215,10 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
         requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
-        requests::MEMBERS => joins::answer(&shard.node, request.body).await,
         requests::SHIP => ship::answer(&shard.node, request.body).await,
-        requests::FLOORS => floors::answer(&shard.node, request.body).await,
-        requests::HAND_OVER => hand_over::answer(&shard.node, &request.body).await,
+        requests::MEMBERS | requests::FLOORS | requests::HAND_OVER => {
+            answer_of_replicas(&shard.node, request.kind, request.body).await
+        }
         requests::STATUS => {
             let status = crate::cluster_view::own_status(&shard.node).await;
             Answered { code: 0, body: status.to_string().into() }

@@ -6,7 +6,7 @@
 //! Bounds: Raft's messages by the shard's outbox; requests by `requests::UNANSWERED_MAX`; who leads what by the groups that
 //! this node leads. What waited for a connection that was not there is thrown away when one comes: Raft says it again.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use flumen_peer::{BODY_MAX, Frame, HELLO_BODY_MAX, LEADS_MAX, Lead, RaftFrame, Request, negotiate};
 use flumen_raft::{Body, Message};
+use futures_util::future::LocalBoxFuture;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, oneshot};
@@ -50,12 +51,32 @@ pub struct Link {
     refused: Cell<bool>,
 }
 
+/// Carries requests where there are no connections: in a simulation, which has a network of its own.
+pub trait Carrier {
+    fn ask(
+        &self,
+        node_id: i32,
+        kind: u16,
+        body: Bytes,
+    ) -> LocalBoxFuture<'static, Result<Answered, AskError>>;
+}
+
 #[derive(Default)]
 pub struct Links {
     links: RefCell<BTreeMap<i32, Rc<Link>>>,
+    carrier: OnceCell<Box<dyn Carrier>>,
 }
 
 impl Links {
+    /// Once, and instead of `set`.
+    pub fn carry_by(&self, carrier: Box<dyn Carrier>) {
+        assert!(self.carrier.set(carrier).is_ok(), "requests have one carrier");
+    }
+
+    pub fn are_carried(&self) -> bool {
+        self.carrier.get().is_some()
+    }
+
     /// Makes the links those to these nodes.
     pub fn set(&self, shard: &Rc<Shard>, addresses: &BTreeMap<i32, String>) {
         let mut links = self.links.borrow_mut();
@@ -109,6 +130,9 @@ impl Links {
 
     /// Asks a node, and waits for what it answers.
     pub async fn ask(&self, node_id: i32, kind: u16, body: Bytes) -> Result<Answered, AskError> {
+        if let Some(carrier) = self.carrier.get() {
+            return carrier.ask(node_id, kind, body).await;
+        }
         let link = self.links.borrow().get(&node_id).cloned().ok_or(AskError::NotSent)?;
         link.ask(kind, body).await
     }
@@ -307,7 +331,8 @@ fn collect_control(link: &Link, version: u16, batch: &mut VecDeque<Bytes>) {
     }
 }
 
-fn raft_frames(from: u64, to: u64, messages: &[(u64, Message)]) -> Vec<RaftFrame> {
+/// The frames of what waits for a broker, oldest first.
+pub fn raft_frames(from: u64, to: u64, messages: &[(u64, Message)]) -> Vec<RaftFrame> {
     let mut frames = Vec::new();
     let mut frame = RaftFrame::new(from, to);
     let mut bytes = 0;

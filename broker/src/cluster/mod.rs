@@ -22,7 +22,7 @@ pub mod floors;
 pub mod forward;
 pub mod hand_over;
 pub mod identity;
-mod inbound;
+pub mod inbound;
 pub mod joining;
 pub mod joins;
 pub mod leaders;

@@ -51,7 +51,7 @@ impl Controller {
                     if self.applied.get() < self.log.log_start_offset() || self.shard.is_stopping() {
                         continue;
                     }
-                    self.shard.poison(&format!("the metadata cannot be followed: {error}"));
+                    return self.shard.poison(&format!("the metadata cannot be followed: {error}"));
                 }
                 continue;
             }

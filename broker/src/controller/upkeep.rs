@@ -155,6 +155,7 @@ mod tests {
             committed_index: 5000,
             applied_index: 5000,
             membership,
+            change_pending: false,
             transfer_to: None,
             asleep: false,
             tail_bytes: 0,

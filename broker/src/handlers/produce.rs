@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 
 use crate::dispatch::{Answer, Finished, Part, RequestError, Waiting};
 use crate::handlers::leader_hints::{Hints, tells_leader};
-use crate::node::{Node, now_ms};
+use crate::node::Node;
 use crate::partition::{Completion, Origin, ProduceInFlight};
 use crate::shard::Shard;
 
@@ -61,13 +61,13 @@ impl ProduceLine {
 }
 
 /// One record batch on its way to its partition.
-struct Item {
-    topic: u32,
-    partition: i32,
-    group_id: u64,
+pub struct Item {
+    pub topic: u32,
+    pub partition: i32,
+    pub group_id: u64,
     /// The client waits for all replicas that must have it, or for the leader alone.
-    for_all: bool,
-    records: BytesMut,
+    pub for_all: bool,
+    pub records: BytesMut,
 }
 
 pub async fn handle(
@@ -239,7 +239,7 @@ fn result(topic: u32, partition: i32, error: ErrorCode, message: Option<&str>) -
 /// Appends what belongs to this shard, in order. Where the log takes no more until some of it has moved to segments, the
 /// request waits in line, and with it all that come after it: the clients' own limits on unanswered requests slow them
 /// down, and none of them sees an error.
-fn append_all(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results>) {
+pub fn append_all(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results>) {
     if shard.produce_line.is_empty() && !must_wait(shard, &items) {
         append_now(shard, items, done);
         return;
@@ -273,7 +273,7 @@ fn must_wait(shard: &Shard, items: &[Item]) -> bool {
 }
 
 fn append_now(shard: &Rc<Shard>, items: Vec<Item>, done: oneshot::Sender<Results>) {
-    let now = now_ms();
+    let now = shard.node.host.now_ms();
     let results = items.iter().map(|i| result(i.topic, i.partition, ErrorCode::NONE, None)).collect();
     let in_flight = ProduceInFlight::new(results, done);
     for (slot, item) in items.into_iter().enumerate() {

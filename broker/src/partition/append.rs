@@ -16,6 +16,7 @@ use flumen_storage::{ProducerError, Verdict};
 
 use super::turned_away::{HOLD_MS, Place, comes_after};
 use super::{Completion, Partition};
+use crate::mutant::{self, Mutant};
 
 /// Decompressed bytes looked at when single records are checked (keys of compacted topics, timestamps that are out of
 /// bounds); a larger batch is refused.
@@ -163,7 +164,8 @@ impl Partition {
         let header = match checked {
             Admitted::Duplicate { base_offset, log_append_time_ms, last_offset } => {
                 if let Some(completion) = completion {
-                    self.wait_for_offset(last_offset + 1, completion, place);
+                    let need = if mutant::is(Mutant::AnswersDuplicatesAtOnce) { 0 } else { last_offset + 1 };
+                    self.wait_for_offset(need, completion, place);
                 }
                 return Ok(Appended {
                     base_offset,
@@ -202,6 +204,11 @@ impl Partition {
         }
         let here = match completion {
             Some(Completion::ProduceHere(request, slot)) if !self.alone.get() => Some((request, slot)),
+            Some(Completion::Produce(request, slot))
+                if !self.alone.get() && mutant::is(Mutant::AcknowledgesBeforeMajority) =>
+            {
+                Some((request, slot))
+            }
             Some(completion) => {
                 self.wait_for_offset(last_offset + 1, completion, place);
                 None

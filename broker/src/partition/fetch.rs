@@ -7,6 +7,7 @@ use flumen_storage::ReadError;
 
 use super::Partition;
 use crate::cluster::node_id_of;
+use crate::mutant::{self, Mutant};
 
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
@@ -116,7 +117,8 @@ impl Partition {
         }
         let (high_watermark, end) = {
             let state = self.state.borrow();
-            (state.high_watermark, state.next_offset)
+            let uncommitted = mutant::is(Mutant::ServesUncommitted);
+            (if uncommitted { state.next_offset } else { state.high_watermark }, state.next_offset)
         };
         let log_start_offset = self.log.log_start_offset();
         // A follower does not know how far the log goes.

@@ -38,6 +38,7 @@ pub(crate) use shipping::Offer;
 
 use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
+use crate::mutant::{self, Mutant};
 use crate::shard::Shard;
 use pending::Pending;
 use turned_away::{Place, TurnedAway};
@@ -92,6 +93,10 @@ pub struct Partition {
     /// The highest raft output number known to be durable, collected before raft is told once.
     persisted_number: Cell<u64>,
     persisted_dirty: Cell<bool>,
+    /// As the log said in the topic's durability, which is not enough for votes.
+    reported_number: Cell<u64>,
+    /// Outputs with a term or vote that a loss of power could still take back, oldest first.
+    unforced: RefCell<VecDeque<u64>>,
     /// The number of the raft output that was staged last.
     staged_number: Cell<u64>,
     /// Everything below this offset was forced to disk, at this time.
@@ -140,7 +145,7 @@ impl Partition {
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let node_id = shard.node.raft_id();
         let (raft, fresh) = start_group(&spec, &log, node_id);
-        let joins = fresh && !raft.membership().contains(node_id);
+        let joins = fresh && !raft.membership().contains(node_id) && !mutant::is(Mutant::JoinsWithoutAsking);
         let alone = raft.membership().has_only(node_id);
         let votes_alone = raft.membership().is_alone(node_id);
         // The metadata may be ahead of the group, or behind it.
@@ -193,6 +198,8 @@ impl Partition {
             ticks_to_stand: Cell::new(if eager { replica::STAND_TICKS } else { 0 }),
             persisted_number: Cell::new(0),
             persisted_dirty: Cell::new(false),
+            reported_number: Cell::new(0),
+            unforced: RefCell::default(),
             staged_number: Cell::new(0),
             forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
@@ -305,8 +312,31 @@ impl Partition {
     /// partition was not already on the list of those to advance.
     pub fn note_persisted(&self, number: u64) -> bool {
         // Lanes report by themselves, and what is durable in one says that all before it is.
-        self.persisted_number.set(self.persisted_number.get().max(number));
+        self.reported_number.set(self.reported_number.get().max(number));
+        let unforced = self.unforced.borrow().front().map_or(u64::MAX, |first| first - 1);
+        let stored = self.reported_number.get().min(unforced);
+        self.persisted_number.set(self.persisted_number.get().max(stored));
         !self.persisted_dirty.replace(true)
+    }
+
+    /// Sees to it that a vote is not forgotten in a loss of power, which the durability of the topic would allow: there would
+    /// be two leaders of one term, and logs that differ for ever. Until then it counts as not stored, and so does what follows.
+    fn force_vote(&self, number: u64) {
+        let (Some(shard), log, group_id) = (self.shard.upgrade(), self.log.clone(), self.group_id) else {
+            return;
+        };
+        self.unforced.borrow_mut().push_back(number);
+        tokio::task::spawn_local(async move {
+            // A log that cannot be forced stops the process elsewhere.
+            if log.force().await.is_ok()
+                && let Some(partition) = shard.partition(group_id)
+                && partition.store_id() == log.group_id()
+            {
+                partition.unforced.borrow_mut().retain(|waits| *waits > number);
+                partition.note_persisted(0);
+                partition.apply_persisted();
+            }
+        });
     }
 
     /// Tells raft what is durable and acts on what it answers.

@@ -10,12 +10,13 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_metadata::Durability;
 use flumen_protocol::record_batch;
 use flumen_raft::{Entry, Install, Leadership, Outputs, Role};
-use flumen_storage::{Beginning, HardState, Lane, Lsn, Payload, ReadError, StageError};
+use flumen_storage::{Beginning, HardState, Lane, Lsn, Payload, ProducerState, ReadError, StageError};
 
 use super::Partition;
 use crate::cluster::node_id_of;
 use crate::coordinator::OFFSETS_TOPIC;
 use crate::export::STATE_TOPIC;
+use crate::mutant::{self, Mutant};
 
 /// Read at a time for a replica that is behind: what a few messages carry.
 const READ_BYTES_MAX: usize = 1 << 20;
@@ -121,7 +122,12 @@ impl Partition {
         }
         if moved {
             let end = self.log.log_end_offset();
-            self.state.borrow_mut().next_offset = end;
+            let mut state = self.state.borrow_mut();
+            let keeps = mutant::is(Mutant::KeepsOffsets) && state.next_offset > end;
+            if !keeps {
+                state.next_offset = end;
+            }
+            drop(state);
             if let Some(index) = self.committed.get() {
                 self.log.set_committed(index);
             }
@@ -168,7 +174,8 @@ impl Partition {
             self.state.borrow_mut().recovered = (first - 1, end);
         }
         let mut state = self.state.borrow_mut();
-        while state.uncommitted.back().is_some_and(|(index, _)| *index >= first) {
+        let cuts = !mutant::is(Mutant::KeepsUncommitted);
+        while cuts && state.uncommitted.back().is_some_and(|(index, _)| *index >= first) {
             state.uncommitted.pop_back();
         }
         for entry in entries.iter().filter(|entry| !entry.is_membership && !entry.data.is_empty()) {
@@ -185,7 +192,15 @@ impl Partition {
         let hard_state =
             outputs.hard_state.map(|hs| HardState { term: hs.term, vote: hs.vote, commit: hs.commit });
         let entries: Vec<flumen_storage::Entry> = outputs.entries.into_iter().map(to_storage).collect();
-        let from_memory = outputs.install.is_none() && self.acknowledges_from_memory(hard_state);
+        let from_memory = outputs.install.is_none()
+            && (self.acknowledges_from_memory(hard_state) || mutant::is(Mutant::ReportsBeforeStored));
+        let votes = hard_state.is_some_and(|new| {
+            let known = self.log.hard_state();
+            (new.term, new.vote) != (known.term, known.vote)
+        });
+        // Whoever is alone cannot contradict anybody. With the first other member comes all that was before.
+        let matters = (votes && !self.alone.get()) || membership.is_some();
+        let must_force = matters && self.config.borrow().acknowledges() != Durability::Durable;
         let begun = match &outputs.install {
             Some(install) => self.begin_anew(install, hard_state),
             None => Ok(None),
@@ -208,6 +223,9 @@ impl Partition {
             }
             Ok((lane, lsn)) => {
                 self.staged_number.set(number);
+                if must_force && !mutant::is(Mutant::LeavesVotesToTheKernel) {
+                    self.force_vote(number);
+                }
                 if let Some(shard) = self.shard.upgrade() {
                     shard.note_staged(lane, lsn, self.group_id, number);
                 }
@@ -302,7 +320,7 @@ impl Partition {
         let leader_id = node_id_of(now.leader_id).unwrap_or(-1);
         shard.node.leaders.note(self.group_id, leader_id, self.leader_epoch());
         self.publish_gauges();
-        if led && !leads {
+        if led && !leads && !mutant::is(Mutant::KeepsWaiters) {
             self.lose_leadership();
         }
         if served != now.may_serve && !self.alone.get() {
@@ -331,7 +349,7 @@ impl Partition {
         tokio::task::spawn_local(async move {
             let read = log.read_entries(low, high, READ_BYTES_MAX).await;
             let Some(partition) = shard.partition(group_id) else { return };
-            let entries = match read {
+            let entries: Vec<Entry> = match read {
                 Ok(entries) => entries.into_iter().map(from_storage).collect(),
                 // An empty answer: the follower is asked again, and then may have to begin anew.
                 Err(ReadError::OutOfRange { .. }) => Vec::new(),
@@ -340,6 +358,7 @@ impl Partition {
                     Vec::new()
                 }
             };
+            tracing::debug!(topic = %partition.topic, partition = partition.index, low, high, read = entries.len(), "read for a follower");
             partition.note_log_start();
             partition.entries_read(low, entries);
         });
@@ -358,8 +377,13 @@ impl Partition {
         let start = self.log.log_start_offset().min(offset);
         let mut state = self.state.borrow_mut();
         if index > 0 && state.raft.log_start() == index {
+            let producers = if mutant::is(Mutant::ForgetsProducersOfBeginning) {
+                ProducerState::default().encode(offset, -1).into()
+            } else {
+                self.log.producers_at(offset)
+            };
             tracing::debug!(topic = %self.topic, partition = self.index, node = follower as i64 - 1, start, offset, "a replica is to begin anew");
-            state.raft.offer_snapshot(encode_snapshot(start, offset, &self.log.producers_at(offset)));
+            state.raft.offer_snapshot(encode_snapshot(start, offset, &producers));
         }
     }
 

@@ -11,5 +11,5 @@ pub mod model;
 pub mod settings;
 pub mod workload;
 
-pub use life::{Failure, Life, Report, paused};
+pub use life::{Failure, Life, Report, paused, take_panic, watch_panics};
 pub use settings::{RECEIVES_FROM, REPLICATED_FROM};

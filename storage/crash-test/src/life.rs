@@ -109,7 +109,7 @@ thread_local! {
 }
 
 /// Keeps what every panic says, also one that ends a background task of the store and nothing else.
-fn watch_panics() {
+pub fn watch_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
@@ -118,6 +118,11 @@ fn watch_panics() {
             before(info);
         }));
     });
+}
+
+/// What the last panic of this thread said, once.
+pub fn take_panic() -> Option<String> {
+    PANIC.take()
 }
 
 impl Life {
@@ -140,7 +145,7 @@ impl Life {
         };
         let outcome = catch_unwind(AssertUnwindSafe(|| life.rounds()));
         // The store's background tasks end alone.
-        let outcome = match PANIC.take() {
+        let outcome = match take_panic() {
             Some(what) if matches!(outcome, Ok(Ok(()))) => {
                 Ok(Err(format!("a task of the store ended: {what}")))
             }

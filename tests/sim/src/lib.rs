@@ -18,6 +18,7 @@ mod network;
 mod oracle;
 mod replica;
 mod rng;
+pub mod shards;
 mod world;
 
 pub use mutant::{DRIVER_MUTANTS, DriverMutant};

@@ -101,6 +101,22 @@ pub(crate) struct World {
     trace: u64,
 }
 
+impl Report {
+    pub(crate) fn nothing(seed: u64) -> Report {
+        Report {
+            seed,
+            failure: None,
+            trace: 0,
+            counts: BTreeMap::new(),
+            elections: 0,
+            commits: 0,
+            acknowledged: 0,
+            simulated_ms: 0,
+            history: History::default(),
+        }
+    }
+}
+
 pub fn run(settings: Settings) -> Report {
     let mut world = World::new(settings);
     let faults_us = world.rng.between(2_000_000, 8_000_000);

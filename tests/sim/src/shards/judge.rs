@@ -1,0 +1,203 @@
+//! What is left in the end: whether replicas are the same, what can be read, and what the directories look like.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::Duration;
+
+use flumen_checker::{Event, History, Options, Record, check};
+
+use super::broker::Broker;
+use super::consumer::{decode, read};
+use super::world::{World, name_of};
+
+/// For replicas to become the same once nothing is written any more.
+const SETTLE_MS: u64 = 10_000;
+const READ_BYTES: usize = 64 << 10;
+
+#[derive(Clone, Debug, PartialEq)]
+struct Seen {
+    broker: i32,
+    start: i64,
+    high_watermark: i64,
+    end: i64,
+    serves: bool,
+    status: String,
+}
+
+async fn look(world: &World, group: u64) -> Vec<Seen> {
+    let mut seen = Vec::new();
+    for broker in &world.brokers {
+        if !world.partitions.borrow()[&group].is_held_by(broker.id) {
+            continue;
+        }
+        let id = broker.id;
+        let one = broker.ask(move |shard| async move {
+            let Some(partition) = shard.partition(group) else { return None };
+            Some(Seen {
+                broker: id,
+                start: partition.log_start_offset(),
+                high_watermark: partition.high_watermark(),
+                end: partition.log_end_offset(),
+                serves: partition.serves(),
+                status: match partition.damage() {
+                    Some(damage) => format!("refuses: {damage}"),
+                    None => format!(
+                        "must wait: {}, {:?}",
+                        partition.must_wait(256 << 10, 10 << 10, 10),
+                        partition.raft_status()
+                    ),
+                },
+            })
+        });
+        match one.await.flatten() {
+            Some(one) => seen.push(one),
+            None => world.fail(format!("broker {id} has no {}", name_of(group))),
+        }
+    }
+    seen
+}
+
+fn agree(seen: &[Seen]) -> bool {
+    let same = |one: &Seen| one.high_watermark == seen[0].high_watermark && one.end == one.high_watermark;
+    seen.iter().filter(|one| one.serves).count() == 1 && seen.iter().all(same)
+}
+
+pub(super) async fn judge(world: &Rc<World>) {
+    for group in world.groups() {
+        let until = world.now_ms() + SETTLE_MS;
+        let mut seen = look(world, group).await;
+        // A replica that kept what the others lost never follows them: a known lack, of topics that do not promise to keep it.
+        if world.is_voided(group) {
+            continue;
+        }
+        while world.is_sound() && !agree(&seen) && world.now_ms() < until {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            seen = look(world, group).await;
+        }
+        if !agree(&seen) {
+            let info = world.partitions.borrow()[&group].clone();
+            world.fail(format!("{}: replicas do not come to agree: {info:?} {seen:#?}", name_of(group)));
+        }
+        if !world.is_sound() {
+            return;
+        }
+        // What retention took of one replica is no matter of the others.
+        let from = seen.iter().map(|one| one.start).max().unwrap_or(0);
+        let up_to = seen[0].high_watermark;
+        for one in &seen {
+            let start = if one.serves { one.start } else { from };
+            let Some(bytes) = content(world, &world.brokers[one.broker as usize], group, start, up_to).await
+            else {
+                return;
+            };
+            let records = match decode(&bytes, start) {
+                Ok(records) => records,
+                Err(what) => return world.fail(format!("broker {}: {}: {what}", one.broker, name_of(group))),
+            };
+            let digest = digest(&bytes, from);
+            world.mix(&[digest]);
+            world.note(Event::Digest { node: one.broker as u64, partition: name_of(group), up_to, digest });
+            if one.serves {
+                let committed = records.iter().map(|(_, value)| *value).collect();
+                world.note(Event::FinalRead {
+                    partition: name_of(group),
+                    log_start: start,
+                    records,
+                    committed,
+                });
+            }
+        }
+    }
+    for broker in &world.brokers {
+        // With what it takes to close the log; or it just ends.
+        let stops = world.below(4) > 0;
+        if stops && broker.ask(|shard| async move { shard.shutdown().await }).await != Some(Ok(())) {
+            world.fail(format!("broker {} does not stop cleanly", broker.id));
+        }
+        broker.ends(world, stops);
+    }
+}
+
+/// Whole batches from an offset on.
+async fn content(
+    world: &World,
+    broker: &Broker,
+    group: u64,
+    from: i64,
+    up_to: i64,
+) -> Option<Vec<bytes::Bytes>> {
+    let asked = broker.ask(move |shard| async move {
+        let partition = shard.partition(group).ok_or("it is gone".to_owned())?;
+        let (mut out, mut at) = (Vec::new(), from);
+        while at < up_to {
+            let slice =
+                read(partition.clone(), -1, at, READ_BYTES).await.map_err(|(error, _)| error.to_string())?;
+            let before = at;
+            for bytes in &slice.records {
+                for batch in flumen_protocol::record_batch::batches(bytes) {
+                    at = batch.map_err(|e| e.to_string())?.0.next_offset();
+                }
+            }
+            if at <= before {
+                return Err(format!("nothing can be read at {at} of {up_to}"));
+            }
+            out.extend(slice.records);
+        }
+        Ok(out)
+    });
+    match asked.await {
+        Some(Ok(bytes)) => Some(bytes),
+        Some(Err(what)) => {
+            world.fail(format!("broker {}: {} from {from}: {what}", broker.id, name_of(group)));
+            None
+        }
+        None => {
+            world.fail(format!("broker {} died in the end", broker.id));
+            None
+        }
+    }
+}
+
+/// Of the batches that end behind an offset.
+fn digest(bytes: &[bytes::Bytes], from: i64) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    for bytes in bytes {
+        for batch in flumen_protocol::record_batch::batches(bytes) {
+            let Ok((header, batch)) = batch else { continue };
+            if header.next_offset() > from {
+                for byte in batch {
+                    hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+                }
+            }
+        }
+    }
+    hash
+}
+
+/// What the checker finds in what clients saw. Of groups that lost what their durability does not promise nothing is judged
+/// here; that brokers live with them is.
+pub(super) fn anomalies(world: &World) -> Option<String> {
+    let found = check(&judged(world), Options::default());
+    found.first().map(|a| format!("{}: {} ({} anomalies)", a.check, a.what, found.len()))
+}
+
+fn judged(world: &World) -> History {
+    let history = world.history.borrow();
+    let voided: Vec<String> = world.voided.borrow().iter().map(|group| name_of(*group)).collect();
+    let mut ops: BTreeSet<u64> = BTreeSet::new();
+    let mut counts = |record: &&Record| match &record.event {
+        Event::Send { op, partition, .. } => {
+            let counts = !voided.contains(partition);
+            if counts {
+                ops.insert(*op);
+            }
+            counts
+        }
+        Event::Sent { op, .. } => ops.contains(op),
+        Event::Poll { partition, .. }
+        | Event::Watermarks { partition, .. }
+        | Event::FinalRead { partition, .. } => !voided.contains(partition),
+        _ => true,
+    };
+    History { records: history.records.iter().filter(|record| counts(record)).cloned().collect() }
+}
