@@ -93,12 +93,11 @@ impl Seen {
 fn see(node: &Node, info: &PartitionInfo) -> Seen {
     let status = status_of(node, info.group_id);
     let up = node.is_up();
-    let replicas = info.replicas.iter().copied();
-    let in_sync = match status.in_sync {
-        Some(in_sync) => replicas.filter(|id| in_sync.contains(id) && up(*id)).collect(),
-        None if status.damaged => Vec::new(),
-        None => replicas.collect(),
+    let alone = node.cluster.is_none();
+    let is_in_sync = |id: &i32| {
+        if alone { !status.damaged } else { up(*id) && !status.lagging.contains(id) }
     };
+    let in_sync = info.replicas.iter().copied().filter(is_in_sync).collect();
     Seen { leader_id: status.leader_id, in_sync, damaged: status.damaged }
 }
 

@@ -31,7 +31,7 @@ use crate::cluster::leaving::hand_over_everything;
 use crate::cluster::listener::Rpc;
 use crate::cluster::members::Members;
 use crate::cluster::{self, Cluster, new_boot_id, news};
-use crate::controller::{Controller, RecoveredGroups};
+use crate::controller::{Controller, METADATA_GROUP, RecoveredGroups};
 use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
 use crate::net::listener;
@@ -85,6 +85,9 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         })?;
         let recovered: RecoveredGroups =
             Arc::new(Mutex::new(recovered.into_iter().map(|g| (group_of(g.group_id), g)).collect()));
+        if let Some((cluster, _)) = &member {
+            refuse_lost_log(&cluster.identity, &options.data_dir, &recovered)?;
+        }
         let (host, port) = options.config.advertised(kafka_address);
         let image = MetadataImage::empty(NodeInfo {
             id: options.config.node_id,
@@ -136,6 +139,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
             let tell = |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::tell(shard.clone())));
             node.controller().post(tell).await?;
             register(&node, cluster).await?;
+            rpc.set_current();
         }
         drop_orphans(&node, &data_dir).await?;
         let next_look = node.disk.look(&data_dir);
@@ -264,6 +268,26 @@ async fn become_member(
     let (identity, address) = find_cluster(cluster, node_id, boot_id, &options.data_dir, &rpc).await?;
     let cluster = Cluster { identity, boot_id, address, members: Members::default() };
     Ok((Arc::new(cluster), rpc))
+}
+
+/// A member that lost its log would vote again for what it has voted for, and forget what it has acknowledged.
+fn refuse_lost_log(
+    identity: &Identity,
+    data_dir: &std::path::Path,
+    recovered: &RecoveredGroups,
+) -> anyhow::Result<()> {
+    let has_metadata = recovered.lock().expect("no panic under this lock").contains_key(&METADATA_GROUP);
+    if identity.registered && !has_metadata {
+        bail!(
+            "{} belongs to node {} of cluster {}, and its log is gone; restore it, or, if it is lost, start with an empty \
+             directory and a --node-id that was never used and then run `flumen cluster decommission {}`",
+            data_dir.display(),
+            identity.node_id,
+            identity.cluster_id,
+            identity.node_id
+        );
+    }
+    Ok(())
 }
 
 /// Tells the cluster where this node is. When it is done the metadata here is no older than this process.

@@ -126,18 +126,12 @@ pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
     };
     PartitionStatus {
         leader_id,
-        in_sync: node.cluster.is_some().then(|| in_sync(node, group_id)),
+        lagging: node.leaders.lagging(group_id),
         leader_epoch,
         // A replica that is damaged here is no matter to whoever asks for its leader elsewhere.
         damaged: gauges.damaged.load(Ordering::Relaxed) != 0 && (node.cluster.is_none() || leader_id == own),
         size_bytes: i64::try_from(gauges.size_bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX),
     }
-}
-
-/// Nodes that are up and, where they have a replica, not behind.
-fn in_sync(node: &Node, group_id: u64) -> Vec<i32> {
-    let (up, lagging) = (node.is_up(), node.leaders.lagging(group_id));
-    node.image.load().nodes.keys().copied().filter(|id| up(*id) && !lagging.contains(id)).collect()
 }
 
 /// What answers need to know of the cluster beside the metadata.

@@ -109,9 +109,7 @@ impl GroupLog {
     pub fn raft_start(&self) -> RaftStart {
         let inner = self.group.inner.borrow();
         let before = inner.marks.before();
-        let applied = inner.membership.as_ref().map_or(0, |(index, _)| *index);
-        let changes = inner.marks.iter().filter(|mark| mark.index > applied);
-        let changes = changes.filter_map(|mark| Some((mark.index, mark.control.clone()?)));
+        let controls = inner.marks.iter().filter_map(|mark| Some((mark.index, mark.control.clone()?)));
         RaftStart {
             hard_state: HardState {
                 commit: inner.hard_state.commit.max(inner.committed_index).min(inner.last_index),
@@ -120,7 +118,7 @@ impl GroupLog {
             last_index: inner.last_index,
             last_term: inner.last_term,
             membership: inner.membership.clone(),
-            controls: changes.filter(|(_, payload)| !payload.is_empty()).collect(),
+            controls: controls.filter(|(_, payload)| !payload.is_empty()).collect(),
             before: (before.index, before.term),
             terms: inner.marks.terms(),
         }

@@ -160,7 +160,8 @@ pub(crate) struct Inner {
     /// State differs from `group.meta`.
     pub meta_dirty: bool,
     pub snapshot_offset: i64,
-    /// The log was not cut since the start, so nothing is missing from the producers; only then they are written down.
+    /// Nothing was cut off that there was no way back from, so nothing is missing from the producers; only then they are
+    /// written down.
     pub producers_whole: bool,
     pub bytes_since_snapshot: u64,
     /// So much unflushed makes the next run.
@@ -312,7 +313,12 @@ impl Group {
                 inner.tail.push_flushed(entry);
             }
         }
-        *group.producers.borrow_mut() = recovered.producers;
+        let mut producers = recovered.producers;
+        if group.inner.borrow().config.direct {
+            // The only replica: all that is there is committed.
+            producers.settle(u64::MAX);
+        }
+        *group.producers.borrow_mut() = producers;
         shard.evict();
         group
     }
@@ -625,6 +631,7 @@ impl GroupLog {
             inner.touch(self.group.id, wal, file_seq);
             inner.hard_state = hard_state;
             inner.committed_index = inner.committed_index.max(hard_state.commit);
+            self.group.producers.borrow_mut().settle(inner.committed_index);
             inner.membership = membership.or(inner.membership.take());
         }
         inner.meta_dirty = true;
@@ -652,7 +659,12 @@ impl GroupLog {
             next_offset = header.next_offset();
             max_timestamp = header.max_timestamp;
             if header.has_producer_id() {
-                self.group.producers.borrow_mut().apply(&header);
+                let mut producers = self.group.producers.borrow_mut();
+                // Where this is the only replica nothing is ever cut away.
+                match inner.config.direct {
+                    true => producers.apply(&header),
+                    false => producers.apply_for_now(&header, entry.index),
+                }
             }
             inner.epochs.assign(header.leader_epoch, header.base_offset);
             add(&shard.counters.bytes_appended, bytes.len() as u64);
@@ -911,6 +923,7 @@ impl GroupLog {
     pub fn set_committed(&self, index: u64) {
         let mut inner = self.group.inner.borrow_mut();
         inner.committed_index = inner.committed_index.max(index.min(inner.last_index));
+        self.group.producers.borrow_mut().settle(inner.committed_index);
     }
 
     /// Entries below `offset` are committed and may leave the WAL.

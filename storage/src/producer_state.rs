@@ -3,6 +3,9 @@
 //! Pure: batch headers and the time come in, verdicts go out. `GroupLog::stage` applies every staged batch, so the
 //! state is a function of the log; the snapshot only saves reading old headers at start.
 //!
+//! What is not committed may be cut away again. For that much there is a way back (`apply_for_now`, `settle`): a producer is then
+//! what it was before the batches that go, not unknown, which would let it write again what the log still has.
+//!
 //! Sequences run from 0 to `i32::MAX` and start over. Transactions are not tracked here.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -74,6 +77,26 @@ pub enum SnapshotError {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ProducerState {
     producers: BTreeMap<i64, Producer>,
+    /// What batches that are not committed changed, oldest first.
+    way_back: VecDeque<Change>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Change {
+    index: u64,
+    base_offset: i64,
+    producer_id: i64,
+    before: Before,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Before {
+    /// It was not known, or is another now.
+    Other(Option<Box<Producer>>),
+    /// A batch was added; which one it made go, and the timestamp before.
+    Batch { gone: Option<KeptBatch>, last_timestamp: i64 },
+    /// A control batch, or one without a sequence.
+    Timestamp(i64),
 }
 
 fn sequence_after(sequence: i32) -> i32 {
@@ -164,6 +187,58 @@ impl ProducerState {
         Ok(Verdict::Append)
     }
 
+    /// As `apply`, for an entry that may be cut away before it is committed.
+    pub fn apply_for_now(&mut self, batch: &BatchHeader, index: u64) {
+        if !batch.has_producer_id() {
+            return;
+        }
+        let before = match self.producers.get(&batch.producer_id) {
+            Some(known) if known.epoch != batch.producer_epoch => {
+                Before::Other(Some(Box::new(known.clone())))
+            }
+            Some(known) if batch.is_control() || batch.base_sequence < 0 => {
+                Before::Timestamp(known.last_timestamp)
+            }
+            Some(known) => Before::Batch {
+                gone: known.batches.front().filter(|_| known.batches.len() == BATCHES_KEPT).copied(),
+                last_timestamp: known.last_timestamp,
+            },
+            None => Before::Other(None),
+        };
+        let (producer_id, base_offset) = (batch.producer_id, batch.base_offset);
+        self.way_back.push_back(Change { index, base_offset, producer_id, before });
+        self.apply(batch);
+    }
+
+    /// Entries up to `index` are committed.
+    pub fn settle(&mut self, index: u64) {
+        while self.way_back.front().is_some_and(|change| change.index <= index) {
+            self.way_back.pop_front();
+        }
+    }
+
+    fn go_back(&mut self, change: Change) {
+        let Change { producer_id, before, .. } = change;
+        match (before, self.producers.get_mut(&producer_id)) {
+            (Before::Other(None), _) => {
+                self.producers.remove(&producer_id);
+            }
+            (Before::Other(Some(known)), _) => {
+                self.producers.insert(producer_id, *known);
+            }
+            (Before::Batch { gone, last_timestamp }, Some(producer)) => {
+                producer.batches.pop_back();
+                if let Some(gone) = gone {
+                    producer.batches.push_front(gone);
+                }
+                producer.last_timestamp = last_timestamp;
+            }
+            (Before::Timestamp(last_timestamp), Some(producer)) => producer.last_timestamp = last_timestamp,
+            // It expired meanwhile, or made room.
+            (_, None) => {}
+        }
+    }
+
     /// Takes a batch that is in the log now, with its final base offset. Trusts `check`; a replayed log has passed it.
     pub fn apply(&mut self, batch: &BatchHeader) {
         if !batch.has_producer_id() {
@@ -202,9 +277,14 @@ impl ProducerState {
         });
     }
 
-    /// Forgets batches at or above `offset`, after the log was cut there. A producer with none left becomes unknown.
-    /// Returns whether there were any: then older ones, which only the log still has, are missing here.
+    /// Forgets batches at or above `offset`, after the log was cut there. Where there is no way back for one of them, a producer
+    /// with none left becomes unknown; returns whether that is so: then older ones, which only the log still has, are
+    /// missing here.
     pub fn truncate(&mut self, offset: i64) -> bool {
+        while self.way_back.back().is_some_and(|change| change.base_offset >= offset) {
+            let change = self.way_back.pop_back();
+            change.into_iter().for_each(|change| self.go_back(change));
+        }
         let mut forgot = false;
         self.producers.retain(|_, producer| {
             let had = producer.batches.len();
@@ -293,7 +373,7 @@ impl ProducerState {
                 }
                 producers.insert(id, Producer { epoch, last_timestamp, batches });
             }
-            cursor.is_empty().then_some((Self { producers }, offset, epoch))
+            cursor.is_empty().then_some((Self { producers, ..Self::default() }, offset, epoch))
         })();
         state.ok_or(SnapshotError::Malformed)
     }
@@ -394,7 +474,66 @@ mod tests {
         assert!(state.producer(10).is_some());
     }
 
+    /// Regression: a producer whose kept batches were all cut away was unknown, and could write again what the log had.
+    #[test]
+    fn a_cut_leads_back_to_what_the_log_has() {
+        let mut state = ProducerState::new();
+        for n in 0..8 {
+            state.apply_for_now(&header(1, 0, n, 1, i64::from(n)), n as u64 + 1);
+        }
+        state.settle(3);
+        let before = {
+            let mut before = ProducerState::new();
+            (0..3).for_each(|n| before.apply(&header(1, 0, n, 1, i64::from(n))));
+            before
+        };
+        state.apply_for_now(&header(2, 0, 0, 1, 8), 9);
+        state.apply_for_now(&header(1, 1, 0, 1, 9), 10);
+        state.apply_for_now(&header(1, 1, 1, 1, 10), 11);
+        assert!(!state.truncate(9));
+        assert_eq!(state.producer(1), Some((0, 7)));
+        assert!(!state.truncate(3));
+        assert_eq!(state, before);
+        assert!(matches!(state.check(&header(1, 0, 0, 1, 0)), Ok(Verdict::Duplicate { base_offset: 0, .. })));
+        assert_eq!(state.check(&header(1, 0, 3, 1, 0)), Ok(Verdict::Append));
+        // What was settled has no way back.
+        assert!(state.truncate(1));
+    }
+
     proptest! {
+        /// Whatever was written and cut, it is as if only what is left had been written.
+        #[test]
+        fn a_cut_is_as_if_it_had_not_been(
+            batches in prop::collection::vec((0i64..3, 0i16..2, prop::bool::weighted(0.9)), 0..40),
+            settled in 0usize..40,
+            cut in 0usize..40,
+        ) {
+            let mut sequences: BTreeMap<(i64, i16), i32> = BTreeMap::new();
+            let mut epochs: BTreeMap<i64, i16> = BTreeMap::new();
+            let mut log = Vec::new();
+            for (at, (id, bump, data)) in batches.into_iter().enumerate() {
+                let epoch = epochs.entry(id).or_insert(0);
+                *epoch += bump;
+                let sequence = sequences.entry((id, *epoch)).or_insert(0);
+                let mut batch = header(id, *epoch, *sequence, 1, at as i64);
+                if data { *sequence += 1; } else { batch.attributes = 1 << 5; batch.base_sequence = -1; }
+                log.push(batch);
+            }
+            let (settled, cut) = (settled.min(log.len()), cut.min(log.len()));
+            let mut state = ProducerState::new();
+            for (at, batch) in log.iter().enumerate() {
+                state.apply_for_now(batch, at as u64 + 1);
+                state.settle(settled.min(at + 1) as u64);
+            }
+            if cut >= settled {
+                prop_assert!(!state.truncate(cut as i64));
+                state.settle(u64::MAX);
+                let mut left = ProducerState::new();
+                log[..cut].iter().for_each(|batch| left.apply(batch));
+                prop_assert_eq!(state, left);
+            }
+        }
+
         #[test]
         fn snapshot_round_trip(batches in prop::collection::vec((0i64..20, 0i16..3, any::<i32>(), 1i32..100), 0..200)) {
             let mut state = ProducerState::new();

@@ -320,7 +320,7 @@ fn restore_producers(
     candidates: [Option<&Bytes>; 3],
     (on_disk, segments): (&OnDisk, &[(i64, u64)]),
     flushed_end: i64,
-    entries: &[LogEntry],
+    (entries, committed): (&[LogEntry], u64),
     (log_end, epochs): (i64, &LeaderEpochs),
     names_changed: &mut bool,
 ) -> Result<Producers, RestoreError> {
@@ -391,9 +391,10 @@ fn restore_producers(
     }
     for entry in entries.iter().filter(|entry| entry.is_batch && entry.offset >= from) {
         if let Some(header) = crate::flush::is_one_batch(&entry.payload) {
-            state.apply(&header);
+            state.apply_for_now(&header, entry.index);
         }
     }
+    state.settle(committed);
     Ok(producers)
 }
 
@@ -583,7 +584,7 @@ pub(crate) fn restore(
         [found.snapshot.as_ref(), wal_snapshot.as_ref(), began.as_ref().map(|(_, producers)| producers)],
         (&on_disk, &segments),
         state.flushed_end,
-        &entries,
+        (&entries, state.committed_index.max(state.hard_state.commit)),
         (log_end, &state.epochs),
         &mut names_changed,
     )?;

@@ -71,7 +71,7 @@ pub struct RaftStart {
     pub last_term: u64,
     /// As staged last, with the index of its entry.
     pub membership: Option<(u64, Bytes)>,
-    /// Control entries above that one which are not empty.
+    /// Control entries after `before` which are not empty.
     pub controls: Vec<(u64, Bytes)>,
     /// Index and term of the entry before the first that `GroupLog::read_entries` has.
     pub before: (u64, u64),

@@ -1,4 +1,4 @@
-//! Which broker of several a client may read from, and what one that was deposed still says.
+//! Which broker of several a client may read from, what one that was deposed still says, and who is called in sync.
 
 use flumen_tests::cluster::Cluster;
 use flumen_tests::kafka::{ends_of, read_all};
@@ -142,5 +142,40 @@ fn a_leader_that_was_deposed_does_not_tell_an_old_end() {
             "it leads no more, and tells {found:?}"
         );
         cluster.await_caught_up("t", &[2 * round + 2]).unwrap();
+    }
+}
+
+/// Regression: a node was called in sync as soon as it was connected again.
+#[test]
+fn a_node_that_was_down_is_in_sync_when_it_has_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &[]).unwrap();
+    cluster.create_topic("t", 1, 3, &json!({})).unwrap();
+    let leader = cluster.leader_of("t", 0).unwrap();
+    let away = (leader + 1) % 3;
+    let id = json!(away + 1);
+    let in_sync = |cluster: &Cluster, at: usize| {
+        let seen = cluster.nodes[at].get("/v1/cluster/partitions?topic=t").unwrap();
+        let partition = seen.as_array().or_else(|| seen["partitions"].as_array()).unwrap()[0].clone();
+        partition["in_sync_replicas"].as_array().unwrap().contains(&id)
+    };
+    add(&cluster, leader, &["a"]);
+    cluster.until("all in sync", || in_sync(&cluster, leader).then_some(())).unwrap();
+    cluster.nodes[away].kill_9();
+    let value = "v".repeat(500_000);
+    for _ in 0..60 {
+        add(&cluster, leader, &[&value]);
+    }
+    assert!(!in_sync(&cluster, leader));
+    cluster.nodes[away].restart().unwrap();
+    for at in 0..3 {
+        cluster
+            .until("it to be in sync", || {
+                in_sync(&cluster, at).then(|| {
+                    let topic = cluster.nodes[away].get("/v1/topics/t").unwrap();
+                    assert_eq!(topic["partition_list"][0]["high_watermark"], 61, "as node {} says", at + 1);
+                })
+            })
+            .unwrap();
     }
 }

@@ -306,3 +306,33 @@ fn a_member_that_talks_nonsense_is_cut_off_or_ignored() {
 fn crc(frame: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&frame[..12]), &frame[HEADER_BYTES..])
 }
+
+/// Regression: members that had just started did not know the nodes yet, and a founder with an empty directory took its part
+/// again, as though it had never voted.
+#[test]
+fn a_founder_without_its_log_does_not_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &[]).unwrap();
+    cluster.create_topic("t", 1, 3, &json!({})).unwrap();
+    cluster.stop_all().unwrap();
+    std::fs::remove_dir_all(&cluster.nodes[2].data_dir).unwrap();
+    // Its directory is gone, and at first only one other runs.
+    let [first, second, lost] = &mut cluster.nodes[..] else { panic!("three nodes") };
+    std::thread::scope(|scope| {
+        let early = scope.spawn(|| first.restart());
+        let ended = scope.spawn(|| lost.restart_or_end());
+        while std::net::TcpStream::connect(&second.kafka).is_err() && !early.is_finished() {
+            if !second.is_running() {
+                second.restart().unwrap();
+            }
+        }
+        early.join().unwrap().unwrap();
+        assert!(ended.join().unwrap().unwrap().is_some_and(|status| !status.success()));
+    });
+    cluster.await_leaders("t").unwrap();
+    // Nor does one whose log alone is gone.
+    cluster.stop_all().unwrap();
+    let log = cluster.nodes[1].data_dir.join("data").join("log");
+    std::fs::remove_dir_all(&log).unwrap();
+    assert!(cluster.nodes[1].restart_or_end().unwrap().is_some_and(|status| !status.success()));
+}

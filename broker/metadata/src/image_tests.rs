@@ -460,6 +460,7 @@ proptest! {
                 prop_assert_eq!(first.snapshot(), before);
             }
             check_invariants(&first);
+            check_invariants(&second);
         }
         prop_assert_eq!(first.snapshot(), second.snapshot());
         prop_assert_eq!(&first.topics, &second.topics);
@@ -472,7 +473,9 @@ proptest! {
             let mut marked = b"FMI".to_vec();
             marked.push(version);
             marked.extend(&bytes);
-            let _ = MetadataImage::restore(node(), &marked).map(|image| image.brokers().len());
+            if let Ok(image) = MetadataImage::restore(node(), &marked) {
+                check_invariants(&image);
+            }
         }
     }
 }

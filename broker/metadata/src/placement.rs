@@ -17,6 +17,8 @@ use crate::nodes::NodeState;
 #[derive(Debug, Clone)]
 pub struct Placer {
     nodes: Vec<Candidate>,
+    /// Of all nodes, also those that take no new replicas.
+    racks: BTreeMap<i32, Option<String>>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -45,7 +47,9 @@ impl Placer {
             is_down: !is_up(broker.id),
             ..Candidate::default()
         });
-        let mut placer = Placer { nodes: nodes.collect() };
+        // Those that take no new replicas keep the ones they have, and their racks count.
+        let racks = image.brokers().into_iter().map(|broker| (broker.id, broker.rack.map(str::to_string)));
+        let mut placer = Placer { nodes: nodes.collect(), racks: racks.collect() };
         let mut loads: BTreeMap<i32, Load> = BTreeMap::new();
         for info in image.topics.values().flat_map(|topic| &topic.partitions) {
             for (at, id) in info.goal().iter().enumerate() {
@@ -159,7 +163,7 @@ impl Placer {
     }
 
     fn rack_of(&self, id: i32) -> Option<String> {
-        self.nodes.iter().find(|node| node.id == id).and_then(|node| node.rack.clone())
+        self.racks.get(&id).cloned().flatten()
     }
 
     fn begin_topic(&mut self, existing: &[PartitionInfo]) {

@@ -119,6 +119,15 @@ fn a_new_node_does_not_get_a_whole_topic() {
     assert_eq!(Placer::new(&image, &|_| true).place(&existing, 1, 1).unwrap(), [[1]]);
 }
 
+/// Regression: the rack of a node that takes no new replicas was not counted.
+#[test]
+fn the_rack_of_a_node_in_maintenance_counts() {
+    let mut image = cluster(&[Some(0), Some(0), Some(1)]);
+    image.apply(&Command::SetNodeState { id: 0, state: NodeState::Maintenance }).unwrap();
+    let placed = Placer::new(&image, &|_| true).place_again(&[], &[0], 2);
+    assert_eq!(placed, Some(vec![0, 2]), "node 1 is in the rack of the one that stays");
+}
+
 #[test]
 fn what_stays_stays_and_the_new_one_is_in_another_rack() {
     let image = cluster(&[Some(0), Some(0), Some(1), Some(2)]);

@@ -8,6 +8,10 @@
 //! one that names it under the address at which it found itself. Two clusters of one list would each need a majority of
 //! the same addresses. The seed with the lowest id founds, and only when every seed has answered that it is empty and has
 //! the same list; so in practice there is not even an attempt at a second one.
+//!
+//! Why no founder votes twice. One that comes with an empty directory may have lost what it had voted and acknowledged; it takes
+//! the part of a founder only when a member whose metadata is current does not know its id, or when all seeds answer and none
+//! has ever been confirmed, so that nothing was acknowledged yet.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -33,7 +37,19 @@ pub enum State {
         founders: Vec<Founder>,
         /// Registered nodes, as far as the answering one knows.
         nodes: Vec<i32>,
+        standing: Standing,
     },
+}
+
+/// What a member's word about the nodes is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Standing {
+    /// The cluster has not confirmed it yet.
+    New,
+    /// Confirmed in an earlier life; what it knows may be old.
+    Known,
+    /// What it knows is no older than its process.
+    Current,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,23 +107,26 @@ pub fn decide(own: &Presence, answers: &[Option<Presence>]) -> Decision {
             own.node_id
         ));
     }
-    let mut clusters: BTreeMap<&str, (&String, &[Founder], &[i32])> = BTreeMap::new();
+    let mut clusters: BTreeMap<&str, Known<'_>> = BTreeMap::new();
     for (seed, answer) in &answered {
-        if let State::Member { cluster_id, founders, nodes } = &answer.state {
-            let known = clusters.entry(cluster_id).or_insert((*seed, founders, nodes));
-            if nodes.len() > known.2.len() {
-                known.2 = nodes;
+        if let State::Member { cluster_id, founders, nodes, standing } = &answer.state {
+            let told = Known { cluster_id, seed, founders, nodes, standing: *standing };
+            let known = clusters.entry(cluster_id).or_insert(told);
+            if (*standing, nodes.len()) > (known.standing, known.nodes.len()) {
+                (known.nodes, known.standing) = (nodes, *standing);
             }
         }
     }
-    let mut found = clusters.iter();
-    if let Some((cluster_id, (seed, founders, nodes))) = found.next() {
-        if let Some((other, (at, ..))) = found.next() {
+    let mut found = clusters.values();
+    if let Some(cluster) = found.next() {
+        if let Some(other) = found.next() {
             return Decision::Refuse(format!(
-                "the seeds belong to different clusters: {seed} to {cluster_id}, {at} to {other}; name the brokers of one in --seeds"
+                "the seeds belong to different clusters: {} to {}, {} to {}; name the brokers of one in --seeds",
+                cluster.seed, cluster.cluster_id, other.seed, other.cluster_id
             ));
         }
-        return decide_about_cluster(own, own_address, cluster_id, founders, nodes);
+        let all_answer = answered.len() == own.seeds.len();
+        return decide_about_cluster(own, own_address, all_answer, cluster);
     }
     let Some(own_address) = own_address else {
         return Decision::Wait(format!(
@@ -155,21 +174,41 @@ pub fn decide(own: &Presence, answers: &[Option<Presence>]) -> Decision {
     }
 }
 
+/// A cluster, as the member says whose word is worth most.
+struct Known<'a> {
+    cluster_id: &'a str,
+    seed: &'a str,
+    founders: &'a [Founder],
+    nodes: &'a [i32],
+    standing: Standing,
+}
+
 fn decide_about_cluster(
     own: &Presence,
     own_address: Option<&String>,
-    cluster_id: &str,
-    founders: &[Founder],
-    nodes: &[i32],
+    all_answer: bool,
+    cluster: &Known<'_>,
 ) -> Decision {
+    let Known { cluster_id, founders, nodes, standing, .. } = *cluster;
     let id = own.node_id;
     if nodes.contains(&id) {
         return Decision::Refuse(format!(
             "cluster {cluster_id} knows a node {id} already, and this data directory is empty; restore the directory of node \
-             {id}, or start with a --node-id that was never used"
+             {id}, or, if that is lost, start with a --node-id that was never used and then run `flumen cluster decommission {id}`"
         ));
     }
     if let Some(founder) = founders.iter().find(|f| f.node_id == id) {
+        let may_have_lost_its_votes = match standing {
+            Standing::Current => false,
+            Standing::Known => true,
+            Standing::New => !all_answer,
+        };
+        if may_have_lost_its_votes {
+            return Decision::Wait(format!(
+                "this directory is empty, and no broker that answers can tell yet whether cluster {cluster_id} knows a node {id}; \
+                 a majority of its brokers has to run"
+            ));
+        }
         return match own_address {
             Some(address) if *address == founder.address => Decision::Adopt {
                 cluster_id: cluster_id.to_string(),
@@ -212,8 +251,40 @@ mod tests {
     }
 
     fn member(node_id: i32, boot_id: u64, nodes: &[i32]) -> Presence {
-        let state = State::Member { cluster_id: ID.into(), founders: founders(), nodes: nodes.to_vec() };
+        let standing = if nodes.is_empty() { Standing::New } else { Standing::Current };
+        member_of(node_id, boot_id, nodes, standing)
+    }
+
+    fn member_of(node_id: i32, boot_id: u64, nodes: &[i32], standing: Standing) -> Presence {
+        let nodes = nodes.to_vec();
+        let state = State::Member { cluster_id: ID.into(), founders: founders(), nodes, standing };
         Presence { state, ..empty(node_id, boot_id) }
+    }
+
+    /// Regression: members that had just started knew no nodes yet, and a founder whose disk was lost took its part again.
+    #[test]
+    fn a_founder_that_lost_its_disk_does_not_vote_again() {
+        let own = empty(3, 30);
+        let waits = |answers: &[Option<Presence>]| matches!(decide(&own, answers), Decision::Wait(_));
+        let adopts = |answers: &[Option<Presence>]| matches!(decide(&own, answers), Decision::Adopt { .. });
+        let this = || Some(own.clone());
+        // They have started again and have no majority, with this one's vote or without.
+        for nodes in [&[][..], &[1, 2]] {
+            let known = |id, boot| Some(member_of(id, boot, nodes, Standing::Known));
+            assert!(waits(&[known(1, 10), None, this()]));
+            assert!(waits(&[known(1, 10), known(2, 20), this()]));
+            assert!(waits(&[Some(member(1, 10, &[])), known(2, 20), this()]));
+        }
+        let known = [Some(member_of(1, 10, &[1, 2, 3], Standing::Known)), None, this()];
+        assert!(refusal(&own, &known).contains("decommission 3"));
+        // One that was never confirmed does not know what the third, which is silent, may have acknowledged with this one.
+        assert!(waits(&[Some(member(1, 10, &[])), None, this()]));
+        assert!(adopts(&[Some(member(1, 10, &[])), Some(empty(2, 20)), this()]));
+        assert!(adopts(&[Some(member(1, 10, &[])), Some(member(2, 20, &[])), this()]));
+        // It never came.
+        assert!(adopts(&[Some(member(1, 10, &[1, 2])), None, this()]));
+        let mixed = [Some(member_of(1, 10, &[], Standing::Known)), Some(member(2, 20, &[1, 2])), this()];
+        assert!(adopts(&mixed));
     }
 
     fn all() -> [Option<Presence>; 3] {
@@ -233,7 +304,7 @@ mod tests {
         for (id, boot) in [(2, 20), (3, 30)] {
             assert!(matches!(decide(&empty(id, boot), &all()), Decision::Wait(_)));
         }
-        let founded = [Some(member(1, 10, &[])), Some(empty(2, 20)), None];
+        let founded = [Some(member(1, 10, &[])), Some(empty(2, 20)), Some(empty(3, 30))];
         assert_eq!(
             decide(&empty(2, 20), &founded),
             Decision::Adopt { cluster_id: ID.into(), founders: founders(), address: "b:1".into() }

@@ -186,8 +186,8 @@ impl Registration {
             }
             Some(known) if known.directory_id != directory_id => {
                 return refused(format!(
-                    "node {id} is registered with another data directory, at {}; restore that, or start this one with an empty \
-                     directory and a --node-id that was never used",
+                    "node {id} is registered with another data directory, at {}; restore that, or, if it is lost, start this one \
+                     with an empty directory and a --node-id that was never used and then run `flumen cluster decommission {id}`",
                     known.rpc_address
                 ));
             }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_protocol::error_code::ErrorCode;
+use tokio::time::MissedTickBehavior;
 
 use super::requests::{self, Answered};
 use crate::node::Node;
@@ -32,15 +33,19 @@ pub struct Floor {
 
 /// Runs for as long as the shard of a broker in a cluster.
 pub async fn keep_told(shard: Rc<Shard>) {
+    let mut ticks = tokio::time::interval(INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut round = 0u32;
     while !shard.is_stopping() {
-        tokio::select! {
+        // Only time counts: whoever deletes often neither hastens nor delays that everything is told.
+        let all = tokio::select! {
             biased;
-            () = tokio::time::sleep(INTERVAL) => {}
-            () = shard.floors_changed.notified() => {}
-        }
-        round = round.wrapping_add(1);
-        let all = round.is_multiple_of(ALL_EVERY);
+            _ = ticks.tick() => {
+                round = round.wrapping_add(1);
+                round.is_multiple_of(ALL_EVERY)
+            }
+            () = shard.floors_changed.notified() => false,
+        };
         let mut told: BTreeMap<i32, Vec<(u64, i32, Floor)>> = BTreeMap::new();
         for partition in shard.partitions() {
             if let Some((epoch, floor)) = partition.floor_to_tell(all) {

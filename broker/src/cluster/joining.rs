@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::ClusterOptions;
-use super::bootstrap::{Decision, Presence, State, decide};
+use super::bootstrap::{Decision, Presence, Standing, State, decide};
 use super::identity::{ClusterId, Founder, Identity};
 use super::listener::{Rpc, stranger};
 use super::requests;
@@ -83,6 +83,7 @@ pub async fn find_cluster(
         cluster_id: identity.cluster_id.to_string(),
         founders: identity.founders.clone(),
         nodes: Vec::new(),
+        standing: if identity.registered { Standing::Known } else { Standing::New },
     });
     tracing::info!(cluster_id = %identity.cluster_id, node_id, address, founders = identity.founders.len(), "member of a cluster");
     Ok((identity, address))

@@ -81,7 +81,10 @@ impl LeaderTable {
             let epoch = if leader_id == -1 && !gave_up { before.map_or(epoch, |b| b.epoch) } else { epoch };
             let leader_id =
                 if leader_id == -1 && !gave_up { before.map_or(-1, |b| b.leader_id) } else { leader_id };
-            let now = Known { leader_id, epoch, lagging: Vec::new() };
+            // Until the new leader has looked: who was behind is.
+            let mut lagging = before.map(|b| b.lagging.clone()).unwrap_or_default();
+            lagging.retain(|id| *id != leader_id);
+            let now = Known { leader_id, epoch, lagging };
             let same = before.is_some_and(|b| (b.leader_id, b.epoch) == (leader_id, epoch));
             if (newer || gave_up) && !same {
                 known.insert(group_id, now);
@@ -233,7 +236,7 @@ mod tests {
         table.note(7, 1, 1);
         assert_eq!(table.take_news(), News::Of(vec![]), "nothing new");
         assert_eq!(table.led_here(), [led(7, 1), led(9, 3)]);
-        // Who is behind is told, too, and forgotten with the leadership.
+        // Who is behind is told, too; the next leader begins with it, and is not behind.
         table.note_lagging(9, 3, vec![2]);
         table.note_lagging(9, 2, vec![4]);
         assert_eq!(table.take_news(), News::Of(vec![Led { lagging: vec![2], ..led(9, 3) }]));
@@ -246,6 +249,9 @@ mod tests {
         assert_eq!(table.lagging(9), [1], "old news");
         table.note(9, 1, 5);
         assert_eq!(table.lagging(9), [0; 0]);
+        table.note_lagging(9, 5, vec![2, 3]);
+        table.note(9, 3, 6);
+        assert_eq!(table.lagging(9), [2]);
         table.take_news();
         for group in 0..=UNTOLD_MAX as u64 {
             table.note(100 + group, 1, 1);

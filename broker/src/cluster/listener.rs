@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::bootstrap::{Presence, State};
+use super::bootstrap::{Presence, Standing, State};
 use super::wire::{FrameReader, LinkError, write_frame};
 use super::{inbound, node_id_of, requests};
 use crate::node::Node;
@@ -42,6 +42,14 @@ impl Rpc {
 
     pub fn set_state(&self, state: State) {
         self.own.lock().expect("no panic under this lock").state = state;
+    }
+
+    /// What this node knows of the cluster is no older than its process.
+    pub fn set_current(&self) {
+        let mut own = self.own.lock().expect("no panic under this lock");
+        if let State::Member { standing, .. } = &mut own.state {
+            *standing = Standing::Current;
+        }
     }
 
     /// From here on members are served.

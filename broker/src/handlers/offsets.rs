@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::rc::Rc;
+use std::time::Duration;
 
 use flumen_protocol::error_code::ErrorCode;
 use futures_util::future::join_all;
@@ -20,6 +21,8 @@ use kafka_protocol::messages::{
     DeleteRecordsRequest, DeleteRecordsResponse, ListOffsetsRequest, ListOffsetsResponse,
     OffsetForLeaderEpochRequest, OffsetForLeaderEpochResponse,
 };
+
+use tokio::time::{Instant, timeout};
 
 use crate::dispatch::{Answer, Request, RequestError};
 use crate::partition::{FetchError, OffsetAt, Partition};
@@ -179,6 +182,8 @@ pub async fn offset_for_leader_epoch(request: &Request<'_>) -> Result<Answer, Re
 
 pub async fn delete_records(request: &Request<'_>) -> Result<Answer, RequestError> {
     let asked: DeleteRecordsRequest = request.decode()?;
+    let until = Instant::now() + Duration::from_millis(u64::try_from(asked.timeout_ms).unwrap_or(0));
+    let time_left = || until.saturating_duration_since(Instant::now());
     let mut response = DeleteRecordsResponse::default();
     for topic in asked.topics {
         let mut answered = DeleteRecordsTopicResult::default().with_name(topic.name.clone());
@@ -196,13 +201,14 @@ pub async fn delete_records(request: &Request<'_>) -> Result<Answer, RequestErro
             let found = match refused {
                 Some(error) => Err(error),
                 None => {
-                    at_home(
+                    let deleted = at_home(
                         request.shard,
                         topic.name.as_str(),
                         p.partition_index,
                         move |partition| async move { partition.delete_records(offset).await },
-                    )
-                    .await
+                    );
+                    // Without a majority it may happen later, or never.
+                    timeout(time_left(), deleted).await.unwrap_or(Err(ErrorCode::REQUEST_TIMED_OUT))
                 }
             };
             let mut out = DeleteRecordsPartitionResult::default()

@@ -210,6 +210,10 @@ impl Partition {
             let start = self.log_start_offset();
             return Err(FetchError::OutOfRange { offset, start, end: high_watermark });
         }
+        let target = target.min(self.hold_offset.get());
+        if !self.alone.get() && target > self.log_start_offset() {
+            self.commit_log_start(target).await?;
+        }
         self.cut_below(target).await
     }
 

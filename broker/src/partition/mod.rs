@@ -12,6 +12,7 @@
 
 mod append;
 mod fetch;
+mod in_sync;
 mod outputs;
 mod pending;
 mod replica;
@@ -26,6 +27,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 
+use bytes::Bytes;
 use flumen_metadata::{Durability, TopicConfig};
 use flumen_raft::{Group, GroupStart, Membership};
 use flumen_storage::{CompactError, CompactionConfig, GroupLog};
@@ -40,6 +42,7 @@ use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
 use crate::mutant::{self, Mutant};
 use crate::shard::Shard;
+use in_sync::InSync;
 use pending::Pending;
 use turned_away::{Place, TurnedAway};
 
@@ -104,6 +107,7 @@ pub struct Partition {
     /// Retention never passes this offset: what an enabled export has not settled yet.
     hold_offset: Cell<i64>,
     turned_away: RefCell<TurnedAway>,
+    in_sync: RefCell<InSync>,
     /// The leader epoch in which a producer's gap was seen last, and when first in it.
     first_gap: Cell<(i32, i64)>,
 }
@@ -124,6 +128,10 @@ struct State {
     pending_here: VecDeque<(u64, Completion, Option<Place>)>,
     /// (token of Raft, who waits) for the news that this replica still leads.
     reads: Vec<(u64, oneshot::Sender<()>)>,
+    /// (raft index, log start) of entries that say where the log begins, until they are committed.
+    log_starts: VecDeque<(u64, i64)>,
+    /// (raft index, who waits) for such an entry of this leader to be committed.
+    starts_wanted: Vec<(u64, oneshot::Sender<()>)>,
 }
 
 /// Where and what a partition is, as the metadata says.
@@ -144,6 +152,9 @@ impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let node_id = shard.node.raft_id();
+        let controls = log.raft_start().controls;
+        let log_starts =
+            controls.iter().filter_map(|(at, data)| Some((*at, outputs::decode_log_start(data)?))).collect();
         let (raft, fresh) = start_group(&spec, &log, node_id);
         let joins = fresh && !raft.membership().contains(node_id) && !mutant::is(Mutant::JoinsWithoutAsking);
         let alone = raft.membership().has_only(node_id);
@@ -185,6 +196,8 @@ impl Partition {
                 waiters: Vec::new(),
                 pending_here: VecDeque::new(),
                 reads: Vec::new(),
+                log_starts,
+                starts_wanted: Vec::new(),
             }),
             alone: Cell::new(alone),
             joining: Cell::new(joins),
@@ -204,11 +217,14 @@ impl Partition {
             forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
             turned_away: RefCell::default(),
+            in_sync: RefCell::default(),
             first_gap: Cell::new((-1, 0)),
         });
         if partition.damage().is_none() {
             partition.log.set_committed(committed);
             partition.log.set_high_watermark(high_watermark);
+            partition.committed.set((!alone).then_some(committed));
+            partition.begin_where_told();
             if votes_alone {
                 partition.state.borrow_mut().raft.campaign().expect("a group of one may always campaign");
             }
@@ -413,12 +429,15 @@ fn start_group(spec: &PartitionSpec, log: &GroupLog, node_id: u64) -> (Group, bo
         // Written before it could have had other members.
         None => (0, Ok(Membership::of_voters([node_id]))),
     };
+    let is_change =
+        |(index, data): &(u64, Bytes)| *index > membership_index && outputs::decode_log_start(data).is_none();
+    let changes = found.controls.into_iter().filter(is_change).collect();
     let started = membership.map_err(|error| error.to_string()).and_then(|membership| {
         let start = GroupStart {
             node_id,
             membership: membership.clone(),
             membership_index,
-            membership_entries: found.controls,
+            membership_entries: changes,
             hard_state,
             before: found.before,
             terms: found.terms,

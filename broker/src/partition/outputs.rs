@@ -59,21 +59,34 @@ pub(super) fn decode_snapshot(mut data: Bytes) -> Option<Brought> {
     (0 <= log_start && log_start <= offset).then_some(Brought { log_start, offset, producers: data })
 }
 
+/// Where the log begins, as an entry of it: u8, offset i64. No change of members begins with this byte, and no batch is as short.
+const LOG_START: u8 = 2;
+const LOG_START_BYTES: usize = 9;
+
+pub(super) fn encode_log_start(offset: i64) -> Bytes {
+    let mut out = BytesMut::with_capacity(LOG_START_BYTES);
+    out.put_u8(LOG_START);
+    out.put_i64(offset);
+    out.freeze()
+}
+
+/// The log start that a control entry sets, if it is one that does.
+pub(super) fn decode_log_start(data: &[u8]) -> Option<i64> {
+    let [LOG_START, offset @ ..] = data else { return None };
+    Some(i64::from_be_bytes(offset.try_into().ok()?))
+}
+
 fn to_storage(entry: Entry) -> flumen_storage::Entry {
-    let payload = if entry.data.is_empty() || entry.is_membership {
-        Payload::Control(entry.data)
-    } else {
-        Payload::Batch(entry.data)
-    };
+    let is_control = entry.is_membership || entry.data.len() <= LOG_START_BYTES;
+    let payload = if is_control { Payload::Control(entry.data) } else { Payload::Batch(entry.data) };
     flumen_storage::Entry { index: entry.index, term: entry.term, payload }
 }
 
 fn from_storage(entry: flumen_storage::Entry) -> Entry {
     let (data, is_membership) = match entry.payload {
         Payload::Batch(bytes) => (bytes, false),
-        // The only control entry that is not empty is a change of members.
         Payload::Control(bytes) => {
-            let changes = !bytes.is_empty();
+            let changes = !bytes.is_empty() && decode_log_start(&bytes).is_none();
             (bytes, changes)
         }
     };
@@ -134,6 +147,11 @@ impl Partition {
         }
         if let Some(high_watermark) = high_watermark {
             self.log.set_high_watermark(high_watermark);
+        }
+        if moved {
+            self.begin_where_told();
+        }
+        if let Some(high_watermark) = high_watermark {
             self.gauges.high_watermark.store(high_watermark, Ordering::Relaxed);
             self.complete(high_watermark);
         }
@@ -178,7 +196,14 @@ impl Partition {
         while cuts && state.uncommitted.back().is_some_and(|(index, _)| *index >= first) {
             state.uncommitted.pop_back();
         }
+        while state.log_starts.back().is_some_and(|(index, _)| *index >= first) {
+            state.log_starts.pop_back();
+        }
         for entry in entries.iter().filter(|entry| !entry.is_membership && !entry.data.is_empty()) {
+            if let Some(offset) = decode_log_start(&entry.data) {
+                state.log_starts.push_back((entry.index, offset));
+                continue;
+            }
             // What is no batch is refused when it is staged.
             if let Ok(header) = record_batch::parse_header(&entry.data) {
                 state.uncommitted.push_back((entry.index, header.next_offset()));
@@ -284,6 +309,7 @@ impl Partition {
         self.committed.set(Some(install.index));
         let mut state = self.state.borrow_mut();
         state.uncommitted.clear();
+        state.log_starts.clear();
         state.recovered = (install.index, offset);
         state.next_offset = offset;
         state.high_watermark = state.high_watermark.max(offset);
@@ -312,6 +338,24 @@ impl Partition {
         Some(end)
     }
 
+    /// Lets the log begin where committed entries say. What an export on this node holds stays until leaders tell it again.
+    pub(super) fn begin_where_told(&self) {
+        let Some(committed) = self.committed.get() else { return };
+        let mut told = None;
+        {
+            let mut state = self.state.borrow_mut();
+            while state.log_starts.front().is_some_and(|(index, _)| *index <= committed) {
+                told = told.max(state.log_starts.pop_front().map(|(_, offset)| offset));
+            }
+            for (_, waits) in state.starts_wanted.extract_if(.., |(index, _)| *index <= committed) {
+                let _ = waits.send(());
+            }
+        }
+        if let Some(offset) = told {
+            self.advance_log_start(offset);
+        }
+    }
+
     fn note_leadership(&self, now: Leadership) {
         let leads = now.role == Role::Leader;
         let led = self.leads.replace(leads);
@@ -320,6 +364,9 @@ impl Partition {
         let leader_id = node_id_of(now.leader_id).unwrap_or(-1);
         shard.node.leaders.note(self.group_id, leader_id, self.leader_epoch());
         self.publish_gauges();
+        if leads && !led {
+            self.in_sync.borrow_mut().begin(self.raft_status().committed_index);
+        }
         if led && !leads && !mutant::is(Mutant::KeepsWaiters) {
             self.lose_leadership();
         }
@@ -428,6 +475,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_log_start_comes_back_or_is_none() {
+        assert_eq!(decode_log_start(&encode_log_start(77)), Some(77));
+        assert_eq!(encode_log_start(0).len(), LOG_START_BYTES);
+        for other in [&[][..], &[LOG_START], &[LOG_START; 10], &[1, 0], &[1; LOG_START_BYTES]] {
+            assert_eq!(decode_log_start(other), None);
+        }
+    }
+
+    #[test]
     fn a_beginning_comes_back_or_is_refused() {
         for log_start in [77, 5] {
             let data = encode_snapshot(log_start, 77, b"producers");
@@ -441,7 +497,9 @@ mod tests {
 
     #[test]
     fn entries_are_the_same_on_both_sides() {
-        for (data, is_membership) in [(Bytes::new(), false), (Bytes::from_static(&[1, 0]), true)] {
+        for (data, is_membership) in
+            [(Bytes::new(), false), (Bytes::from_static(&[1, 0]), true), (encode_log_start(i64::MAX), false)]
+        {
             let entry = Entry { index: 4, term: 2, data, is_membership };
             assert_eq!(from_storage(to_storage(entry.clone())), entry);
         }

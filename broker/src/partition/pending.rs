@@ -162,6 +162,7 @@ impl Partition {
         let (pending, here) = {
             let mut state = self.state.borrow_mut();
             state.reads.clear();
+            state.starts_wanted.clear();
             (std::mem::take(&mut state.pending), std::mem::take(&mut state.pending_here))
         };
         let all = pending

@@ -199,13 +199,32 @@ impl Partition {
         (is_new || again).then(|| (self.leader_epoch(), floor))
     }
 
+    /// Has every replica's log begin at `offset`, and waits until that is committed: whoever leads later has it, too.
+    pub(super) async fn commit_log_start(&self, offset: i64) -> Result<(), FetchError> {
+        let (committed, waits) = oneshot::channel();
+        {
+            let mut state = self.state.borrow_mut();
+            let proposed = state.raft.propose(super::outputs::encode_log_start(offset));
+            let (index, _term) = proposed.map_err(|_| FetchError::NotLeader)?;
+            state.starts_wanted.push((index, committed));
+        }
+        self.advance();
+        self.stay_awake();
+        waits.await.map_err(|_| FetchError::NotLeader)
+    }
+
     /// The leader of this epoch says so. Nothing that is not committed here goes, nor what an export has not settled.
     pub(crate) fn hear_floor(&self, epoch: i32, floor: Floor) {
         if self.alone.get() || self.is_leader() || epoch != self.leader_epoch() || self.damage().is_some() {
             return;
         }
         self.everywhere_known.set(self.everywhere_known.get().max(floor.everywhere));
-        let to = floor.log_start.min(self.high_watermark()).min(self.hold_offset.get());
+        self.advance_log_start(floor.log_start);
+    }
+
+    /// Lets the log begin at an offset, as far as it may.
+    pub(super) fn advance_log_start(&self, offset: i64) {
+        let to = offset.min(self.high_watermark()).min(self.hold_offset.get());
         if to > self.log_start_offset() {
             match self.log.advance_log_start(to) {
                 Ok(_) => self.note_log_start(),
@@ -245,7 +264,31 @@ impl Partition {
 
     /// Another broker is gone; true when this partition has a replica there.
     pub fn on_node_down(&self, raft_id: u64) -> bool {
-        self.damage().is_none() && !self.joining.get() && self.state.borrow_mut().raft.on_node_down(raft_id)
+        let concerned = self.damage().is_none()
+            && !self.joining.get()
+            && self.state.borrow_mut().raft.on_node_down(raft_id);
+        if concerned && self.is_leader() {
+            self.in_sync.borrow_mut().down(raft_id);
+            let behind = self.in_sync.borrow().behind();
+            self.tell_lagging(behind);
+        }
+        concerned
+    }
+
+    /// Looks which followers are behind, and tells; for leaders.
+    pub(crate) fn look_at_followers(&self, is_up: &dyn Fn(i32) -> bool) {
+        let status = self.raft_status();
+        let others = status.peers.iter().filter(|peer| peer.id != self.node_id);
+        let is_up = |id: u64| node_id_of(id).is_some_and(is_up);
+        let behind = self.in_sync.borrow_mut().look(others, status.committed_index, is_up);
+        self.tell_lagging(behind);
+    }
+
+    fn tell_lagging(&self, behind: Vec<u64>) {
+        if let Some(shard) = self.shard.upgrade() {
+            let behind = behind.into_iter().filter_map(node_id_of).collect();
+            shard.node.leaders.note_lagging(self.group_id, self.leader_epoch(), behind);
+        }
     }
 
     /// Sees to it that the group is ticked for as long as it does not sleep. A group of one needs no time.

@@ -352,14 +352,22 @@ fn records_that_a_client_deletes_go_on_every_replica() {
             assert_eq!(refused, Err(ErrorCode::NOT_LEADER_OR_FOLLOWER), "node {at}");
         }
         assert_eq!(three.at(leader).node.shards[0].run(delete).await.unwrap(), Ok(7));
+        three.agree(7).await;
+        for broker in three.up() {
+            until(|| broker.run(|p| p.log_start_offset() == 7)).await;
+        }
+        // Retention tells by floors.
+        let retained =
+            |shard: Rc<Shard>| async move { shard.partition(GROUP).unwrap().cut_below(8).await.ok() };
+        assert_eq!(three.at(leader).node.shards[0].run(retained).await.unwrap(), Some(8));
         let (epoch, floor) = three.at(leader).run(|p| p.floor_to_tell(false).unwrap()).await;
         assert_eq!(three.at(leader).run(|p| p.floor_to_tell(false)).await, None, "it is not new");
         for broker in three.up() {
             broker.run(move |p| p.hear_floor(epoch - 1, floor)).await;
             broker.run(move |p| p.hear_floor(epoch, floor)).await;
-            assert_eq!(broker.run(|p| p.log_start_offset()).await, 7);
+            assert_eq!(broker.run(|p| p.log_start_offset()).await, 8);
         }
-        three.agree(7).await;
+        three.agree(8).await;
     });
 }
 
@@ -719,6 +727,92 @@ fn clients_read_where_they_may() {
         .await;
         three.mute.borrow_mut().clear();
         three.leader().await;
+    });
+}
+
+async fn delete_below(broker: &Broker, offset: i64) -> Result<i64, ErrorCode> {
+    let delete = move |shard: Rc<Shard>| async move {
+        let partition = shard.partition(GROUP).unwrap();
+        partition.delete_records(offset).await.map_err(|error| error.code())
+    };
+    broker.node.shards[0].run(delete).await.unwrap()
+}
+
+/// Regression: the leader alone acknowledged it, and under the next one the records were back.
+#[test]
+fn a_delete_that_was_acknowledged_outlives_its_leader() {
+    with_three(|three| async move {
+        for _ in 0..10 {
+            produce(&three, b"value", None).await;
+        }
+        three.agree(0).await;
+        for offset in [3, 7] {
+            let leader = three.leader().await;
+            assert_eq!(delete_below(&three.at(leader), offset).await, Ok(offset));
+            three.kill(leader).await;
+            let next = three.leader().await;
+            assert_eq!(three.at(next).run(|p| p.log_start_offset()).await, offset);
+            three.start(leader);
+            three.agree(offset).await;
+            for broker in three.up() {
+                until(|| broker.run(move |p| p.log_start_offset() == offset)).await;
+            }
+        }
+        // All at once, and from what each has on its disk.
+        for at in 0..3 {
+            three.kill(at).await;
+        }
+        (0..3).for_each(|at| three.start(at));
+        three.agree(7).await;
+        for broker in three.up() {
+            until(|| broker.run(|p| p.log_start_offset() == 7)).await;
+        }
+        // Without a majority it is not acknowledged, and it does not happen.
+        let at = three.leader().await;
+        three.cut_off.borrow_mut().insert(at);
+        three.tell_down(at).await;
+        let refused = delete_below(&three.at(at), 9).await;
+        assert_eq!(refused, Err(ErrorCode::NOT_LEADER_OR_FOLLOWER));
+        three.leader().await;
+        three.cut_off.borrow_mut().clear();
+        produce(&three, b"later", None).await;
+        three.agree(7).await;
+        for broker in three.up() {
+            assert_eq!(broker.run(|p| p.log_start_offset()).await, 7);
+        }
+    });
+}
+
+/// Regression: a producer was unknown after a cut that took all of its batches that were kept, until the next start, and could
+/// have written again what the log had.
+#[test]
+fn a_producer_is_what_it_was_before_what_is_cut_off() {
+    with_three(|three| async move {
+        for n in 0..3 {
+            produce(&three, b"shared", Some((3, n))).await;
+        }
+        three.agree(0).await;
+        let at = three.leader().await;
+        let old = three.at(at);
+        three.cut_off.borrow_mut().insert(at);
+        three.tell_down(at).await;
+        for n in 3..13 {
+            drop(send(&old, batch(b"nobody hears", Some((3, n))), true).await.unwrap());
+        }
+        drop(send(&old, batch(b"nobody hears", Some((4, 0))), true).await.unwrap());
+        produce(&three, b"the others", None).await;
+        until(|| old.run(|p| !p.is_leader())).await;
+        three.cut_off.borrow_mut().clear();
+        three.agree(0).await;
+        let known = old.run(|p| p.producers()).await;
+        assert_eq!(known.iter().map(|p| (p.0, p.2)).collect::<Vec<_>>(), [(3, 2)]);
+        while three.leader().await != at {
+            let now = three.at(three.leader().await);
+            let _ = now.run(move |p| p.transfer_leader(at as u64 + 1)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(produce(&three, b"shared", Some((3, 1))).await, 1, "a repeat is told to be one");
+        assert_eq!(produce(&three, b"next", Some((3, 3))).await, 4);
     });
 }
 

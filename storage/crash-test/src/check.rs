@@ -484,10 +484,10 @@ async fn all_entries(
         }
         at += found.len() as u64;
     }
-    let applied = state.membership.as_ref().map_or(0, |(index, _)| *index);
-    let changes = state.entries.iter().filter(|entry| {
-        entry.index > applied.max(before) && entry.batch.is_none() && !entry.control.is_empty()
-    });
+    let changes = state
+        .entries
+        .iter()
+        .filter(|entry| entry.index > before && entry.batch.is_none() && !entry.control.is_empty());
     let changes: Vec<_> = changes.map(|entry| (entry.index, entry.control.clone())).collect();
     if changes != start.controls {
         return wrong(format!("Raft is told of control entries {:?}, not {changes:?}", start.controls));

@@ -99,8 +99,8 @@ pub struct PartitionStatus {
     /// -1 while nobody is known to lead.
     pub leader_id: i32,
     pub leader_epoch: i32,
-    /// Replicas that have all that is committed, where that is known: on the leader. Elsewhere those that run are.
-    pub in_sync: Option<Vec<i32>>,
+    /// Replicas that are behind, as the leader says; the others that run are in sync.
+    pub lagging: Vec<i32>,
     /// The log on this node refuses to serve.
     pub damaged: bool,
     /// Of the log on this node.
@@ -109,7 +109,7 @@ pub struct PartitionStatus {
 
 impl Default for PartitionStatus {
     fn default() -> Self {
-        PartitionStatus { leader_id: -1, leader_epoch: 0, in_sync: None, damaged: false, size_bytes: 0 }
+        PartitionStatus { leader_id: -1, leader_epoch: 0, lagging: Vec::new(), damaged: false, size_bytes: 0 }
     }
 }
 
@@ -142,14 +142,14 @@ impl Live<'_> {
         let is_offline = |id: &i32| !(self.is_up)(*id) || (status.damaged && *id == image.node.id);
         let offline: Vec<i32> = replicas.iter().copied().filter(|id| is_offline(id)).collect();
         let leads = replicas.contains(&status.leader_id) && !offline.contains(&status.leader_id);
-        let in_sync = match &status.in_sync {
-            Some(in_sync) => replicas.iter().copied().filter(|id| in_sync.contains(id)).collect(),
-            None => replicas.iter().copied().filter(|id| info.replicas.contains(id)).collect::<Vec<i32>>(),
-        };
+        // Those that a move brings are none before it has come to its end, however much they have.
+        let is_in_sync =
+            |id: &i32| info.replicas.contains(id) && !status.lagging.contains(id) && !offline.contains(id);
+        let in_sync = replicas.iter().copied().filter(is_in_sync).map(BrokerId).collect();
         Described {
             leader_id: if leads { status.leader_id } else { -1 },
             leader_epoch: status.leader_epoch,
-            in_sync: in_sync.into_iter().filter(|id| !offline.contains(id)).map(BrokerId).collect(),
+            in_sync,
             offline: offline.into_iter().map(BrokerId).collect(),
             replicas: replicas.into_iter().map(BrokerId).collect(),
         }

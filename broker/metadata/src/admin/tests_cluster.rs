@@ -119,7 +119,7 @@ fn metadata_names_leaders_replicas_and_who_is_offline() {
 #[test]
 fn what_the_leader_knows_of_its_followers_is_told() {
     let mut image = cluster(3, &[&[1, 2]]);
-    let status = |_| PartitionStatus { in_sync: Some(vec![1]), ..led_by(1)(0) };
+    let status = |_| PartitionStatus { lagging: vec![2], ..led_by(1)(0) };
     let live = Live { controller_id: 1, status: &status, is_up: &up };
     let info = image.topics["t"].partitions[0].clone();
     assert_eq!(ids(&live.describe(&info, &image).in_sync), [1]);
@@ -127,9 +127,11 @@ fn what_the_leader_knows_of_its_followers_is_told() {
     let target = Some(vec![3, 1]);
     image.apply(&Command::SetReplicas { topic_id: Uuid::from_u128(1), partition: 0, target }).unwrap();
     let info = image.topics["t"].partitions[0].clone();
-    let status = led_by(1);
-    let found = Live { controller_id: 1, status: &status, is_up: &up }.describe(&info, &image);
-    assert_eq!((ids(&found.replicas), ids(&found.in_sync)), (vec![3, 1, 2], vec![1, 2]));
+    for (lagging, in_sync) in [(vec![], vec![1, 2]), (vec![2], vec![1]), (vec![3], vec![1, 2])] {
+        let status = |_| PartitionStatus { lagging: lagging.clone(), ..led_by(1)(0) };
+        let found = Live { controller_id: 1, status: &status, is_up: &up }.describe(&info, &image);
+        assert_eq!((ids(&found.replicas), ids(&found.in_sync)), (vec![3, 1, 2], in_sync));
+    }
 }
 
 #[test]
