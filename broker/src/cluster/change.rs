@@ -169,6 +169,29 @@ impl Intent {
     }
 }
 
+impl Intent {
+    /// Done twice it is as if it had been done once: it is asked for again when nobody can tell whether it was done, since the
+    /// leader of the metadata went away.
+    fn may_be_repeated(&self) -> bool {
+        match self {
+            Intent::Register(_)
+            | Intent::Maintenance { .. }
+            | Intent::Decommission { .. }
+            | Intent::Evacuate
+            | Intent::ReplicasReached { .. }
+            | Intent::AlterTopic { .. }
+            // Some ids are lost.
+            | Intent::ProducerIds { .. } => true,
+            Intent::CreateTopic { .. }
+            | Intent::AutoCreate { .. }
+            | Intent::CreateOffsetsTopic
+            | Intent::DeleteTopic { .. }
+            | Intent::CreatePartitions { .. }
+            | Intent::RemoveNode { .. } => false,
+        }
+    }
+}
+
 impl Registration {
     fn plan(&self, image: &MetadataImage) -> Result<Vec<Command>, Refused> {
         let id = self.id;
@@ -236,7 +259,10 @@ async fn carry_out(shard: &Rc<Shard>, intent: Intent, hops: u8) -> Result<Done, 
         };
         match outcome {
             Err(error)
-                if error.code == ErrorCode::NOT_CONTROLLER && hops > 0 && Instant::now() < deadline =>
+                if hops > 0
+                    && Instant::now() < deadline
+                    && (error.code == ErrorCode::NOT_CONTROLLER
+                        || (error.code == ErrorCode::REQUEST_TIMED_OUT && intent.may_be_repeated())) =>
             {
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
