@@ -160,7 +160,7 @@ pub(crate) struct Inner {
     /// State differs from `group.meta`.
     pub meta_dirty: bool,
     pub snapshot_offset: i64,
-    /// Nothing was cut off that there was no way back from, so nothing is missing from the producers; only then they are
+    /// No batch of theirs was cut off since the start, so nothing can be missing from the producers; only then they are
     /// written down.
     pub producers_whole: bool,
     pub bytes_since_snapshot: u64,

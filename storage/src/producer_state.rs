@@ -277,15 +277,16 @@ impl ProducerState {
         });
     }
 
-    /// Forgets batches at or above `offset`, after the log was cut there. Where there is no way back for one of them, a producer
-    /// with none left becomes unknown; returns whether that is so: then older ones, which only the log still has, are
+    /// Forgets batches at or above `offset`, after the log was cut there; returns whether there were any. Where there is no way
+    /// back for one of them, a producer with none left becomes unknown, and older ones, which only the log still has, are
     /// missing here.
     pub fn truncate(&mut self, offset: i64) -> bool {
+        let mut forgot = false;
         while self.way_back.back().is_some_and(|change| change.base_offset >= offset) {
             let change = self.way_back.pop_back();
             change.into_iter().for_each(|change| self.go_back(change));
+            forgot = true;
         }
-        let mut forgot = false;
         self.producers.retain(|_, producer| {
             let had = producer.batches.len();
             producer.batches.retain(|batch| batch.base_offset < offset);
@@ -490,9 +491,9 @@ mod tests {
         state.apply_for_now(&header(2, 0, 0, 1, 8), 9);
         state.apply_for_now(&header(1, 1, 0, 1, 9), 10);
         state.apply_for_now(&header(1, 1, 1, 1, 10), 11);
-        assert!(!state.truncate(9));
+        assert!(state.truncate(9));
         assert_eq!(state.producer(1), Some((0, 7)));
-        assert!(!state.truncate(3));
+        assert!(state.truncate(3));
         assert_eq!(state, before);
         assert!(matches!(state.check(&header(1, 0, 0, 1, 0)), Ok(Verdict::Duplicate { base_offset: 0, .. })));
         assert_eq!(state.check(&header(1, 0, 3, 1, 0)), Ok(Verdict::Append));
@@ -526,7 +527,7 @@ mod tests {
                 state.settle(settled.min(at + 1) as u64);
             }
             if cut >= settled {
-                prop_assert!(!state.truncate(cut as i64));
+                prop_assert_eq!(state.truncate(cut as i64), cut < log.len());
                 state.settle(u64::MAX);
                 let mut left = ProducerState::new();
                 log[..cut].iter().for_each(|batch| left.apply(batch));
