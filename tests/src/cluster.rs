@@ -388,13 +388,3 @@ fn batches_of(data: &Path, partition: &str) -> anyhow::Result<Option<BTreeMap<i6
     }
     Ok(Some(batches))
 }
-
-/// Tests of moves and of an operator's steps are not steady yet: in one of some ten runs a replica that comes and goes is
-/// refused, or a reader meets a node that is down. They run with `make test-full`; docs/ARCHITECTURE.md says what is open.
-pub fn only_in_full(name: &str) -> bool {
-    let full = std::env::var_os("FLUMEN_TEST_FULL").is_some();
-    if !full {
-        println!("{name}: runs in make test-full only");
-    }
-    full
-}

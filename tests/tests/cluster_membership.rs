@@ -36,9 +36,6 @@ fn described(cluster: &Cluster) -> (Vec<Vec<i32>>, Vec<i32>) {
 
 #[test]
 fn partitions_move_to_a_new_node_and_leaders_go_home() {
-    if !flumen_tests::cluster::only_in_full("partitions_move_to_a_new_node_and_leaders_go_home") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(dir.path(), 3, &["group.initial.rebalance.delay.ms=0"]).unwrap();
     cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();
@@ -88,9 +85,6 @@ fn partitions_move_to_a_new_node_and_leaders_go_home() {
 /// A node that had a replica once gets the whole log again, with every change of members that it has seen and missed.
 #[test]
 fn a_replica_that_was_given_up_comes_back() {
-    if !flumen_tests::cluster::only_in_full("a_replica_that_was_given_up_comes_back") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(dir.path(), 4, &["group.initial.rebalance.delay.ms=0"]).unwrap();
     cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();

@@ -81,9 +81,6 @@ fn start(dir: &std::path::Path) -> (Cluster, Load, Vec<Witness>) {
 
 #[test]
 fn nodes_are_added_drained_and_taken_away() {
-    if !flumen_tests::cluster::only_in_full("nodes_are_added_drained_and_taken_away") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let (mut cluster, mut load, mut witnesses) = start(dir.path());
 
@@ -108,9 +105,6 @@ fn nodes_are_added_drained_and_taken_away() {
 
 #[test]
 fn a_lost_node_is_replaced() {
-    if !flumen_tests::cluster::only_in_full("a_lost_node_is_replaced") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let (mut cluster, mut load, mut witnesses) = start(dir.path());
     cluster.nodes[2].kill_9();
@@ -132,9 +126,6 @@ fn a_lost_node_is_replaced() {
 
 #[test]
 fn all_nodes_are_restarted_one_after_another() {
-    if !flumen_tests::cluster::only_in_full("all_nodes_are_restarted_one_after_another") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let (mut cluster, mut load, mut witnesses) = start(dir.path());
     for at in 0..3 {
