@@ -111,6 +111,11 @@ async fn take_step(
             }
         }
         Step::Reached => {
+            // Nodes drop their logs upon this: whoever was deposed and does not know it yet must not say it.
+            let leads = partition.confirm_leads().await.is_ok();
+            if !leads || !matches!(step_of(&one.info, partition), Step::Reached) {
+                return;
+            }
             let reached = Intent::ReplicasReached {
                 topic_id: one.topic_id.to_string(),
                 partition: one.partition,
