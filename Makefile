@@ -65,7 +65,7 @@ chaos: engine
 bench-smoke: engine
 	cargo build --release -p flumen-broker -p flumen-bench
 	bash bench/kafka.sh fetch
-	target/release/flumen-bench smoke --flumen target/release/flumen
+	bash bench/smoke.sh $(BENCH_ARGS)
 
 # The log against Apache Kafka, about 40 minutes; BENCH_ARGS="--only 1,4,10", "--quick", "--list".
 bench-log:

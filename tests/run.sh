@@ -17,4 +17,4 @@ cargo test --workspace --no-fail-fast -- --test-threads=2
 echo "== mutants of the log, in a build of their own"
 cargo test -p flumen-crash-test --features mutants --test mutants -- --nocapture
 echo "== mutants of the raft boundary and its driver, in a build of their own"
-cargo test -p flumen-sim --features mutants --test mutants --test shard_mutants -- --nocapture
+cargo test -p flumen-sim --features mutants --test mutants -- --nocapture

@@ -1,6 +1,9 @@
 //! Three real processes in network namespaces, cut off from each other in every shape, silently: an idempotent producer and
 //! a consumer group go on, a leader that is cut off answers nothing that is not true any more, and afterwards the checker
 //! finds nothing.
+//!
+//! In `make test-full` only: where two nodes are cut off from each other and not from the third, librdkafka may stay with one that
+//! names no leader until the network heals (docs/ARCHITECTURE.md, what is not there yet).
 
 use std::time::Duration;
 
@@ -26,7 +29,11 @@ struct Setup {
     _dir: tempfile::TempDir,
 }
 
-fn setup() -> Option<Setup> {
+fn setup(name: &str) -> Option<Setup> {
+    if std::env::var_os("FLUMEN_TEST_FULL").is_none() {
+        println!("{name}: runs in make test-full only");
+        return None;
+    }
     let network = Network::new(NODES)?;
     let dir = tempfile::tempdir().unwrap();
     let settings = ["group.initial.rebalance.delay.ms=0"];
@@ -56,7 +63,7 @@ impl Setup {
 
 #[test]
 fn a_cluster_outlasts_every_shape_of_cut() {
-    let Some(mut s) = setup() else { return };
+    let Some(mut s) = setup("a_cluster_outlasts_every_shape_of_cut") else { return };
 
     let leader = s.leader(0);
     s.network.isolate(leader).unwrap();
@@ -122,7 +129,7 @@ fn end_at(kafka: &str, partition: i32) -> Option<i64> {
 /// leader had acknowledged before it was asked.
 #[test]
 fn a_leader_that_is_cut_off_names_no_old_end() {
-    let Some(mut s) = setup() else { return };
+    let Some(mut s) = setup("a_leader_that_is_cut_off_names_no_old_end") else { return };
     for round in 0..3 {
         let leader = s.leader(0);
         let old = s.cluster.nodes[leader].kafka.clone();
