@@ -144,6 +144,12 @@ impl Three {
         }
     }
 
+    /// Cut off, as all notice who can.
+    async fn isolate(&self, at: usize) {
+        self.cut_off.borrow_mut().insert(at);
+        self.tell_down(at).await;
+    }
+
     fn up(&self) -> Vec<Rc<Broker>> {
         self.brokers.borrow().iter().flatten().cloned().collect()
     }
@@ -181,6 +187,22 @@ impl Three {
                 }
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// The leader, once all have the same log.
+    async fn agreed_leader(&self) -> (usize, Rc<Broker>) {
+        self.agree(0).await;
+        let at = self.leader().await;
+        (at, self.at(at))
+    }
+
+    /// Has whoever leads hand over to this one until it does.
+    async fn lead_again(&self, at: usize) {
+        while self.leader().await != at {
+            let now = self.at(self.leader().await);
+            let _ = now.run(move |p| p.transfer_leader(at as u64 + 1)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
@@ -465,8 +487,7 @@ fn what_a_cut_off_leader_wrote_alone_is_replaced() {
         }
         three.agree(0).await;
         let old = three.leader().await;
-        three.cut_off.borrow_mut().insert(old);
-        three.tell_down(old).await;
+        three.isolate(old).await;
         let alone = three.at(old);
         let mut lost = Vec::new();
         for n in 5..10 {
@@ -547,9 +568,7 @@ fn a_leader_takes_batches_before_it_may_serve() {
 fn a_hand_over_that_fails_leaves_no_gap() {
     with_three(|three| async move {
         produce(&three, b"known", Some((9, 0))).await;
-        three.agree(0).await;
-        let at = three.leader().await;
-        let leader = three.at(at);
+        let (at, leader) = three.agreed_leader().await;
         // One that hears no entries is never ready to lead.
         three.mute.borrow_mut().insert(at);
         let waits = send(&leader, batch(b"piped", Some((9, 1))), true).await.unwrap();
@@ -579,9 +598,7 @@ fn a_hand_over_that_fails_leaves_no_gap() {
 fn others_that_do_not_keep_up_for_a_moment_leave_no_gap() {
     with_three(|three| async move {
         produce(&three, b"known", Some((9, 0))).await;
-        three.agree(0).await;
-        let at = three.leader().await;
-        let leader = three.at(at);
+        let (at, leader) = three.agreed_leader().await;
         three.mute.borrow_mut().insert(at);
         let (mut sequence, mut answers) = (1, Vec::new());
         let refused = loop {
@@ -607,11 +624,8 @@ fn others_that_do_not_keep_up_for_a_moment_leave_no_gap() {
 fn a_leadership_that_is_lost_and_won_again_leaves_no_gap() {
     with_three(|three| async move {
         produce(&three, b"known", Some((9, 0))).await;
-        three.agree(0).await;
-        let at = three.leader().await;
-        let leader = three.at(at);
-        three.cut_off.borrow_mut().insert(at);
-        three.tell_down(at).await;
+        let (at, leader) = three.agreed_leader().await;
+        three.isolate(at).await;
         let mut told = Vec::new();
         for sequence in 1..3 {
             told.push(send(&leader, batch(b"nobody hears", Some((9, sequence))), true).await.unwrap());
@@ -623,11 +637,7 @@ fn a_leadership_that_is_lost_and_won_again_leaves_no_gap() {
         three.leader().await;
         three.cut_off.borrow_mut().clear();
         three.agree(0).await;
-        while three.leader().await != at {
-            let now = three.at(three.leader().await);
-            let _ = now.run(move |p| p.transfer_leader(at as u64 + 1)).await;
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        three.lead_again(at).await;
         assert_eq!(refusal(&leader, 3).await, Some(ErrorCode::NOT_LEADER_OR_FOLLOWER));
         for sequence in 1..4 {
             let answer = send(&leader, batch(b"again", Some((9, sequence))), true).await.unwrap();
@@ -653,9 +663,7 @@ fn a_leadership_that_is_lost_and_won_again_leaves_no_gap() {
 fn a_deposed_leader_answers_nothing_that_another_contradicts() {
     with_three(|three| async move {
         produce(&three, b"old", None).await;
-        three.agree(0).await;
-        let at = three.leader().await;
-        let old = three.at(at);
+        let (at, old) = three.agreed_leader().await;
         three.cut_off.borrow_mut().insert(at);
         let asked = [-1, -2, 0].map(|timestamp| {
             old.node.shards[0].run(move |shard| async move {
@@ -692,9 +700,7 @@ fn clients_read_where_they_may() {
         for _ in 0..3 {
             produce(&three, b"value", None).await;
         }
-        three.agree(0).await;
-        let at = three.leader().await;
-        let leader = three.at(at);
+        let (at, leader) = three.agreed_leader().await;
         let others: Vec<i32> = (0..3).filter(|id| *id != at as i32).collect();
         assert_eq!(leader.run(|p| p.check_reader(false).unwrap()).await, Reading::AsLeader);
         let follower = three.at(others[0] as usize);
@@ -769,8 +775,7 @@ fn a_delete_that_was_acknowledged_outlives_its_leader() {
         }
         // Without a majority it is not acknowledged, and it does not happen.
         let at = three.leader().await;
-        three.cut_off.borrow_mut().insert(at);
-        three.tell_down(at).await;
+        three.isolate(at).await;
         let refused = delete_below(&three.at(at), 9).await;
         assert_eq!(refused, Err(ErrorCode::NOT_LEADER_OR_FOLLOWER));
         three.leader().await;
@@ -791,11 +796,8 @@ fn a_producer_is_what_it_was_before_what_is_cut_off() {
         for n in 0..3 {
             produce(&three, b"shared", Some((3, n))).await;
         }
-        three.agree(0).await;
-        let at = three.leader().await;
-        let old = three.at(at);
-        three.cut_off.borrow_mut().insert(at);
-        three.tell_down(at).await;
+        let (at, old) = three.agreed_leader().await;
+        three.isolate(at).await;
         for n in 3..13 {
             drop(send(&old, batch(b"nobody hears", Some((3, n))), true).await.unwrap());
         }
@@ -806,11 +808,7 @@ fn a_producer_is_what_it_was_before_what_is_cut_off() {
         three.agree(0).await;
         let known = old.run(|p| p.producers()).await;
         assert_eq!(known.iter().map(|p| (p.0, p.2)).collect::<Vec<_>>(), [(3, 2)]);
-        while three.leader().await != at {
-            let now = three.at(three.leader().await);
-            let _ = now.run(move |p| p.transfer_leader(at as u64 + 1)).await;
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        three.lead_again(at).await;
         assert_eq!(produce(&three, b"shared", Some((3, 1))).await, 1, "a repeat is told to be one");
         assert_eq!(produce(&three, b"next", Some((3, 3))).await, 4);
     });
