@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::{BufMut, BytesMut};
+use clap::Args;
 use serde::Serialize;
 
 use crate::batch;
@@ -23,6 +24,27 @@ pub enum Side {
     Flumen,
     Kafka,
     Null,
+}
+
+/// Where the brokers are found.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct Sides {
+    /// The flumen binary.
+    #[arg(long)]
+    pub flumen: PathBuf,
+    /// The directory of kafka.sh.
+    #[arg(long, default_value = "bench")]
+    pub bench_dir: PathBuf,
+    /// Kafka's jars, when not in .cache/kafka.
+    #[arg(long)]
+    pub kafka_dir: Option<PathBuf>,
+}
+
+impl Sides {
+    pub fn ensure_built(&self) -> Result<()> {
+        ensure!(self.flumen.exists(), "{} is not there: build it first", self.flumen.display());
+        Ok(())
+    }
 }
 
 /// How long a broker may take to its first answer before it is called broken. Apache Kafka that was killed looks at all of

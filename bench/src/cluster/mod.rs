@@ -18,8 +18,7 @@ use crate::load::{self, LoadConfig, LoadResult, Mode, Slice};
 use crate::log::figure::{Figure, Measure, Samples};
 use crate::log::report::{Goal, Verdict, print_verdicts};
 use crate::log::variant::{DURABLE, KAFKA, OS, Variant};
-use crate::peer::{Peer, Side};
-use crate::plan::Keyed;
+use crate::peer::{Peer, Side, Sides};
 use crate::stats::{self, Machine};
 use crate::tail;
 
@@ -39,15 +38,9 @@ const BEFORE_S: f64 = 5.0;
 
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct ClusterConfig {
-    /// The flumen binary.
-    #[arg(long)]
-    pub flumen: PathBuf,
-    /// The directory of kafka.sh.
-    #[arg(long, default_value = "bench")]
-    pub bench_dir: PathBuf,
-    /// Kafka's jars, when not in .cache/kafka.
-    #[arg(long)]
-    pub kafka_dir: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sides: Sides,
     /// Where brokers keep their data: one file system for all of them.
     #[arg(long, default_value = ".cache/bench-cluster")]
     pub work: PathBuf,
@@ -147,7 +140,7 @@ const CATCH_UP_RATE: &str = "rate beside a catch-up, by before";
 const MOVE_RATE: &str = "rate beside a move, by before";
 
 pub fn run(config: &ClusterConfig) -> Result<ExitCode> {
-    ensure!(config.flumen.exists(), "{} is not there: build it first", config.flumen.display());
+    config.sides.ensure_built()?;
     std::fs::create_dir_all(&config.work)
         .with_context(|| format!("cannot create {}", config.work.display()))?;
     let work = config.work.canonicalize()?;
@@ -209,8 +202,8 @@ impl Session<'_> {
         let c = self.config;
         let began = Instant::now();
         let mut peers = match side {
-            Side::Flumen => Peer::flumen_cluster(&c.flumen, &self.work, NODES)?,
-            _ => Peer::kafka_cluster(&c.bench_dir, c.kafka_dir.as_deref(), &self.work, NODES)?,
+            Side::Flumen => Peer::flumen_cluster(&c.sides.flumen, &self.work, NODES)?,
+            _ => Peer::kafka_cluster(&c.sides.bench_dir, c.sides.kafka_dir.as_deref(), &self.work, NODES)?,
         };
         for peer in &mut peers {
             peer.until_up(NODES as i16)?;
@@ -235,25 +228,13 @@ impl Session<'_> {
     fn shape(&self, nodes: &Nodes) -> LoadConfig {
         LoadConfig {
             bootstrap: nodes.peers[0].kafka.clone(),
-            topic: String::new(),
             partitions: PARTITIONS,
             connections: 48,
             in_flight: 5,
-            batch_records: 1,
-            record_bytes: 1024,
-            mode: Mode::Closed,
-            rate: 0.0,
             seconds: self.config.seconds(),
-            batches: None,
-            warmup_seconds: 2.0,
-            keyed: Keyed::None,
-            partitions_per_request: 1,
-            acks: -1,
-            idempotent: false,
-            produce_version: 12,
-            topic_configs: Vec::new(),
             replication_factor: NODES as i16,
             pids: nodes.peers.iter().map(Peer::pid).collect(),
+            ..LoadConfig::one_record_batches()
         }
     }
 

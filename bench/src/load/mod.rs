@@ -95,6 +95,35 @@ pub struct LoadConfig {
     pub pids: Vec<u32>,
 }
 
+impl LoadConfig {
+    /// 50 connections, 1 in flight, one record of 1 KiB in a batch, one batch in a request, 100 partitions, acks=all, closed
+    /// loop: what most cells are a variation of.
+    pub fn one_record_batches() -> LoadConfig {
+        LoadConfig {
+            bootstrap: String::new(),
+            topic: String::new(),
+            partitions: 100,
+            connections: 50,
+            in_flight: 1,
+            batch_records: 1,
+            record_bytes: 1024,
+            mode: Mode::Closed,
+            rate: 0.0,
+            seconds: 10.0,
+            batches: None,
+            warmup_seconds: 2.0,
+            keyed: Keyed::None,
+            partitions_per_request: 1,
+            acks: -1,
+            idempotent: false,
+            produce_version: 12,
+            topic_configs: Vec::new(),
+            replication_factor: 1,
+            pids: Vec::new(),
+        }
+    }
+}
+
 pub fn key_value(s: &str) -> Result<(String, String), String> {
     s.split_once('=').map(|(k, v)| (k.into(), v.into())).ok_or_else(|| format!("{s} is not key=value"))
 }

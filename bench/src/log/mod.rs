@@ -18,27 +18,21 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 
 use crate::load;
-use crate::peer::Side;
+use crate::peer::{Side, Sides};
 use crate::stats::Machine;
 use report::Verdict;
 use session::{Measured, Reading, Session};
 
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct LogConfig {
-    /// The flumen binary.
-    #[arg(long)]
-    pub flumen: PathBuf,
-    /// The directory of kafka.sh.
-    #[arg(long, default_value = "bench")]
-    pub bench_dir: PathBuf,
-    /// Kafka's jars, when not in .cache/kafka.
-    #[arg(long)]
-    pub kafka_dir: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sides: Sides,
     /// Where brokers keep their data: one file system for all of them, up to 30 GB at a time.
     #[arg(long, default_value = ".cache/bench-log")]
     pub work: PathBuf,
@@ -173,7 +167,7 @@ pub fn run(config: &LogConfig) -> Result<ExitCode> {
         println!("{:>3}  {total:>5.0} s  in all", "");
         return Ok(ExitCode::SUCCESS);
     }
-    ensure!(config.flumen.exists(), "{} is not there: build it first", config.flumen.display());
+    config.sides.ensure_built()?;
     let mut session = Session::new(config)?;
     let m = &session.machine;
     println!(

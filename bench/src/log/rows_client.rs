@@ -61,7 +61,7 @@ fn perform(r: &mut Round<'_, '_>, v: &Variant) -> Result<()> {
     create(&r.peer.kafka, &topic, PARTITIONS, &v.topic_configs(&[]))?;
     let records = RECORDS_PER_S * seconds(r.session.config);
     let before = stats::cpu(r.peer.pid())?;
-    let mut command = Command::new(r.session.config.bench_dir.join("kafka-tool.sh"));
+    let mut command = Command::new(r.session.config.sides.bench_dir.join("kafka-tool.sh"));
     command.arg("org.apache.kafka.tools.ProducerPerformance");
     command.args(["--topic", &topic, "--record-size", "1024", "--print-metrics"]);
     command.args(["--num-records", &records.to_string(), "--throughput", &RECORDS_PER_S.to_string()]);
@@ -69,7 +69,7 @@ fn perform(r: &mut Round<'_, '_>, v: &Variant) -> Result<()> {
     command.args(["linger.ms=0", "batch.size=0", "enable.idempotence=true"]);
     // A client that stays in the first compiler could not keep the rate.
     command.env("KAFKA_TOOL_OPTS", "-Xmx512m");
-    if let Some(jars) = &r.session.config.kafka_dir {
+    if let Some(jars) = &r.session.config.sides.kafka_dir {
         command.env("KAFKA_DIR", jars);
     }
     let output = command.output().context("cannot run kafka-tool.sh")?;

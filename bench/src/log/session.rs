@@ -15,9 +15,8 @@ use super::LogConfig;
 use super::figure::{Figure, Measure, Samples};
 use super::variant::{KAFKA, KAFKA_FLUSH, Variant};
 use crate::consume::ConsumeResult;
-use crate::load::{self, LoadConfig, LoadResult, Mode, Slice};
+use crate::load::{self, LoadConfig, LoadResult, Slice};
 use crate::peer::{Peer, Side};
-use crate::plan::Keyed;
 use crate::stats::{self, Machine, NOISE_MAX};
 use crate::tail;
 
@@ -177,7 +176,7 @@ impl<'c> Session<'c> {
         side: Side,
         settings: &[String],
     ) -> Result<Round<'_, 'c>> {
-        let c = self.config;
+        let c = &self.config.sides;
         let mut peer = match side {
             Side::Flumen => Peer::flumen(&c.flumen, &self.work, settings)?,
             Side::Kafka => Peer::kafka(&c.bench_dir, c.kafka_dir.as_deref(), &self.work, settings)?,
@@ -214,29 +213,11 @@ impl<'c> Session<'c> {
         &self.maxima
     }
 
-    /// 50 connections, 1 in flight, one-record batches of 1 KiB, 100 partitions, closed loop.
     pub fn shape(&self) -> LoadConfig {
         LoadConfig {
-            bootstrap: String::new(),
-            topic: String::new(),
-            partitions: 100,
-            connections: 50,
-            in_flight: 1,
-            batch_records: 1,
-            record_bytes: 1024,
-            mode: Mode::Closed,
-            rate: 0.0,
             seconds: self.config.seconds(),
-            batches: None,
             warmup_seconds: self.config.warmup_seconds(),
-            keyed: Keyed::None,
-            partitions_per_request: 1,
-            acks: -1,
-            idempotent: false,
-            produce_version: 12,
-            topic_configs: Vec::new(),
-            replication_factor: 1,
-            pids: Vec::new(),
+            ..LoadConfig::one_record_batches()
         }
     }
 

@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::consume::{self, ConsumeConfig, ConsumeResult};
 use crate::export::{self, ExportConfig, ExportResult, Shape};
 use crate::load::{self, LoadConfig, LoadResult, Mode};
-use crate::peer::{Peer, Side};
+use crate::peer::{Peer, Side, Sides};
 use crate::plan::Keyed;
 use crate::stats::{self, Machine};
 use crate::tail;
@@ -27,15 +27,9 @@ const SETTLE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct SmokeConfig {
-    /// The flumen binary.
-    #[arg(long)]
-    pub flumen: PathBuf,
-    /// The directory of kafka.sh.
-    #[arg(long, default_value = "bench")]
-    pub bench_dir: PathBuf,
-    /// Kafka's jars, when not in .cache/kafka.
-    #[arg(long)]
-    pub kafka_dir: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sides: Sides,
     /// Where brokers keep their data: one file system for all of them.
     #[arg(long, default_value = ".cache/bench")]
     pub work: PathBuf,
@@ -173,8 +167,8 @@ fn durability(name: &str, topic_configs: &[(String, String)], default: &str) -> 
 
 fn round(config: &SmokeConfig, side: Side, work: &Path) -> Result<Round> {
     let mut peer = match side {
-        Side::Flumen => Peer::flumen(&config.flumen, work, &[])?,
-        Side::Kafka => Peer::kafka(&config.bench_dir, config.kafka_dir.as_deref(), work, &[])?,
+        Side::Flumen => Peer::flumen(&config.sides.flumen, work, &[])?,
+        Side::Kafka => Peer::kafka(&config.sides.bench_dir, config.sides.kafka_dir.as_deref(), work, &[])?,
         Side::Null => Peer::null(work)?,
     };
     let outcome = cells(config, side, &mut peer);
@@ -189,28 +183,14 @@ fn cells(config: &SmokeConfig, side: Side, peer: &mut Peer) -> Result<Round> {
     let base = LoadConfig {
         bootstrap: peer.kafka.clone(),
         topic: "small".into(),
-        partitions: 100,
-        connections: 50,
-        in_flight: 1,
-        batch_records: 1,
-        record_bytes: 1024,
-        mode: Mode::Closed,
-        rate: 0.0,
         seconds: config.seconds,
-        batches: None,
-        warmup_seconds: 2.0,
-        keyed: Keyed::None,
-        partitions_per_request: 1,
-        acks: -1,
-        idempotent: false,
-        produce_version: 12,
         topic_configs: match side {
             Side::Flumen => config.flumen_topic_configs.clone(),
             Side::Kafka => config.kafka_topic_configs.clone(),
             Side::Null => Vec::new(),
         },
-        replication_factor: 1,
         pids: vec![peer.pid()],
+        ..LoadConfig::one_record_batches()
     };
     let mut loads = Vec::new();
     let mut cell = |name: &str, c: LoadConfig| -> Result<()> {
@@ -269,14 +249,14 @@ fn cells(config: &SmokeConfig, side: Side, peer: &mut Peer) -> Result<Round> {
 fn measure_export(config: &SmokeConfig, work: &Path) -> Result<ExportResult> {
     let engine = match &config.clickhouse {
         Some(_) => None,
-        None => Some(Peer::clickhouse(&config.flumen, work)?),
+        None => Some(Peer::clickhouse(&config.sides.flumen, work)?),
     };
     let url = match (&config.clickhouse, &engine) {
         (Some(url), _) => url.clone(),
         (None, Some(engine)) => format!("http://{}", engine.kafka),
         (None, None) => unreachable!("one of the two was just made"),
     };
-    let mut broker = Peer::flumen(&config.flumen, work, &[format!("clickhouse.url={url}")])?;
+    let mut broker = Peer::flumen(&config.sides.flumen, work, &[format!("clickhouse.url={url}")])?;
     broker.first_ack()?;
     let export = ExportConfig {
         bootstrap: broker.kafka.clone(),
