@@ -8,6 +8,7 @@ pub mod export;
 pub mod flumen;
 pub mod group_configs;
 pub mod kafka;
+pub mod keyed;
 pub mod load;
 pub mod mount;
 pub mod network;

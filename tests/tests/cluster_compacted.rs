@@ -1,13 +1,12 @@
 //! A node that is lost or leaves is replaced when its topics were compacted long ago: a new one gets what nobody can send as
 //! entries, of a topic of the user's and of the one with the groups' offsets; also when it is killed in the middle of it.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use flumen_protocol::error_code::ErrorCode;
 use flumen_tests::cluster::Cluster;
+use flumen_tests::keyed::{self, Acknowledged};
 use flumen_tests::wire::{Wire, text, topic_name};
 use kafka_protocol::messages::offset_commit_request::{
     OffsetCommitRequestPartition, OffsetCommitRequestTopic,
@@ -16,103 +15,24 @@ use kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic;
 use kafka_protocol::messages::{OffsetCommitRequest, OffsetFetchRequest};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
-use rdkafka::message::{DeliveryResult, Message};
-use rdkafka::producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer};
-use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use rdkafka::producer::ThreadedProducer;
 use serde_json::json;
 
 const TOPIC: &str = "c";
 const OFFSETS: &str = "__consumer_offsets";
 const GROUPS: usize = 40;
 
-type Stored = (String, Option<Vec<u8>>);
-
-/// What was acknowledged, by offset.
-#[derive(Clone, Default)]
-struct Acknowledged(Arc<Mutex<BTreeMap<i64, Stored>>>);
-
-impl ClientContext for Acknowledged {}
-
-impl ProducerContext for Acknowledged {
-    type DeliveryOpaque = Box<Stored>;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, stored: Self::DeliveryOpaque) {
-        let message = result.as_ref().expect("everything is acknowledged in the end");
-        self.0.lock().unwrap().insert(message.offset(), *stored);
-    }
-}
-
-fn alive(records: &BTreeMap<i64, Stored>) -> BTreeMap<String, Vec<u8>> {
-    let newest: BTreeMap<String, Option<Vec<u8>>> = records.values().cloned().collect();
-    newest.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
-}
-
 fn producer(cluster: &Cluster, acknowledged: &Acknowledged) -> ThreadedProducer<Acknowledged> {
-    ClientConfig::new()
-        .set("bootstrap.servers", cluster.kafka())
-        .set("enable.idempotence", "true")
-        .set("linger.ms", "2")
-        .set("batch.size", "20000")
-        .set("message.timeout.ms", "300000")
-        .set("log_level", "0")
-        .create_with_context(acknowledged.clone())
-        .unwrap()
+    acknowledged.producer(&cluster.kafka(), &[("log_level", "0")])
 }
 
 fn produce(producer: &ThreadedProducer<Acknowledged>, from: u64, count: u64) {
-    for n in from..from + count {
-        let key = format!("key {}", (n * 7919) % 211);
-        // Now and then a key is deleted.
-        let value = (n % 17 != 3).then(|| format!("{n} {}", "x".repeat(900)).into_bytes());
-        let mut record = BaseRecord::with_opaque_to(TOPIC, Box::new((key.clone(), value.clone()))).key(&key);
-        if let Some(value) = &value {
-            record = record.payload(value);
-        }
-        while let Err((_, back)) = producer.send(record) {
-            record = back;
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-    producer.flush(Duration::from_secs(300)).unwrap();
-}
-
-/// Everything from the beginning to the end of the partition.
-fn consume(cluster: &Cluster) -> BTreeMap<i64, Stored> {
-    let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", cluster.kafka())
-        .set("group.id", "reader")
-        .set("enable.auto.commit", "false")
-        .set("enable.partition.eof", "true")
-        .set("check.crcs", "true")
-        .set("log_level", "0")
-        .create()
-        .unwrap();
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(TOPIC, 0, Offset::Beginning).unwrap();
-    consumer.assign(&list).unwrap();
-    let mut all = BTreeMap::new();
-    loop {
-        match consumer.poll(Duration::from_secs(1)) {
-            Some(Err(KafkaError::PartitionEOF(_))) => return all,
-            Some(Ok(message)) => {
-                let key = String::from_utf8(message.key().unwrap().to_vec()).unwrap();
-                let before = all.insert(message.offset(), (key, message.payload().map(<[u8]>::to_vec)));
-                assert_eq!(before, None);
-            }
-            // A broker that is away.
-            None | Some(Err(_)) => {}
-        }
-    }
+    keyed::produce(producer, TOPIC, from, count, |n| format!("{n} {}", "x".repeat(900)).into_bytes());
 }
 
 fn check(cluster: &Cluster, acknowledged: &Acknowledged) {
-    let found = consume(cluster);
-    let written = acknowledged.0.lock().unwrap();
-    assert_eq!(alive(&found), alive(&written));
-    for (offset, stored) in &found {
-        assert_eq!(Some(stored), written.get(offset), "offset {offset}");
-    }
+    // A broker may be away.
+    acknowledged.check(&keyed::consume(&cluster.kafka(), TOPIC, |_| ()));
 }
 
 /// Answered by whoever coordinates.

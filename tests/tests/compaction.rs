@@ -2,11 +2,11 @@
 //! after kill -9; and committed offsets outlive the compaction of their topic.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use flumen_protocol::error_code::ErrorCode;
 use flumen_tests::flumen::Flumen;
+use flumen_tests::keyed::{self, Acknowledged, Stored};
 use flumen_tests::wire::Wire;
 use kafka_protocol::messages::offset_commit_request::{
     OffsetCommitRequestPartition, OffsetCommitRequestTopic,
@@ -14,54 +14,13 @@ use kafka_protocol::messages::offset_commit_request::{
 use kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic;
 use kafka_protocol::messages::{OffsetCommitRequest, OffsetFetchRequest, TopicName};
 use kafka_protocol::protocol::StrBytes;
-use rdkafka::config::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
-use rdkafka::message::{DeliveryResult, Message};
-use rdkafka::producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer};
-use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use rdkafka::producer::ThreadedProducer;
 use serde_json::json;
 
-type Stored = (String, Option<Vec<u8>>);
-
-/// What was acknowledged, by offset.
-#[derive(Clone, Default)]
-struct Acknowledged(Arc<Mutex<BTreeMap<i64, Stored>>>);
-
-impl ClientContext for Acknowledged {}
-
-impl ProducerContext for Acknowledged {
-    type DeliveryOpaque = Box<Stored>;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, stored: Self::DeliveryOpaque) {
-        let message = result.as_ref().expect("everything is acknowledged in the end");
-        self.0.lock().unwrap().insert(message.offset(), *stored);
-    }
-}
-
-impl Acknowledged {
-    fn alive(&self) -> BTreeMap<String, Vec<u8>> {
-        alive(&self.0.lock().unwrap())
-    }
-}
-
-fn alive(records: &BTreeMap<i64, Stored>) -> BTreeMap<String, Vec<u8>> {
-    let newest: BTreeMap<String, Option<Vec<u8>>> = records.values().cloned().collect();
-    newest.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
-}
-
 fn producer(flumen: &Flumen, acknowledged: &Acknowledged) -> ThreadedProducer<Acknowledged> {
-    ClientConfig::new()
-        .set("bootstrap.servers", &flumen.kafka)
-        .set("enable.idempotence", "true")
-        .set("compression.type", "lz4")
-        .set("linger.ms", "2")
-        .set("batch.size", "20000")
-        .set("message.timeout.ms", "300000")
-        .set("reconnect.backoff.max.ms", "200")
-        .set("retry.backoff.max.ms", "200")
-        .create_with_context(acknowledged.clone())
-        .unwrap()
+    let settings =
+        [("compression.type", "lz4"), ("reconnect.backoff.max.ms", "200"), ("retry.backoff.max.ms", "200")];
+    acknowledged.producer(&flumen.kafka, &settings)
 }
 
 /// Bytes that no codec makes small.
@@ -78,48 +37,12 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
 }
 
 fn produce(producer: &ThreadedProducer<Acknowledged>, from: u64, count: u64) {
-    for n in from..from + count {
-        let key = format!("key {}", (n * 7919) % 211);
-        // Now and then a key is deleted.
-        let value = (n % 17 != 3).then(|| noise(n, 900));
-        let mut record = BaseRecord::with_opaque_to("c", Box::new((key.clone(), value.clone()))).key(&key);
-        if let Some(value) = &value {
-            record = record.payload(value);
-        }
-        while let Err((_, back)) = producer.send(record) {
-            record = back;
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-    producer.flush(Duration::from_secs(300)).unwrap();
+    keyed::produce(producer, "c", from, count, |n| noise(n, 900));
 }
 
 /// Everything from the beginning to the end of the partition.
 fn consume(flumen: &Flumen) -> BTreeMap<i64, Stored> {
-    let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", &flumen.kafka)
-        .set("group.id", "reader")
-        .set("enable.auto.commit", "false")
-        .set("enable.partition.eof", "true")
-        .set("check.crcs", "true")
-        .create()
-        .unwrap();
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset("c", 0, Offset::Beginning).unwrap();
-    consumer.assign(&list).unwrap();
-    let mut all = BTreeMap::new();
-    loop {
-        match consumer.poll(Duration::from_secs(1)) {
-            None => {}
-            Some(Err(KafkaError::PartitionEOF(_))) => return all,
-            Some(message) => {
-                let message = message.unwrap();
-                let key = String::from_utf8(message.key().unwrap().to_vec()).unwrap();
-                let before = all.insert(message.offset(), (key, message.payload().map(<[u8]>::to_vec)));
-                assert_eq!(before, None);
-            }
-        }
-    }
+    keyed::consume(&flumen.kafka, "c", |error| panic!("{error}"))
 }
 
 fn compactions(flumen: &Flumen) -> u64 {
@@ -142,14 +65,6 @@ fn wait_for_compaction(flumen: &Flumen, seen: u64) -> u64 {
     }
 }
 
-fn check(found: &BTreeMap<i64, Stored>, acknowledged: &Acknowledged) {
-    assert_eq!(alive(found), acknowledged.alive());
-    let written = acknowledged.0.lock().unwrap();
-    for (offset, stored) in found {
-        assert_eq!(Some(stored), written.get(offset), "offset {offset}");
-    }
-}
-
 #[test]
 fn the_last_record_of_every_key_stays() {
     let dir = tempfile::tempdir().unwrap();
@@ -166,7 +81,7 @@ fn the_last_record_of_every_key_stays() {
         sent += 6_000;
         seen = wait_for_compaction(&flumen, seen);
         let found = consume(&flumen);
-        check(&found, &acknowledged);
+        acknowledged.check(&found);
         assert!((found.len() as u64) < sent, "{} of {sent}", found.len());
         last_size = found.len();
         if round < 3 {
@@ -176,7 +91,7 @@ fn the_last_record_of_every_key_stays() {
             flumen.kill_9();
             flumen.restart().unwrap();
             seen = 0;
-            check(&consume(&flumen), &acknowledged);
+            acknowledged.check(&consume(&flumen));
         }
     }
     // What is not compacted yet is some segments, however much was written.
@@ -185,7 +100,7 @@ fn the_last_record_of_every_key_stays() {
     assert_eq!(flumen.end_offsets("c").unwrap(), [sent as i64]);
     assert!(flumen.stop().unwrap().success());
     flumen.restart().unwrap();
-    check(&consume(&flumen), &acknowledged);
+    acknowledged.check(&consume(&flumen));
     let described = flumen.get("/v1/topics/c").unwrap();
     assert_eq!(described["partition_list"][0]["log_start_offset"], 0);
     assert_eq!(described["partition_list"][0]["health"], "ok");
