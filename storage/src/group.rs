@@ -1023,8 +1023,11 @@ impl GroupLog {
 
     pub fn set_config(&self, config: GroupConfig) {
         let mut inner = self.group.inner.borrow_mut();
-        inner.meta_dirty = true;
-        inner.config = config;
+        // Every partition is told at every start: a state that has not changed is not written again.
+        if inner.config != config {
+            inner.meta_dirty = true;
+            inner.config = config;
+        }
     }
 
     /// Waits until no loss of power takes back what was staged so far.
