@@ -7,7 +7,6 @@
 //! Sessions are refused by answering session id 0, so every fetch is a full one.
 
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -47,17 +46,16 @@ struct Reader {
     /// In the rack of this broker: it may read from followers.
     is_near: bool,
     /// Brokers in its rack, where that is another: replicas there are nearer to it.
-    nearer: Arc<[i32]>,
+    nearer: Vec<i32>,
 }
 
 impl Reader {
     fn of(node: &Node, rack: &str) -> Reader {
-        let nobody = || Arc::from([]);
         if rack.is_empty() || node.cluster.is_none() {
-            return Reader { is_near: false, nearer: nobody() };
+            return Reader { is_near: false, nearer: Vec::new() };
         }
         if node.config.rack.as_deref() == Some(rack) {
-            return Reader { is_near: true, nearer: nobody() };
+            return Reader { is_near: true, nearer: Vec::new() };
         }
         let is_up = node.is_up();
         let image = node.image.load();

@@ -131,52 +131,73 @@ impl Partition {
         now_ms: i64,
         completion: Option<Completion>,
     ) -> Result<Appended, (AppendError, Option<Completion>)> {
-        let place = if origin == Origin::Client { Place::of(&records) } else { None };
-        let Some(place) = place else { return self.append_batch(records, origin, now_ms, completion, None) };
-        let stored = |producer_id| self.log.producers().producer(producer_id);
-        let missing = self.turned_away.borrow_mut().must_hear(place, now_ms, stored);
-        let outcome = match missing {
-            Some(code) => Err((AppendError::Behind(code), completion)),
-            None => self.append_batch(records, origin, now_ms, completion, Some(place)),
-        };
-        match &outcome {
-            Ok(_) => self.turned_away.borrow_mut().took(place),
-            Err((error, _)) if error.is_for_now() => {
-                self.turned_away.borrow_mut().note(place, error.code());
+        let checked =
+            self.await_turn(&records, origin, now_ms).and_then(|()| self.admit(&records, origin, now_ms));
+        let (header, known) = match checked {
+            Ok(checked) => checked,
+            Err(error) => {
+                let place = if origin == Origin::Client { Place::of(&records) } else { None };
+                return Err((self.turn_away(place, error), completion));
             }
-            Err(_) => {}
+        };
+        let place = if origin == Origin::Client { Place::of_header(&header) } else { None };
+        let outcome = self.append_admitted(records, (header, known), now_ms, completion, place);
+        match outcome {
+            Ok(appended) => {
+                if let Some(place) = place {
+                    self.turned_away.borrow_mut().took(place);
+                }
+                Ok(appended)
+            }
+            Err((error, completion)) => Err((self.turn_away(place, error), completion)),
         }
-        outcome
     }
 
-    fn append_batch(
+    /// Whether the batch is behind one that was turned away and has not come again.
+    fn await_turn(&self, records: &[u8], origin: Origin, now_ms: i64) -> Result<(), AppendError> {
+        if origin != Origin::Client || self.turned_away.borrow().is_empty() {
+            return Ok(());
+        }
+        let Some(place) = Place::of(records) else { return Ok(()) };
+        let stored = |producer_id| self.log.producers().producer(producer_id);
+        match self.turned_away.borrow_mut().must_hear(place, now_ms, stored) {
+            Some(code) => Err(AppendError::Behind(code)),
+            None => Ok(()),
+        }
+    }
+
+    /// The batch in this place hears the error. If it comes again, what is behind it waits for it.
+    fn turn_away(&self, place: Option<Place>, error: AppendError) -> AppendError {
+        if let Some(place) = place
+            && error.is_for_now()
+        {
+            self.turned_away.borrow_mut().note(place, error.code());
+        }
+        error
+    }
+
+    fn append_admitted(
         &self,
         mut records: BytesMut,
-        origin: Origin,
+        (header, known): (BatchHeader, Option<Known>),
         now_ms: i64,
         completion: Option<Completion>,
         place: Option<Place>,
     ) -> Result<Appended, (AppendError, Option<Completion>)> {
-        let checked = match self.admit(&records, origin, now_ms) {
-            Ok(checked) => checked,
-            Err(error) => return Err((error, completion)),
-        };
-        let header = match checked {
-            Admitted::Duplicate { base_offset, log_append_time_ms, last_offset } => {
-                if let Some(completion) = completion {
-                    let need = if mutant::is(Mutant::AnswersDuplicatesAtOnce) { 0 } else { last_offset + 1 };
-                    self.wait_for_offset(need, completion, place);
-                }
-                return Ok(Appended {
-                    base_offset,
-                    last_offset,
-                    log_append_time_ms,
-                    log_start_offset: self.log_start_offset(),
-                    duplicate: true,
-                });
+        if let Some(Known { base_offset, log_append_time_ms }) = known {
+            let last_offset = base_offset + i64::from(header.last_offset_delta);
+            if let Some(completion) = completion {
+                let need = if mutant::is(Mutant::AnswersDuplicatesAtOnce) { 0 } else { last_offset + 1 };
+                self.wait_for_offset(need, completion, place);
             }
-            Admitted::New(header) => header,
-        };
+            return Ok(Appended {
+                base_offset,
+                last_offset,
+                log_append_time_ms,
+                log_start_offset: self.log_start_offset(),
+                duplicate: true,
+            });
+        }
         let stamp = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
         if stamp {
             record_batch::set_log_append_time(&mut records, now_ms);
@@ -236,7 +257,12 @@ impl Partition {
         self.log.must_wait(total, largest, count)
     }
 
-    fn admit(&self, records: &[u8], origin: Origin, now_ms: i64) -> Result<Admitted, AppendError> {
+    fn admit(
+        &self,
+        records: &[u8],
+        origin: Origin,
+        now_ms: i64,
+    ) -> Result<(BatchHeader, Option<Known>), AppendError> {
         if let Some(reason) = self.damage() {
             return Err(AppendError::Damaged(reason.to_string()));
         }
@@ -293,16 +319,15 @@ impl Partition {
             return Err(AppendError::Behind(ErrorCode::NOT_LEADER_OR_FOLLOWER));
         }
         if let Verdict::Duplicate { base_offset, timestamp } = verdict? {
-            let last_offset = base_offset + i64::from(header.last_offset_delta);
             let stamped = self.config.borrow().timestamp_type == TimestampType::LogAppendTime;
             let log_append_time_ms = if stamped { timestamp } else { -1 };
-            return Ok(Admitted::Duplicate { base_offset, log_append_time_ms, last_offset });
+            return Ok((header, Some(Known { base_offset, log_append_time_ms })));
         }
         let turned_away = origin == Origin::Client && self.disk.is_low();
         if turned_away || !self.log.has_room(records.len()) {
             return Err(AppendError::NoSpace);
         }
-        Ok(Admitted::New(header))
+        Ok((header, None))
     }
 
     /// What comes before a gap may have been refused by the leader of before, and be on its way here.
@@ -318,9 +343,10 @@ impl Partition {
     }
 }
 
-enum Admitted {
-    New(BatchHeader),
-    Duplicate { base_offset: i64, log_append_time_ms: i64, last_offset: i64 },
+/// A batch that the log has already.
+struct Known {
+    base_offset: i64,
+    log_append_time_ms: i64,
 }
 
 /// Places in the batch of the records that are `wrong`.

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 use bytes::Bytes;
 use flumen_metadata::{Durability, TopicConfig};
 use flumen_raft::{Group, GroupStart, Membership};
-use flumen_storage::{CompactError, CompactionConfig, GroupLog};
+use flumen_storage::{CompactError, CompactionConfig, GroupLog, RaftStart};
 use tokio::sync::oneshot;
 
 pub use append::{AppendError, Appended, Origin};
@@ -152,10 +152,11 @@ impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
     pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let node_id = shard.node.raft_id();
-        let controls = log.raft_start().controls;
+        let found = log.raft_start();
+        let log_starts = found.controls.iter();
         let log_starts =
-            controls.iter().filter_map(|(at, data)| Some((*at, outputs::decode_log_start(data)?))).collect();
-        let (raft, fresh) = start_group(&spec, &log, node_id);
+            log_starts.filter_map(|(at, data)| Some((*at, outputs::decode_log_start(data)?))).collect();
+        let (raft, fresh) = start_group(&spec, &log, found, node_id);
         let joins = fresh && !raft.membership().contains(node_id) && !mutant::is(Mutant::JoinsWithoutAsking);
         let alone = raft.membership().has_only(node_id);
         let votes_alone = raft.membership().is_alone(node_id);
@@ -404,8 +405,7 @@ impl Partition {
 
 /// The Raft group of a log, and whether it is new: its members are those that the log has stored, or the replicas of a log
 /// that has nothing yet. One that cannot start refuses to serve.
-fn start_group(spec: &PartitionSpec, log: &GroupLog, node_id: u64) -> (Group, bool) {
-    let found = log.raft_start();
+fn start_group(spec: &PartitionSpec, log: &GroupLog, found: RaftStart, node_id: u64) -> (Group, bool) {
     let hard_state = flumen_raft::HardState {
         term: found.hard_state.term,
         vote: found.hard_state.vote,

@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 
 use flumen_protocol::error_code::ErrorCode;
-use flumen_protocol::record_batch;
+use flumen_protocol::record_batch::{self, BatchHeader};
 
 /// A client sends again after its back-off and a look at the metadata, a second or two; one that has given a batch up must
 /// hear of the gap at last.
@@ -30,7 +30,10 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn of(records: &[u8]) -> Option<Place> {
-        let header = record_batch::parse_header(records).ok()?;
+        Place::of_header(&record_batch::parse_header(records).ok()?)
+    }
+
+    pub(super) fn of_header(header: &BatchHeader) -> Option<Place> {
         let numbered = header.has_producer_id() && header.base_sequence >= 0;
         numbered.then_some(Place {
             producer_id: header.producer_id,
@@ -61,6 +64,11 @@ pub(super) struct TurnedAway {
 }
 
 impl TurnedAway {
+    /// As nearly always: nobody has to wait for anybody.
+    pub(super) fn is_empty(&self) -> bool {
+        self.missing.is_empty()
+    }
+
     /// The batch heard this error and comes again. Of several of a producer the first is what counts.
     pub(super) fn note(&mut self, place: Place, code: ErrorCode) {
         let Place { producer_id, epoch, sequence } = place;
