@@ -17,6 +17,8 @@ pub(super) struct InSync {
     /// What was committed at the last looks, oldest first.
     committed: VecDeque<u64>,
     behind: BTreeSet<u64>,
+    /// Who was down since the last look: what was committed then says nothing of what it missed.
+    fell: BTreeSet<u64>,
 }
 
 impl InSync {
@@ -24,11 +26,13 @@ impl InSync {
     pub(super) fn begin(&mut self, committed: u64) {
         self.committed = VecDeque::from([committed]);
         self.behind.clear();
+        self.fell.clear();
     }
 
     /// It may have lost its log, for all that is known.
     pub(super) fn down(&mut self, id: u64) {
         self.behind.insert(id);
+        self.fell.insert(id);
     }
 
     /// Who is behind. `peers`: all but the leader.
@@ -41,9 +45,10 @@ impl InSync {
         let lately = self.committed.back().copied().unwrap_or(committed);
         let long_ago = self.committed.front().copied().unwrap_or(0);
         let was_behind = std::mem::take(&mut self.behind);
+        let fell = std::mem::take(&mut self.fell);
         let is_behind = |peer: &&PeerStatus| {
             let must_have = if was_behind.contains(&peer.id) { lately } else { long_ago };
-            !is_up(peer.id) || peer.matched_index < must_have
+            !is_up(peer.id) || fell.contains(&peer.id) || peer.matched_index < must_have
         };
         self.behind = peers.filter(is_behind).map(|peer| peer.id).collect();
         self.committed.push_back(committed);
@@ -86,6 +91,18 @@ mod tests {
         assert_eq!(sync.behind(), [3]);
         assert_eq!(look(&mut sync, [80, 60], 80, &[]), [3]);
         assert_eq!(look(&mut sync, [80, 80], 80, &[]), [0; 0]);
+    }
+
+    /// Regression: all that it missed was written between two looks.
+    #[test]
+    fn one_that_was_down_between_two_looks_has_to_come_back_too() {
+        let mut sync = InSync::default();
+        sync.begin(2);
+        assert_eq!(look(&mut sync, [2, 2], 2, &[]), [0; 0]);
+        sync.down(3);
+        assert_eq!(look(&mut sync, [62, 2], 62, &[]), [3]);
+        assert_eq!(look(&mut sync, [62, 61], 62, &[]), [3]);
+        assert_eq!(look(&mut sync, [62, 62], 62, &[]), [0; 0]);
     }
 
     #[test]
