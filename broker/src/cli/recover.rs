@@ -89,7 +89,7 @@ async fn recover(args: &RecoverArgs) -> Result<(), String> {
         let found = log.raft_start();
         // One without a membership never had others.
         let Some((_, bytes)) = &found.membership else { continue };
-        let membership = Membership::decode(bytes).map_err(|error| format!("{name}: {error}"))?;
+        let (membership, _) = Membership::decode_stored(bytes).map_err(|error| format!("{name}: {error}"))?;
         match judge(&membership, own, &lost) {
             Verdict::Fine => {}
             Verdict::NotHere => {

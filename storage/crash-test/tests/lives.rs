@@ -62,7 +62,7 @@ fn live(seed: u64) -> Report {
 #[test]
 fn ten_thousand_crashes_keep_every_promise() {
     let (next, points, compactions) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-    let (begun, received) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (begun, received, over) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
@@ -73,6 +73,7 @@ fn ten_thousand_crashes_keep_every_promise() {
                     let report = live(number / 3 + from);
                     received.fetch_add(report.received, Ordering::Relaxed);
                     begun.fetch_add(report.begun, Ordering::Relaxed);
+                    over.fetch_add(report.over, Ordering::Relaxed);
                     let lived = report.crash_points();
                     compactions.fetch_add(report.compactions, Ordering::Relaxed);
                     let before = points.fetch_add(lived, Ordering::Relaxed);
@@ -86,8 +87,9 @@ fn ten_thousand_crashes_keep_every_promise() {
     let (seeds, compactions) = (next.into_inner(), compactions.into_inner());
     println!("{compactions} passes of compaction");
     assert!(compactions > CRASH_POINTS / 20, "compaction hardly ever ran");
-    let (begun, received) = (begun.into_inner(), received.into_inner());
-    println!("{begun} logs began anew, {received} with what they received");
+    let (begun, received, over) = (begun.into_inner(), received.into_inner(), over.into_inner());
+    println!("{begun} logs began anew, {received} with what they received, {over} at nothing");
+    assert!(over > CRASH_POINTS / 100, "hardly any log began at nothing");
     assert!(received > CRASH_POINTS / 100, "hardly any log began with what it received");
     assert!(begun > CRASH_POINTS / 20, "hardly any log ever began anew");
     println!("{seeds} seeds, {} crash points", points.into_inner());
