@@ -23,8 +23,6 @@ pub enum Mutant {
     CommitsAllAtStart,
     /// Entries that replace others have the terms of those, as far as memory knows.
     KeepsReplacedTerms,
-    /// A replica that gave up its log votes as if it had it.
-    VotesWithoutLog,
 }
 
 #[cfg(feature = "mutants")]

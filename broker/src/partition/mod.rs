@@ -15,8 +15,6 @@ mod fetch;
 mod in_sync;
 mod outputs;
 mod over;
-#[cfg(test)]
-mod over_tests;
 mod pending;
 mod replica;
 #[cfg(test)]

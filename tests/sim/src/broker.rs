@@ -144,7 +144,8 @@ impl World {
                 self.oracle.fail(format!("broker {id} group {slot}: {fault}"));
             }
             if let Some(found) = outputs.contradiction {
-                self.oracle.fail(format!("broker {id} group {slot}: its leader has others committed: {found:?}"));
+                self.oracle
+                    .fail(format!("broker {id} group {slot}: its leader has others committed: {found:?}"));
             }
             for message in outputs.messages.drain(..) {
                 self.oracle.sends(slot as u64, &message);

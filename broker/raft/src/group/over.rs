@@ -17,7 +17,6 @@ use super::{ELECTION_TICKS, Group};
 use crate::contradiction::{Contradiction, Own, Verdict};
 use crate::membership::Membership;
 use crate::message::{Body, Message};
-use crate::mutant::{self, Mutant};
 use crate::{GroupStart, HardState, Install, Outputs, StartError};
 
 /// Two voters that stand for election both say so within this.
@@ -162,7 +161,7 @@ impl Group {
             last_index: 0,
             last_term: 0,
             seed: 0,
-            abstains_below: if mutant::is(Mutant::VotesWithoutLog) { 0 } else { term },
+            abstains_below: term,
         };
         let mut anew = Group::start(&start)?;
         let number = self.ready_number + 1;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
+use flumen_broker::partition::Partition;
 use flumen_checker::{Event, History, Options, Record, check};
 
 use super::broker::Broker;
@@ -21,6 +22,8 @@ struct Seen {
     high_watermark: i64,
     end: i64,
     serves: bool,
+    /// Id, epoch, last sequence.
+    producers: Vec<(i64, i16, i32)>,
     status: String,
 }
 
@@ -39,6 +42,7 @@ async fn look(world: &World, group: u64) -> Vec<Seen> {
                 high_watermark: partition.high_watermark(),
                 end: partition.log_end_offset(),
                 serves: partition.serves(),
+                producers: producers_of(&partition),
                 status: match partition.damage() {
                     Some(damage) => format!("refuses: {damage}"),
                     None => format!(
@@ -55,6 +59,13 @@ async fn look(world: &World, group: u64) -> Vec<Seen> {
         }
     }
     seen
+}
+
+fn producers_of(partition: &Partition) -> Vec<(i64, i16, i32)> {
+    let known = partition.producers().into_iter();
+    let mut known: Vec<_> = known.map(|(id, epoch, sequence, _)| (id, epoch, sequence)).collect();
+    known.sort_unstable();
+    known
 }
 
 fn agree(seen: &[Seen]) -> bool {
@@ -76,6 +87,20 @@ pub(super) async fn judge(world: &Rc<World>) {
         }
         if !world.is_sound() {
             return;
+        }
+        // Whoever leads next must know the producers as this one does.
+        if let Some(other) = seen.iter().find(|one| one.producers != seen[0].producers)
+            && !world.is_voided(group)
+        {
+            let (a, b) = (&seen[0], other);
+            world.fail(format!(
+                "{}: brokers {} and {} know different producers: {:?}, {:?}",
+                name_of(group),
+                a.broker,
+                b.broker,
+                a.producers.iter().filter(|known| !b.producers.contains(known)).collect::<Vec<_>>(),
+                b.producers.iter().filter(|known| !a.producers.contains(known)).collect::<Vec<_>>()
+            ));
         }
         // What retention took of one replica is no matter of the others.
         let from = seen.iter().map(|one| one.start).max().unwrap_or(0);
