@@ -21,6 +21,7 @@ pub mod change;
 pub mod floors;
 pub mod forward;
 pub mod hand_over;
+pub mod hearsay;
 pub mod identity;
 pub mod inbound;
 pub mod joining;
