@@ -23,9 +23,18 @@ struct Known {
     epoch: i32,
     /// Replicas that are behind, as the leader says.
     lagging: Vec<i32>,
+    /// This node led it until now, and has not heard who does since.
+    gave_up: bool,
 }
 
-/// A group that this node leads.
+impl Known {
+    fn as_led(&self, group_id: u64, leader_id: i32) -> Option<Led> {
+        let led = || Led { group_id, epoch: self.epoch, lagging: self.lagging.clone() };
+        (self.leader_id == leader_id).then(led)
+    }
+}
+
+/// A group that somebody leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Led {
     pub group_id: u64,
@@ -84,7 +93,7 @@ impl LeaderTable {
             // Until the new leader has looked: who was behind is.
             let mut lagging = before.map(|b| b.lagging.clone()).unwrap_or_default();
             lagging.retain(|id| *id != leader_id);
-            let now = Known { leader_id, epoch, lagging };
+            let now = Known { leader_id, epoch, lagging, gave_up };
             let same = before.is_some_and(|b| (b.leader_id, b.epoch) == (leader_id, epoch));
             if (newer || gave_up) && !same {
                 known.insert(group_id, now);
@@ -141,6 +150,12 @@ impl LeaderTable {
         known.get(&group_id).map(|k| (k.leader_id, k.epoch))
     }
 
+    /// This node ceased to lead it and has not heard who does since.
+    pub fn is_given_up(&self, group_id: u64) -> bool {
+        let known = self.stripe(group_id).read().expect("no panic under this lock");
+        known.get(&group_id).is_some_and(|k| k.gave_up)
+    }
+
     pub fn is_led_here(&self, group_id: u64) -> bool {
         self.get(group_id).is_some_and(|(leader_id, _)| leader_id == self.own_id)
     }
@@ -151,18 +166,18 @@ impl LeaderTable {
 
     /// Everything that this node leads, by group.
     pub fn led_here(&self) -> Vec<Led> {
+        self.led_by(self.own_id)
+    }
+
+    /// Everything that a node leads as far as is known here, by group.
+    pub fn led_by(&self, leader_id: i32) -> Vec<Led> {
         let mut led = Vec::new();
         for stripe in &self.stripes {
             let known = stripe.read().expect("no panic under this lock");
-            led.extend(known.iter().filter_map(|(group, k)| self.as_led(*group, k)));
+            led.extend(known.iter().filter_map(|(group, k)| k.as_led(*group, leader_id)));
         }
         led.sort_unstable_by_key(|l| l.group_id);
         led
-    }
-
-    fn as_led(&self, group_id: u64, known: &Known) -> Option<Led> {
-        let led = || Led { group_id, epoch: known.epoch, lagging: known.lagging.clone() };
-        (known.leader_id == self.own_id).then(led)
     }
 
     /// What has changed since the last call.
@@ -173,7 +188,7 @@ impl LeaderTable {
         }
         let led = untold.groups.into_iter().filter_map(|group| {
             let known = self.stripe(group).read().expect("no panic under this lock");
-            self.as_led(group, known.get(&group)?)
+            known.get(&group)?.as_led(group, self.own_id)
         });
         News::Of(led.collect())
     }
@@ -214,10 +229,14 @@ mod tests {
         // Nobody else knows better than this node that it leads, nor that it ceased to.
         table.hear(5, 1, 9, vec![]);
         assert_eq!(table.get(5), Some((1, 4)));
+        assert!(!table.is_given_up(5));
         table.note(5, -1, 4);
         assert_eq!(table.get(5), Some((-1, 4)));
+        table.note(5, -1, 6);
+        assert!(table.is_given_up(5));
         table.hear(5, 2, 5, vec![]);
         assert_eq!(table.get(5), Some((2, 5)));
+        assert!(!table.is_given_up(5));
     }
 
     fn led(group_id: u64, epoch: i32) -> Led {
@@ -236,6 +255,7 @@ mod tests {
         table.note(7, 1, 1);
         assert_eq!(table.take_news(), News::Of(vec![]), "nothing new");
         assert_eq!(table.led_here(), [led(7, 1), led(9, 3)]);
+        assert_eq!(table.led_by(2), [led(8, 1)]);
         // Who is behind is told, too; the next leader begins with it, and is not behind.
         table.note_lagging(9, 3, vec![2]);
         table.note_lagging(9, 2, vec![4]);

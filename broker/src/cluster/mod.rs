@@ -5,7 +5,7 @@
 //! listener -> inbound                           what others say, on the shard that serves it
 //! links                                         what this node says: one connection per shard to every other node
 //! change                                        changes of the metadata, made here or by whoever leads it
-//! leaders, members                              what is known of the others
+//! leaders, members, hearsay                     what is known of the others, and what they know of each other
 //! ```
 //!
 //! A broker that is started without `--rpc` has none of this: no port, no task, no tick.
@@ -21,6 +21,7 @@ pub mod change;
 pub mod floors;
 pub mod forward;
 pub mod hand_over;
+pub mod hearsay;
 pub mod identity;
 pub mod inbound;
 pub mod joining;
