@@ -133,7 +133,8 @@ pub fn step_of(info: &PartitionInfo, partition: &Partition) -> Step {
     next_step(info, &view_of(&partition.raft_status()))
 }
 
-fn view_of(status: &Status) -> GroupView {
+/// What the leader sees of its group.
+pub(crate) fn view_of(status: &Status) -> GroupView {
     let ids = |ids: &[u64]| ids.iter().filter_map(|id| node_id_of(*id)).collect();
     let own = status.leadership.leader_id;
     // Raft takes a new member for active before it has heard of it; one that has nothing has not joined yet.

@@ -137,8 +137,9 @@ fn judge(seen: &Seen) -> Vec<Problem> {
             detail: format!("the log of {place} is damaged: {}", found.reason),
             impact: format!("{place} refuses to serve, its bytes are left alone; other partitions go on"),
             fix: format!(
-                "stop the broker, see what is damaged with flumen debug log verify {}, and restore the directory of {place} \
-                 from a copy; or give the records up with flumen topic delete {}",
+                "none is needed where a majority of its other replicas runs: it gets its log from them. Otherwise stop the broker, \
+                 see what is damaged with flumen debug log verify {}, and restore the directory of {place} from a copy; or give \
+                 the records up with flumen topic delete {}",
                 seen.data_dir, found.topic
             ),
             subject: place,

@@ -6,6 +6,7 @@
 //! the cluster -> exports -> accept.
 //! Stop: no new connections -> exports -> leaderships go to other nodes -> shards flush and close their logs -> exit 0.
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::panic::resume_unwind;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
 use flumen_protocol::error_code::ErrorCode;
-use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig, failpoint};
+use flumen_storage::{DataDir, GroupHealth, RecoveredGroup, ShardStore, StoreConfig, failpoint};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -83,8 +84,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let recovered = std::thread::scope(|scope| {
             scope.spawn(|| data_dir.recover(warm_bytes)).join().unwrap_or_else(|panic| resume_unwind(panic))
         })?;
-        let recovered: RecoveredGroups =
-            Arc::new(Mutex::new(recovered.into_iter().map(|g| (group_of(g.group_id), g)).collect()));
+        let recovered: RecoveredGroups = Arc::new(Mutex::new(one_of_each(recovered, &data_dir)));
         if let Some((cluster, _)) = &member {
             refuse_lost_log(&cluster.identity, &options.data_dir, &recovered)?;
         }
@@ -330,6 +330,34 @@ async fn register(node: &Arc<Node>, cluster: &Cluster) -> anyhow::Result<()> {
         Identity { registered: true, ..cluster.identity.clone() }.store(&node.data_dir)?;
     }
     Ok(())
+}
+
+/// By the Raft group. Of two logs of one group the empty one counts: a crash came after it was made in place of a damaged one, and
+/// before that was gone (`Shard::renew`). Of two that have entries the one with more does, and the other is left alone.
+fn one_of_each(recovered: Vec<RecoveredGroup>, data_dir: &DataDir) -> HashMap<u64, RecoveredGroup> {
+    let mut found: HashMap<u64, RecoveredGroup> = HashMap::new();
+    for group in recovered {
+        let group_id = group_of(group.group_id);
+        let Some(other) = found.remove(&group_id) else {
+            found.insert(group_id, group);
+            continue;
+        };
+        let is_damaged = |group: &RecoveredGroup| matches!(group.health, GroupHealth::Damaged { .. });
+        let is_empty = |group: &RecoveredGroup| group.last_index == 0 && !is_damaged(group);
+        let rank =
+            |group: &RecoveredGroup| (is_empty(group), !is_damaged(group), group.last_term, group.last_index);
+        let (stays, goes) = if rank(&group) > rank(&other) { (group, other) } else { (other, group) };
+        if is_empty(&stays) {
+            tracing::warn!(group_id, directory = %goes.dir_name, "removing a damaged log in whose place there is a new one");
+            if let Err(error) = data_dir.remove_group(&goes.dir_name) {
+                tracing::warn!(group_id, %error, "could not remove it; the next start tries again");
+            }
+        } else {
+            tracing::error!(group_id, directory = %goes.dir_name, counts = %stays.dir_name, "two logs of one partition; this one is left alone");
+        }
+        found.insert(group_id, stays);
+    }
+    found
 }
 
 /// Logs that no topic names belong to topics whose deletion a crash interrupted, and those that went to other nodes have

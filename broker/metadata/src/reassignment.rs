@@ -51,6 +51,8 @@ pub enum Waiting {
     CatchingUp { id: i32, entries: u64 },
     #[error("no replica that stays has caught up, so nobody can take over from node {0}")]
     NobodyToLead(i32),
+    #[error("the replica of node {0} is damaged, and without it there is no majority to take its vote away")]
+    TooFewOthers(i32),
 }
 
 impl GroupView {
@@ -96,6 +98,50 @@ pub fn next_step(info: &PartitionInfo, view: &GroupView) -> Step {
     match info.goal().iter().find(|id| view.has_caught_up(**id)) {
         Some(to) => Step::HandOver { to: *to },
         None => Step::Wait(Waiting::NobodyToLead(view.leader)),
+    }
+}
+
+/// What the leader does for a member that lost its log, or has it again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mending {
+    /// It votes no more: its log may go, and a new one may join.
+    Begin,
+    Change {
+        voters: BTreeSet<i32>,
+        learners: BTreeSet<i32>,
+    },
+    Wait(Waiting),
+    /// It votes, and has its log.
+    Done,
+}
+
+/// For a partition that is not being moved, whose replica on node `id` is damaged, or whole and without a vote. Its vote goes before
+/// its log does: a majority that counted on what it had said could otherwise be made without anybody who knows what that was.
+pub fn mending_step(info: &PartitionInfo, view: &GroupView, id: i32, is_damaged: bool) -> Mending {
+    if view.is_joint {
+        return Mending::Wait(Waiting::Joint);
+    }
+    let votes = view.voters.contains(&id);
+    if is_damaged && votes {
+        let without = |set: &BTreeSet<i32>| set.iter().copied().filter(|member| *member != id).collect();
+        let voters: BTreeSet<i32> = without(&view.voters);
+        // The change itself takes a majority of those who voted before.
+        return match 2 * voters.len() > view.voters.len() {
+            true => Mending::Change { voters, learners: without(&view.learners) },
+            false => Mending::Wait(Waiting::TooFewOthers(id)),
+        };
+    }
+    if is_damaged {
+        return Mending::Begin;
+    }
+    if votes {
+        return Mending::Done;
+    }
+    match next_step(info, view) {
+        Step::Change { voters, learners } => Mending::Change { voters, learners },
+        Step::Wait(reason) => Mending::Wait(reason),
+        // It is the goal of another that is missing; whoever leads is of the goal while nothing moves.
+        Step::Reached | Step::HandOver { .. } => Mending::Done,
     }
 }
 
@@ -155,6 +201,34 @@ mod tests {
         info.dropped = vec![3];
         let view = GroupView { leader: 1, voters: set(&[1, 2]), learners: set(&[3]), ..GroupView::default() };
         assert_eq!(next_step(&info, &view), Step::Change { voters: set(&[1, 2]), learners: set(&[]) });
+    }
+
+    #[test]
+    fn a_replica_loses_its_vote_before_its_log_and_gets_both_again() {
+        let info = PartitionInfo::at_rest(1, vec![1, 2, 3]);
+        let mut view = GroupView { leader: 1, voters: set(&[1, 2, 3]), ..GroupView::default() };
+        view.behind = vec![(1, 0), (2, 0)];
+        let step = mending_step(&info, &view, 3, true);
+        assert_eq!(step, Mending::Change { voters: set(&[1, 2]), learners: set(&[]) });
+        view.is_joint = true;
+        assert_eq!(mending_step(&info, &view, 3, true), Mending::Wait(Waiting::Joint));
+        view = GroupView { voters: set(&[1, 2]), is_joint: false, ..view };
+        assert_eq!(mending_step(&info, &view, 3, true), Mending::Begin);
+        let step = mending_step(&info, &view, 3, false);
+        assert_eq!(step, Mending::Change { voters: set(&[1, 2]), learners: set(&[3]) });
+        view.learners = set(&[3]);
+        assert_eq!(mending_step(&info, &view, 3, false), Mending::Wait(Waiting::NotHeardOf(3)));
+        // Damaged again before it votes again.
+        assert_eq!(mending_step(&info, &view, 3, true), Mending::Begin);
+        view.behind.push((3, 2));
+        let step = mending_step(&info, &view, 3, false);
+        assert_eq!(step, Mending::Change { voters: set(&[1, 2, 3]), learners: set(&[]) });
+        view = GroupView { voters: set(&[1, 2, 3]), learners: set(&[]), ..view };
+        assert_eq!(mending_step(&info, &view, 3, false), Mending::Done);
+        // Of two, one is no majority.
+        let (info, voters) = (PartitionInfo::at_rest(1, vec![1, 3]), set(&[1, 3]));
+        let step = mending_step(&info, &GroupView { voters, ..view }, 3, true);
+        assert_eq!(step, Mending::Wait(Waiting::TooFewOthers(3)));
     }
 
     proptest! {

@@ -31,6 +31,7 @@ pub mod leaving;
 pub mod links;
 pub mod listener;
 pub mod members;
+pub mod mending;
 pub mod news;
 pub mod pace;
 pub mod remote_log;

@@ -34,6 +34,9 @@ pub const SHIP: u16 = 12;
 /// What a node leads that the asker does not hear: node id i32; the answer is as `hearsay` has it, or an error code where it is
 /// not heard either.
 pub const HEARSAY: u16 = 13;
+/// A replica is damaged, or lacks its vote: group id u64, whether it is damaged u8; the answer of its leader is one byte, see
+/// `mending`.
+pub const MEND: u16 = 14;
 
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;

@@ -108,6 +108,8 @@ pub struct Partition {
     hold_offset: Cell<i64>,
     turned_away: RefCell<TurnedAway>,
     in_sync: RefCell<InSync>,
+    /// What is here must stay as it is, whatever others have: an operator decides.
+    keeps_its_log: Cell<bool>,
     /// The leader epoch in which a producer's gap was seen last, and when first in it.
     first_gap: Cell<(i32, i64)>,
 }
@@ -150,8 +152,14 @@ pub struct PartitionSpec {
 
 impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
-    pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
+    pub fn open(shard: &Rc<Shard>, mut spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let node_id = shard.node.raft_id();
+        let own = shard.node.config.node_id;
+        // A log with a number of its own is of a replica that came when the group was there: the metadata may name it by now, but as
+        // long as nobody has told it so it does not vote.
+        if log.group_id() != spec.group_id && spec.replicas.iter().any(|id| *id != own) {
+            spec.replicas.retain(|id| *id != own);
+        }
         let found = log.raft_start();
         let log_starts = found.controls.iter();
         let log_starts =
@@ -219,6 +227,7 @@ impl Partition {
             hold_offset: Cell::new(hold),
             turned_away: RefCell::default(),
             in_sync: RefCell::default(),
+            keeps_its_log: Cell::new(false),
             first_gap: Cell::new((-1, 0)),
         });
         if partition.damage().is_none() {

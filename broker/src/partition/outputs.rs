@@ -456,7 +456,19 @@ impl Partition {
     /// The partition serves no more until the next start: what is on its disk stays as it is.
     pub(super) fn refuse(&self, reason: &str) {
         tracing::error!(topic = %self.topic, partition = self.index, reason, "this replica refuses to serve");
+        self.keeps_its_log.set(true);
         self.log.refuse(reason);
+        self.cease();
+    }
+
+    /// A reader found damage: whoever has it may not lead, or lag, as if it had all.
+    pub(crate) fn cease_if_damaged(&self) {
+        if self.damage().is_some() && (self.leads.get() || self.serves.get()) {
+            self.cease();
+        }
+    }
+
+    fn cease(&self) {
         let leads = self.leads.replace(false);
         self.serves.set(false);
         if let Some(shard) = self.shard.upgrade() {

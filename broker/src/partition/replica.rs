@@ -2,11 +2,12 @@
 //!
 //! Nothing here waits. What Raft answers is carried out by `Partition::advance`.
 
+use flumen_metadata::{MetadataImage, PartitionInfo};
 use flumen_raft::{Body, Membership, Message, ProposeError, ReadError, Status, StepError, Target};
 use tokio::sync::oneshot;
 
-use super::Partition;
 use super::fetch::FetchError;
+use super::{Partition, raft_id};
 use crate::cluster::floors::Floor;
 use crate::cluster::node_id_of;
 
@@ -143,6 +144,16 @@ impl Partition {
         self.joining.get() && self.damage().is_none()
     }
 
+    /// Damaged, and what is left of its log may go when others have all of it.
+    pub(crate) fn may_begin_again(&self) -> bool {
+        self.damage().is_some() && !self.keeps_its_log.get()
+    }
+
+    /// It takes part, or asks to, and does not vote.
+    pub(crate) fn lacks_its_vote(&self) -> bool {
+        self.joining.get() || !self.state.borrow().raft.membership().is_voter(self.node_id)
+    }
+
     /// Who the members are, and the index of the entry that made it so.
     pub(crate) fn members(&self) -> (u64, Membership) {
         let raft = &self.state.borrow().raft;
@@ -150,13 +161,15 @@ impl Partition {
     }
 
     /// The leader of the group has told a new replica who the members are. As long as it is none of them it goes on asking.
-    /// One that is said to vote has lost what it had promised to keep, and never takes part.
+    /// One that is said to vote has lost what it had promised to keep, and does not take part.
     pub(crate) fn join(&self, index: u64, membership: Membership) {
         if !self.is_joining() || !membership.contains(self.node_id) {
             return;
         }
         if membership.is_voter(self.node_id) {
-            self.refuse("it votes in its group, and its log is gone: move the replica away from this broker, and back");
+            // Its vote is taken away, and it begins again: see `cluster::mending`.
+            self.refuse("it votes in its group, and its log is gone");
+            self.keeps_its_log.set(false);
             return;
         }
         let stored = flumen_storage::HardState::default();
@@ -286,9 +299,28 @@ impl Partition {
 
     fn tell_lagging(&self, behind: Vec<u64>) {
         if let Some(shard) = self.shard.upgrade() {
-            let behind = behind.into_iter().filter_map(node_id_of).collect();
+            let mut behind: Vec<i32> = behind.into_iter().filter_map(node_id_of).collect();
+            behind.extend(self.voteless(&shard.node.image.load()));
+            behind.sort_unstable();
+            behind.dedup();
             shard.node.leaders.note_lagging(self.group_id, self.leader_epoch(), behind);
         }
+    }
+
+    /// Replicas of the metadata that have lost their vote (`cluster::mending`); none while a move changes who votes.
+    fn voteless(&self, image: &MetadataImage) -> Vec<i32> {
+        let at_rest = self.info_in(image).filter(|info| info.target.is_none());
+        let replicas = at_rest.map(|info| info.replicas.clone()).unwrap_or_default();
+        let raft = &self.state.borrow().raft;
+        let votes = |id: &i32| raft.membership().is_voter(raft_id(*id));
+        replicas.into_iter().filter(|id| !votes(id)).collect()
+    }
+
+    /// What the metadata says of this partition.
+    pub(crate) fn info_in<'a>(&self, image: &'a MetadataImage) -> Option<&'a PartitionInfo> {
+        let at = usize::try_from(self.index).ok()?;
+        let info = image.topics.get(&*self.topic)?.partitions.get(at)?;
+        (info.group_id == self.group_id).then_some(info)
     }
 
     /// Sees to it that the group is ticked for as long as it does not sleep. A group of one needs no time.
