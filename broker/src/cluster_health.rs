@@ -121,7 +121,8 @@ fn judge(seen: &Seen) -> Vec<Problem> {
             node_id,
             subject: seen.data_dir.clone(),
             detail: format!("{} MiB are free where {} is", seen.free_bytes >> 20, seen.data_dir),
-            impact: "producers get KAFKA_STORAGE_ERROR and try again; reads, deletion, retention and exports go on"
+            impact: "this node leads nothing that another node with room can lead; producers of the rest get \
+                     KAFKA_STORAGE_ERROR and try again; reads, deletion, retention and exports go on"
                 .to_string(),
             fix: "free space there, delete a topic (flumen topic delete NAME) or keep less (flumen topic alter NAME -c \
                   retention.ms=...); producers go on by themselves"

@@ -31,7 +31,7 @@ use crate::cluster::joining::find_cluster;
 use crate::cluster::leaving::hand_over_everything;
 use crate::cluster::listener::Rpc;
 use crate::cluster::members::Members;
-use crate::cluster::{self, Cluster, hearsay, new_boot_id, news};
+use crate::cluster::{self, Cluster, hearsay, new_boot_id, news, room};
 use crate::controller::{Controller, METADATA_GROUP, RecoveredGroups};
 use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
@@ -135,9 +135,13 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
                 let watch =
                     |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::watch(shard.clone())));
                 shard.post(watch).await?;
+                let give_up =
+                    |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(room::give_up(shard.clone())));
+                shard.post(give_up).await?;
             }
             let tell_and_ask = |shard: &std::rc::Rc<Shard>| {
                 drop(tokio::task::spawn_local(news::tell(shard.clone())));
+                drop(tokio::task::spawn_local(room::tell(shard.clone())));
                 drop(tokio::task::spawn_local(hearsay::gather(shard.clone())));
             };
             node.controller().post(tell_and_ask).await?;

@@ -11,7 +11,8 @@ use std::collections::BTreeSet;
 
 use crate::assignment::PartitionInfo;
 
-/// A learner that lacks at most so many entries may vote: what a majority then waits for is read and sent in milliseconds.
+/// A learner that lacks at most so many entries, and keeps up, may vote: what a majority then waits for is read and sent in
+/// milliseconds.
 pub const CAUGHT_UP_ENTRIES_MAX: u64 = 1000;
 
 /// What the leader sees of its group.
@@ -24,6 +25,8 @@ pub struct GroupView {
     pub is_joint: bool,
     /// Members with the number of committed entries that they lack; those that are not heard of are left out.
     pub behind: Vec<(i32, u64)>,
+    /// Members that do not keep up, however few their entries are: entries may be large, and may come slowly.
+    pub lagging: BTreeSet<i32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +64,10 @@ impl GroupView {
     }
 
     fn has_caught_up(&self, id: i32) -> bool {
-        self.behind_of(id).is_some_and(|entries| entries <= CAUGHT_UP_ENTRIES_MAX)
+        // One that has everything does so whatever was seen of it before.
+        self.behind_of(id).is_some_and(|entries| {
+            entries == 0 || (entries <= CAUGHT_UP_ENTRIES_MAX && !self.lagging.contains(&id))
+        })
     }
 }
 
@@ -80,7 +86,7 @@ pub fn next_step(info: &PartitionInfo, view: &GroupView) -> Step {
     for id in adding {
         match view.behind_of(id) {
             None => return Step::Wait(Waiting::NotHeardOf(id)),
-            Some(entries) if entries > CAUGHT_UP_ENTRIES_MAX => {
+            Some(entries) if !view.has_caught_up(id) => {
                 return Step::Wait(Waiting::CatchingUp { id, entries });
             }
             Some(_) => {}
@@ -172,7 +178,12 @@ mod tests {
         let waiting = Waiting::CatchingUp { id: 4, entries: 5000 };
         assert_eq!(next_step(&info, &view), Step::Wait(waiting));
         assert_eq!(waiting.to_string(), "node 4 still lacks 5000 entries");
-        view.behind[3].1 = 3;
+        // Regression: few entries may be many bytes, which come slowly.
+        (view.behind[3].1, view.lagging) = (800, set(&[4]));
+        assert_eq!(next_step(&info, &view), Step::Wait(Waiting::CatchingUp { id: 4, entries: 800 }));
+        (view.behind[3].1, view.lagging) = (0, set(&[4]));
+        assert!(matches!(next_step(&info, &view), Step::Change { .. }));
+        (view.behind[3].1, view.lagging) = (3, set(&[]));
         assert_eq!(next_step(&info, &view), Step::Change { voters: set(&[1, 2, 4]), learners: set(&[]) });
         view.is_joint = true;
         assert_eq!(next_step(&info, &view), Step::Wait(Waiting::Joint));

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::requests::{self, Answered};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
-use super::{change, floors, hand_over, hearsay, joins, mending, node_id_of, remote_log, ship};
+use super::{change, floors, hand_over, hearsay, joins, mending, node_id_of, pace, remote_log, room, ship};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -190,6 +190,7 @@ pub async fn answer_of_replicas(node: &Node, kind: u16, body: Bytes) -> Answered
         requests::MEMBERS => joins::answer(node, body).await,
         requests::FLOORS => floors::answer(node, body).await,
         requests::HAND_OVER => hand_over::answer(node, &body).await,
+        requests::PACE => pace::answer(node, body).await,
         _ => Answered { code: ErrorCode::UNSUPPORTED_VERSION.0, body: Bytes::new() },
     }
 }
@@ -216,9 +217,10 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
         requests::MEND => mending::answer(&shard.node, sender.node_id, request.body).await,
+        requests::ROOM => room::answer(&shard.node, sender.node_id, &request.body),
         requests::HEARSAY => hearsay::answer(&shard.node, request.body),
         requests::SHIP => ship::answer(&shard.node, request.body).await,
-        requests::MEMBERS | requests::FLOORS | requests::HAND_OVER => {
+        requests::MEMBERS | requests::FLOORS | requests::HAND_OVER | requests::PACE => {
             answer_of_replicas(&shard.node, request.kind, request.body).await
         }
         requests::STATUS => {

@@ -36,6 +36,7 @@ pub mod news;
 pub mod pace;
 pub mod remote_log;
 pub mod requests;
+pub mod room;
 pub mod ship;
 mod wire;
 

@@ -11,6 +11,7 @@
 //! What it does not do: decide where it lives (metadata), parse requests (handlers), touch files (storage).
 
 mod append;
+mod catch_up;
 mod fetch;
 mod in_sync;
 mod outputs;
@@ -24,8 +25,8 @@ mod turned_away;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::{Rc, Weak};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use flumen_metadata::{Durability, TopicConfig};
@@ -41,7 +42,9 @@ pub(crate) use shipping::Offer;
 use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
 use crate::mutant::{self, Mutant};
+use crate::progress::MoveProgress;
 use crate::shard::Shard;
+use catch_up::CatchUps;
 use in_sync::InSync;
 use pending::Pending;
 use turned_away::{Place, TurnedAway};
@@ -56,6 +59,8 @@ pub struct PartitionGauges {
     /// A replica that fetches what its leader cannot send as entries has it up to the first, of all up to the second; 0, 0:
     /// none does.
     pub fetched: (AtomicI64, AtomicI64),
+    /// Of a move that this broker drives.
+    pub progress: Mutex<Option<MoveProgress>>,
     /// 1 when the log is damaged and the partition refuses to serve.
     pub damaged: AtomicI32,
 }
@@ -110,6 +115,7 @@ pub struct Partition {
     in_sync: RefCell<InSync>,
     /// What is here must stay as it is, whatever others have: an operator decides.
     keeps_its_log: Cell<bool>,
+    catch_ups: CatchUps,
     /// The leader epoch in which a producer's gap was seen last, and when first in it.
     first_gap: Cell<(i32, i64)>,
 }
@@ -228,6 +234,7 @@ impl Partition {
             turned_away: RefCell::default(),
             in_sync: RefCell::default(),
             keeps_its_log: Cell::new(false),
+            catch_ups: CatchUps::default(),
             first_gap: Cell::new((-1, 0)),
         });
         if partition.damage().is_none() {

@@ -54,6 +54,7 @@ impl Partition {
             return false;
         }
         let mut state = self.state.borrow_mut();
+        state.raft.set_reluctant(self.disk.is_low());
         let left = self.ticks_to_stand.get();
         if left > 0 {
             self.ticks_to_stand.set(left - 1);
@@ -284,8 +285,21 @@ impl Partition {
             self.in_sync.borrow_mut().down(raft_id);
             let behind = self.in_sync.borrow().behind();
             self.tell_lagging(behind);
+            self.let_go_of_reads();
         }
         concerned
+    }
+
+    /// Raft's ids of the replicas that are not in sync, as the leader sees it.
+    pub(crate) fn behind(&self) -> Vec<u64> {
+        self.in_sync.borrow().behind()
+    }
+
+    /// Kafka ids of the members that were not seen to keep up.
+    pub(crate) fn not_keeping_up(&self) -> Vec<i32> {
+        let in_sync = self.in_sync.borrow();
+        let others = self.state.borrow().raft.membership().others(self.node_id);
+        others.into_iter().filter(|id| !in_sync.keeps_up(*id)).filter_map(node_id_of).collect()
     }
 
     /// Looks which followers are behind, and tells; for leaders.
@@ -293,8 +307,13 @@ impl Partition {
         let status = self.raft_status();
         let others = status.peers.iter().filter(|peer| peer.id != self.node_id);
         let is_up = |id: u64| node_id_of(id).is_some_and(is_up);
-        let behind = self.in_sync.borrow_mut().look(others, status.committed_index, is_up);
+        let behind = {
+            let mut in_sync = self.in_sync.borrow_mut();
+            in_sync.watch_commits(status.committed_index, status.last_index);
+            in_sync.look(others, status.committed_index, is_up)
+        };
         self.tell_lagging(behind);
+        self.let_go_of_reads();
     }
 
     fn tell_lagging(&self, behind: Vec<u64>) {
