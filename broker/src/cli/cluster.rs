@@ -78,6 +78,7 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                             "version",
                             "partitions",
                             "connections",
+                            "rpc_tls",
                             "disk_free_bytes",
                         ]
                         .map(|key| text(&b[key])),
@@ -94,6 +95,7 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                 "VERSION",
                 "PARTITIONS",
                 "CONNECTIONS",
+                "RPC-TLS",
                 "DISK-FREE-BYTES",
             ];
             show(admin, &brokers, || table::print(&headers, &rows));
