@@ -64,7 +64,11 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         exposure::check(cluster.rpc, cluster.advertise_rpc.as_deref(), &cluster.security)
             .map_err(anyhow::Error::msg)?;
         if let Security::Tls(files) = &cluster.security {
-            tls = Some(Arc::new(RpcTls::load(files.clone()).map_err(anyhow::Error::msg)?));
+            let loaded = RpcTls::load(files.clone()).map_err(anyhow::Error::msg)?;
+            if let Some(address) = &cluster.advertise_rpc {
+                loaded.serve_at(address).map_err(anyhow::Error::msg)?;
+            }
+            tls = Some(Arc::new(loaded));
         }
     }
     if let Err(error) = flumen_io::refuse_huge_pages() {

@@ -143,6 +143,15 @@ fn brokers_with_certificates_are_one_cluster_and_others_are_refused_in_words() {
     third.restart().unwrap();
     assert!(third.stop().unwrap().success());
     third.arguments.truncate(bare.arguments.len());
+    third.arguments.extend(own.iter().flat_map(|setting| ["--set".to_string(), setting.clone()]));
+    third.begin().unwrap();
+    let failed = "cannot connect to a broker; trying again";
+    cluster.until("node 6 to fail with all", || (count(&third.log(), failed) >= 3).then_some(())).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(count(&third.log(), failed), 3, "{}", third.log());
+    assert_eq!(count(&third.log(), "is not signed by the authority in"), 3, "{}", third.log());
+    third.kill_9();
+    third.arguments.truncate(bare.arguments.len());
     assert!(third.restart_or_end().unwrap().is_some_and(|status| !status.success()));
     assert!(third.log().contains("start it with --rpc-tls-cert"), "{}", third.log());
 

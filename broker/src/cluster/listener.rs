@@ -40,6 +40,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 const TLS_BEGINS: u8 = 0x16;
 /// Sentences that were logged and need not be again so soon: a broker that may not come in tries every second.
 const TOLD_MAX: usize = 64;
+/// Of one address: more kinds of wrong no broker has, and whoever makes up new ones is not to fill the log.
+const TOLD_EACH_MAX: usize = 8;
 const TOLD_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
 /// What the port says of this process: first as one that looks for a cluster, then as a member.
@@ -125,10 +127,10 @@ struct Told(HashMap<(IpAddr, String), Instant>);
 
 impl Told {
     fn is_new(&mut self, from: IpAddr, sentence: &str, now: Instant) -> bool {
+        self.0.retain(|_, at| now.duration_since(*at) < TOLD_AGAIN_AFTER);
         let key = (from, sentence.to_string());
-        if let Some(at) = self.0.get(&key)
-            && now.duration_since(*at) < TOLD_AGAIN_AFTER
-        {
+        let of_it = self.0.keys().filter(|(address, _)| *address == from).count();
+        if self.0.contains_key(&key) || of_it >= TOLD_EACH_MAX {
             return false;
         }
         if self.0.len() >= TOLD_MAX {
@@ -282,6 +284,8 @@ mod tests {
         );
         assert!(!told.is_new(one, "a", after(1_000)) && !told.is_new(one, "b", after(599_999)));
         assert!(told.is_new(one, "a", after(600_000)) && !told.is_new(one, "a", after(601_000)));
+        let new = (0..100).filter(|n| told.is_new(other, &n.to_string(), after(602_000))).count();
+        assert_eq!(new, TOLD_EACH_MAX);
         for n in 0..1_000_u32 {
             told.is_new(IpAddr::from(n.to_be_bytes()), "a", after(602_000));
             assert!(told.0.len() <= TOLD_MAX);

@@ -265,7 +265,7 @@ fn files_that_cannot_be_right_are_refused_in_words() {
     assert!(sentence.contains("is not valid yet"), "{sentence}");
     let named = RpcTls::load(own.files(&at("named"), "db1.example", |_| {})).unwrap();
     let sentence = named.serve_at("10.0.0.1:33145").unwrap_err();
-    assert!(sentence.contains("not for 10.0.0.1") && sentence.contains("db1.example"), "{sentence}");
+    assert!(sentence.contains("not for 10.0.0.1") && sentence.contains("but for db1.example;"), "{sentence}");
     let named = RpcTls::load(named.files.clone()).unwrap();
     assert_eq!(named.serve_at("db1.example:33145"), Ok(()));
     assert_eq!(host_of("[fd00::1]:33145"), "fd00::1");

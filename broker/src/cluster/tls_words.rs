@@ -7,6 +7,25 @@ use rustls::{AlertDescription, CertificateError, Error, InvalidMessage};
 
 use super::tls::TlsFiles;
 
+/// Of what rustls says, some of which others have sent.
+const QUOTED_CHARS_MAX: usize = 200;
+
+fn quoted(what: impl std::fmt::Display) -> String {
+    what.to_string().chars().filter(|c| !c.is_control()).take(QUOTED_CHARS_MAX).collect()
+}
+
+/// The names of a certificate, which rustls has as IpAddress(10.0.0.1) and DnsName("db1.example").
+fn names(presented: &[String]) -> String {
+    if presented.is_empty() {
+        return "no address at all".to_string();
+    }
+    let name = |text: &String| {
+        let inside = text.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(text);
+        inside.trim_matches('"').to_string()
+    };
+    quoted(presented.iter().map(name).collect::<Vec<_>>().join(", "))
+}
+
 /// The error of rustls inside one of a stream, if there is one.
 pub fn cause(error: &io::Error) -> Option<&Error> {
     error.get_ref()?.downcast_ref()
@@ -55,15 +74,15 @@ pub fn of_peer(error: &Error, peer: &str, files: &TlsFiles) -> String {
             format!("{peer} refuses this broker or its certificate {cert} ({alert:?}); its log says why")
         }
         Error::PeerIncompatible(what) => {
-            format!(
-                "{peer} does not speak TLS 1.3 as brokers do ({what:?}); only brokers may connect to this port"
-            )
+            let what = quoted(format!("{what:?}"));
+            format!("{peer} does not speak TLS 1.3 as brokers do ({what}); only brokers may connect here")
         }
         Error::InvalidMessage(InvalidMessage::InvalidContentType) => format!(
             "{peer} does not speak TLS; if it is a broker, start it with --rpc-tls-cert, --rpc-tls-key and --rpc-tls-ca"
         ),
         other => {
-            format!("TLS with {peer} failed: {other}; its certificate has to be of the authority in {ca}")
+            let what = quoted(other);
+            format!("TLS with {peer} failed: {what}; its certificate has to be of the authority in {ca}")
         }
     }
 }
@@ -88,7 +107,7 @@ pub fn of_certificate(error: &CertificateError, which: &str, files: &TlsFiles) -
             "{which} is not for {}, where the broker is reached, but for {}; make one with that address in its subjectAltName, or \
              correct --advertise-rpc and --seeds",
             expected.to_str(),
-            if presented.is_empty() { "no address at all".to_string() } else { presented.join(", ") },
+            names(presented),
         ),
         CertificateError::NotValidForName => format!(
             "{which} is not for the address where the broker is reached; make one with that address in its subjectAltName"
@@ -96,7 +115,7 @@ pub fn of_certificate(error: &CertificateError, which: &str, files: &TlsFiles) -
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => format!(
             "{which} may not be used by both sides of a connection; make one with extendedKeyUsage=serverAuth,clientAuth"
         ),
-        other => format!("{which} cannot be used ({other}); make one as docs/OPERATE.md says"),
+        other => format!("{which} cannot be used ({}); make one as docs/OPERATE.md says", quoted(other)),
     }
 }
 
@@ -117,4 +136,19 @@ pub fn of_tls_peer(peer: &str) -> String {
         "{peer} speaks TLS, and this broker has no certificates; start this one with --rpc-tls-cert, --rpc-tls-key and \
          --rpc-tls-ca as well"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_sent_is_quoted_short_and_names_as_people_write_them() {
+        let presented = ["IpAddress(10.0.0.1)".to_string(), "DnsName(\"db1.example\")".to_string()];
+        assert_eq!(names(&presented), "10.0.0.1, db1.example");
+        assert_eq!(names(&[]), "no address at all");
+        assert_eq!(names(&["odd".to_string()]), "odd");
+        assert_eq!(quoted("a\nb".repeat(1000)).len(), QUOTED_CHARS_MAX);
+        assert!(!quoted("a\n\u{1b}[1m").contains(char::is_control));
+    }
 }
