@@ -128,6 +128,12 @@ impl Node {
         move |id| id == own || cluster.as_ref().is_some_and(|c| c.members.is_up(id))
     }
 
+    /// Whether clients can be sent to a node: it runs as far as this one can tell, or others say so whom this one hears.
+    pub fn is_reachable(&self) -> impl Fn(i32) -> bool + Send + 'static {
+        let (own, cluster) = (self.config.node_id, self.cluster.clone());
+        move |id| id == own || cluster.as_ref().is_some_and(|c| c.members.is_reachable(id))
+    }
+
     /// The shard with the fewest connections; the first of equals.
     pub fn least_loaded_shard(&self) -> usize {
         (0..self.shards.len()).min_by_key(|i| self.shards[*i].connections()).unwrap_or(0)

@@ -32,7 +32,7 @@ use crate::cluster::leaving::hand_over_everything;
 use crate::cluster::listener::Rpc;
 use crate::cluster::members::Members;
 use crate::cluster::tls::{self, RpcTls};
-use crate::cluster::{self, Cluster, new_boot_id, news};
+use crate::cluster::{self, Cluster, hearsay, new_boot_id, news};
 use crate::controller::{Controller, METADATA_GROUP, RecoveredGroups};
 use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
@@ -151,8 +151,11 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
                     |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::watch(shard.clone())));
                 shard.post(watch).await?;
             }
-            let tell = |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::tell(shard.clone())));
-            node.controller().post(tell).await?;
+            let tell_and_ask = |shard: &std::rc::Rc<Shard>| {
+                drop(tokio::task::spawn_local(news::tell(shard.clone())));
+                drop(tokio::task::spawn_local(hearsay::gather(shard.clone())));
+            };
+            node.controller().post(tell_and_ask).await?;
             register(&node, cluster).await?;
             rpc.set_current();
         }

@@ -119,7 +119,7 @@ pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
     let (leader_id, leader_epoch) = match &node.cluster {
         None => (own, gauges.leader_epoch.load(Ordering::Relaxed)),
         Some(cluster) => match node.leaders.get(group_id) {
-            Some((leader, epoch)) if leader == own || cluster.members.is_up(leader) => (leader, epoch),
+            Some((leader, epoch)) if leader == own || cluster.members.is_reachable(leader) => (leader, epoch),
             Some((_, epoch)) => (-1, epoch),
             None => (-1, 0),
         },
@@ -140,11 +140,11 @@ pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
 /// that nobody leads: librdkafka asks whom it is connected to, and would stay with it for good. So all nodes are named then, and
 /// whoever led last, or else some other replica, is named as the leader: a client that goes there hears what is true.
 pub fn with_live<R>(node: &Node, answer: impl FnOnce(Live<'_>) -> R) -> R {
-    let heard = node.is_up();
+    let (heard, reachable) = (node.is_up(), node.is_reachable());
     let (image, own) = (node.image.load(), node.config.node_id);
     let registered: Vec<i32> = image.brokers().iter().map(|broker| broker.id).collect();
     let is_cut_off = 2 * registered.iter().filter(|id| heard(**id)).count() <= registered.len();
-    let up = |id: i32| is_cut_off || heard(id);
+    let up = |id: i32| is_cut_off || reachable(id);
     let controller_id = match &node.cluster {
         None => node.config.node_id,
         Some(_) => node.leaders.get(METADATA_GROUP).map_or(-1, |(leader, _)| leader),

@@ -114,6 +114,12 @@ fn is_unreachable(code: rdkafka::types::RDKafkaErrorCode) -> bool {
     matches!(code, AllBrokersDown | BrokerTransportFailure)
 }
 
+/// What librdkafka says where no leader is named, or one that it cannot reach or that leads no more.
+fn is_leaderless(code: rdkafka::types::RDKafkaErrorCode) -> bool {
+    use rdkafka::types::RDKafkaErrorCode::{LeaderNotAvailable, NotLeaderForPartition, UnknownPartition};
+    is_unreachable(code) || matches!(code, LeaderNotAvailable | NotLeaderForPartition | UnknownPartition)
+}
+
 fn is_full(code: rdkafka::types::RDKafkaErrorCode) -> bool {
     code == rdkafka::types::RDKafkaErrorCode::QueueFull
 }
@@ -124,12 +130,29 @@ pub struct Record {
     pub headers: BTreeMap<String, String>,
 }
 
+/// How often whoever is told that nobody leads a partition asks again: after a fault that is so for as long as an election and a
+/// connection take. A topic that does not exist ends it.
+const QUESTIONS_MAX: usize = 600;
+const QUESTION_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Log start offset and high watermark of a partition, as its leader tells them.
+fn watermarks(kafka: &str, topic: &str, partition: i32) -> anyhow::Result<(i64, i64)> {
+    let mut asked = 0;
+    loop {
+        // A client that once heard of no leader answers this question from memory.
+        let client: BaseConsumer = ClientConfig::new().set("bootstrap.servers", kafka).create()?;
+        asked += 1;
+        match client.fetch_watermarks(topic, partition, Duration::from_secs(60)) {
+            Err(error) if asked < QUESTIONS_MAX && error.rdkafka_error_code().is_some_and(is_leaderless) => {}
+            outcome => return Ok(outcome?),
+        }
+        std::thread::sleep(QUESTION_INTERVAL);
+    }
+}
+
 /// High watermarks of a topic's partitions, as their leaders tell them.
 pub fn ends_of(kafka: &str, topic: &str, partitions: i32) -> anyhow::Result<Vec<i64>> {
-    let client: BaseConsumer = ClientConfig::new().set("bootstrap.servers", kafka).create()?;
-    (0..partitions)
-        .map(|partition| Ok(client.fetch_watermarks(topic, partition, Duration::from_secs(120))?.1))
-        .collect()
+    (0..partitions).map(|partition| Ok(watermarks(kafka, topic, partition)?.1)).collect()
 }
 
 /// Every record of a topic up to these ends, one per partition, from the start of its log.
@@ -143,7 +166,7 @@ pub fn read_all(kafka: &str, topic: &str, ends: &[i64]) -> anyhow::Result<Vec<Re
     let mut list = TopicPartitionList::new();
     let mut missing = 0;
     for (partition, end) in (0..).zip(ends) {
-        let (start, _) = consumer.fetch_watermarks(topic, partition, Duration::from_secs(60))?;
+        let (start, _) = watermarks(kafka, topic, partition)?;
         missing += end - start;
         list.add_partition_offset(topic, partition, Offset::Beginning)?;
     }

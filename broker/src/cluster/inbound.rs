@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use super::requests::{self, Answered};
 use super::stream::{Detached, Reads, Stream, Writes};
 use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write_frame};
-use super::{change, floors, hand_over, joins, node_id_of, remote_log, ship};
+use super::{change, floors, hand_over, hearsay, joins, node_id_of, remote_log, ship};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -220,6 +220,7 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
         requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
+        requests::HEARSAY => hearsay::answer(&shard.node, request.body),
         requests::SHIP => ship::answer(&shard.node, request.body).await,
         requests::MEMBERS | requests::FLOORS | requests::HAND_OVER => {
             answer_of_replicas(&shard.node, request.kind, request.body).await

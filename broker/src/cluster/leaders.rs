@@ -25,7 +25,14 @@ struct Known {
     lagging: Vec<i32>,
 }
 
-/// A group that this node leads.
+impl Known {
+    fn as_led(&self, group_id: u64, leader_id: i32) -> Option<Led> {
+        let led = || Led { group_id, epoch: self.epoch, lagging: self.lagging.clone() };
+        (self.leader_id == leader_id).then(led)
+    }
+}
+
+/// A group that somebody leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Led {
     pub group_id: u64,
@@ -151,18 +158,18 @@ impl LeaderTable {
 
     /// Everything that this node leads, by group.
     pub fn led_here(&self) -> Vec<Led> {
+        self.led_by(self.own_id)
+    }
+
+    /// Everything that a node leads as far as is known here, by group.
+    pub fn led_by(&self, leader_id: i32) -> Vec<Led> {
         let mut led = Vec::new();
         for stripe in &self.stripes {
             let known = stripe.read().expect("no panic under this lock");
-            led.extend(known.iter().filter_map(|(group, k)| self.as_led(*group, k)));
+            led.extend(known.iter().filter_map(|(group, k)| k.as_led(*group, leader_id)));
         }
         led.sort_unstable_by_key(|l| l.group_id);
         led
-    }
-
-    fn as_led(&self, group_id: u64, known: &Known) -> Option<Led> {
-        let led = || Led { group_id, epoch: known.epoch, lagging: known.lagging.clone() };
-        (known.leader_id == self.own_id).then(led)
     }
 
     /// What has changed since the last call.
@@ -173,7 +180,7 @@ impl LeaderTable {
         }
         let led = untold.groups.into_iter().filter_map(|group| {
             let known = self.stripe(group).read().expect("no panic under this lock");
-            self.as_led(group, known.get(&group)?)
+            known.get(&group)?.as_led(group, self.own_id)
         });
         News::Of(led.collect())
     }
@@ -236,6 +243,7 @@ mod tests {
         table.note(7, 1, 1);
         assert_eq!(table.take_news(), News::Of(vec![]), "nothing new");
         assert_eq!(table.led_here(), [led(7, 1), led(9, 3)]);
+        assert_eq!(table.led_by(2), [led(8, 1)]);
         // Who is behind is told, too; the next leader begins with it, and is not behind.
         table.note_lagging(9, 3, vec![2]);
         table.note_lagging(9, 2, vec![4]);

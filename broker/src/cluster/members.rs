@@ -1,9 +1,10 @@
-//! Which other brokers are up: those that have connections to this one on which they are heard.
+//! Which other brokers are up: those that have connections to this one on which they are heard; and which of the others are
+//! heard by those (`hearsay`).
 //!
 //! A connection that ends is news for every shard (`Shard::on_node_down`): Raft's groups sleep when they have nothing to
 //! do, and nobody else would notice.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 #[derive(Debug, Clone, Copy)]
@@ -15,6 +16,8 @@ struct Member {
 #[derive(Debug, Default)]
 pub struct Members {
     up: Mutex<BTreeMap<i32, Member>>,
+    /// Which nodes others hear: who says so, and which.
+    told: Mutex<BTreeSet<(i32, i32)>>,
 }
 
 impl Members {
@@ -44,6 +47,26 @@ impl Members {
     pub fn is_up(&self, node_id: i32) -> bool {
         self.up.lock().expect("no panic under this lock").contains_key(&node_id)
     }
+
+    /// One that is heard says whether it hears a node that is not.
+    pub fn note_told(&self, teller: i32, node_id: i32, is_heard: bool) {
+        let mut told = self.told.lock().expect("no panic under this lock");
+        if is_heard {
+            told.insert((teller, node_id))
+        } else {
+            told.remove(&(teller, node_id))
+        };
+    }
+
+    /// Heard here, or by one who is: clients may be sent there.
+    pub fn is_reachable(&self, node_id: i32) -> bool {
+        let up = self.up.lock().expect("no panic under this lock");
+        if up.contains_key(&node_id) {
+            return true;
+        }
+        let told = self.told.lock().expect("no panic under this lock");
+        told.iter().any(|(teller, of)| *of == node_id && up.contains_key(teller))
+    }
 }
 
 #[cfg(test)]
@@ -63,5 +86,19 @@ mod tests {
         members.leave(2, 20);
         assert!(!members.is_up(2));
         assert_eq!(members.arrive(2, 21), Ok(()), "started again");
+    }
+
+    #[test]
+    fn what_others_hear_counts_while_they_are_heard() {
+        let members = Members::default();
+        members.arrive(2, 20).unwrap();
+        assert!(members.is_reachable(2) && !members.is_reachable(3));
+        members.note_told(2, 3, true);
+        assert!(members.is_reachable(3) && !members.is_up(3));
+        members.leave(2, 20);
+        assert!(!members.is_reachable(3));
+        members.arrive(2, 20).unwrap();
+        members.note_told(2, 3, false);
+        assert!(!members.is_reachable(3));
     }
 }

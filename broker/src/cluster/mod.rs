@@ -23,6 +23,7 @@ pub mod exposure;
 pub mod floors;
 pub mod forward;
 pub mod hand_over;
+pub mod hearsay;
 pub mod identity;
 pub mod inbound;
 pub mod joining;

@@ -31,6 +31,9 @@ pub const MEMBERS: u16 = 11;
 /// What a leader cannot send as entries: group id u64, offset i64, and the index of the entry before the first that it can
 /// send, u64; the answer is log start i64, term u64, number of compactions u64, batches, none when there are no more.
 pub const SHIP: u16 = 12;
+/// What a node leads that the asker does not hear: node id i32; the answer is as `hearsay` has it, or an error code where it is
+/// not heard either.
+pub const HEARSAY: u16 = 13;
 
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;

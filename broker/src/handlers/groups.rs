@@ -102,7 +102,11 @@ async fn ask_partition(
 async fn coordinating_node(shard: &Rc<Shard>, group: &str) -> Result<i32, ErrorCode> {
     let node = &shard.node;
     let leader = status_of(node, home_of(shard, group).await?).leader_id;
-    if leader >= 0 && node.is_up()(leader) { Ok(leader) } else { Err(ErrorCode::COORDINATOR_NOT_AVAILABLE) }
+    if leader >= 0 && node.is_reachable()(leader) {
+        Ok(leader)
+    } else {
+        Err(ErrorCode::COORDINATOR_NOT_AVAILABLE)
+    }
 }
 
 pub async fn find_coordinator(request: &Request<'_>) -> Result<Answer, RequestError> {

@@ -19,12 +19,12 @@ pub(super) struct Hints {
 }
 
 impl Hints {
-    /// Leader and epoch, where another broker that runs is known to lead. That this one does is no news to whoever was refused
+    /// Leader and epoch, where another broker that clients can go to is known to lead. That this one does is no news to whoever was refused
     /// here a moment ago.
     pub(super) fn leader_of(&mut self, node: &Node, group_id: u64) -> Option<(i32, i32)> {
         let cluster = node.cluster.as_ref()?;
         let (leader, epoch) = node.leaders.get(group_id)?;
-        if leader < 0 || leader == node.config.node_id || !cluster.members.is_up(leader) {
+        if leader < 0 || leader == node.config.node_id || !cluster.members.is_reachable(leader) {
             return None;
         }
         self.named.insert(leader);
