@@ -110,7 +110,9 @@ pub async fn accept(rpc: Arc<Rpc>, listener: TcpListener) {
                 told.is_new(from.ip(), &error.to_string(), Instant::now())
             };
             match timeout(GREETING_TIME_MAX, greet(&rpc, stream, from)).await {
-                Ok(Ok(())) => {}
+                Ok(Ok(None)) => {}
+                // Counted as connected: from here on nobody looks at the time, so that it is uncounted when it goes.
+                Ok(Ok(Some(admitted))) => admitted.hand_over().await,
                 Ok(Err(error @ (LinkError::Frame(_) | LinkError::Tls(_)))) if is_new(&error) => {
                     tracing::warn!(%from, %error, "connection to the port for brokers closed")
                 }
@@ -142,7 +144,17 @@ impl Told {
     }
 }
 
-async fn greet(rpc: &Rpc, stream: TcpStream, from: SocketAddr) -> Result<(), LinkError> {
+/// A broker that may come in.
+struct Admitted {
+    node: Arc<Node>,
+    shard: usize,
+    peer: inbound::Sender,
+    ours: Hello,
+    reader: FrameReader,
+    stream: Stream,
+}
+
+async fn greet(rpc: &Rpc, stream: TcpStream, from: SocketAddr) -> Result<Option<Admitted>, LinkError> {
     stream.set_nodelay(true)?;
     let mut stream = begin(rpc, stream, &format!("a peer at {}", from.ip())).await?;
     let mut reader = FrameReader::new(BytesMut::new());
@@ -150,7 +162,7 @@ async fn greet(rpc: &Rpc, stream: TcpStream, from: SocketAddr) -> Result<(), Lin
         return Err(LinkError::Unexpected("something other than a hello"));
     };
     if theirs.cluster_id == [0; 16] {
-        return tell_who(rpc, &mut reader, stream).await;
+        return tell_who(rpc, &mut reader, stream).await.map(|()| None);
     }
     // One that is not ready hears nothing: whoever is a member tries again.
     let Some(node) = rpc.node.get() else {
@@ -164,11 +176,7 @@ async fn greet(rpc: &Rpc, stream: TcpStream, from: SocketAddr) -> Result<(), Lin
         }
         Ok((peer, ours)) => {
             let shard = usize::from(theirs.shard) % node.shards.len();
-            let outcome = hand_over(node, shard, peer, ours, reader, stream).await;
-            if outcome.is_err() {
-                inbound::left(node, peer).await;
-            }
-            outcome
+            Ok(Some(Admitted { node: node.clone(), shard, peer, ours, reader, stream }))
         }
     }
 }
@@ -224,21 +232,23 @@ fn admit(node: &Node, theirs: &Hello) -> Result<(inbound::Sender, Hello), Refusa
     Ok((inbound::Sender { node_id, boot_id: theirs.boot_id, version }, ours))
 }
 
-async fn hand_over(
-    node: &Arc<Node>,
-    shard: usize,
-    peer: inbound::Sender,
-    ours: Hello,
-    reader: FrameReader,
-    mut stream: Stream,
-) -> Result<(), LinkError> {
-    write_frame(&mut stream.writes, &Frame::Hello(ours), 0).await?;
-    let stream = stream.detach()?;
-    let rest = reader.into_rest();
-    node.shards[shard]
-        .post(move |shard| inbound::start(shard, stream, rest, peer))
-        .await
-        .map_err(|_| LinkError::Closed)
+impl Admitted {
+    async fn hand_over(self) {
+        let (node, peer) = (self.node.clone(), self.peer);
+        if let Err(error) = self.try_hand_over().await {
+            tracing::debug!(node = peer.node_id, %error, "a broker's connection ended before it was served");
+            inbound::left(&node, peer).await;
+        }
+    }
+
+    async fn try_hand_over(mut self) -> Result<(), LinkError> {
+        write_frame(&mut self.stream.writes, &Frame::Hello(self.ours), 0).await?;
+        let (stream, rest, peer) = (self.stream.detach()?, self.reader.into_rest(), self.peer);
+        self.node.shards[self.shard]
+            .post(move |shard| inbound::start(shard, stream, rest, peer))
+            .await
+            .map_err(|_| LinkError::Closed)
+    }
 }
 
 async fn tell_who(rpc: &Rpc, reader: &mut FrameReader, stream: Stream) -> Result<(), LinkError> {
