@@ -2,6 +2,7 @@
 //!
 //! Plans are made on the controller's shard against the image of that moment; see `controller`.
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -136,9 +137,10 @@ pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
 
 /// What answers need to know of the cluster beside the metadata.
 ///
-/// A node that hears no majority of the others is the one that is cut off. It must not tell clients that there is nobody else, or
-/// that nobody leads: librdkafka asks whom it is connected to, and would stay with it for good. So all nodes are named then, and
-/// whoever led last, or else some other replica, is named as the leader: a client that goes there hears what is true.
+/// A node that hears no majority of the others is the one that is cut off, and so is most likely one that had to give up what it led.
+/// It must not tell clients that there is nobody else, or that nobody leads: librdkafka asks whom it is connected to, and would stay
+/// with it. So all nodes are named then, and whoever led last, or else some other replica, is named as the leader: a client that goes
+/// there hears what is true.
 pub fn with_live<R>(node: &Node, answer: impl FnOnce(Live<'_>) -> R) -> R {
     let (heard, reachable) = (node.is_up(), node.is_reachable());
     let (image, own) = (node.image.load(), node.config.node_id);
@@ -149,16 +151,14 @@ pub fn with_live<R>(node: &Node, answer: impl FnOnce(Live<'_>) -> R) -> R {
         None => node.config.node_id,
         Some(_) => node.leaders.get(METADATA_GROUP).map_or(-1, |(leader, _)| leader),
     };
-    let others: HashMap<u64, i32> = if is_cut_off {
+    let others: LazyCell<HashMap<u64, i32>, _> = LazyCell::new(|| {
         let partitions = image.topics.values().flat_map(|topic| &topic.partitions);
-        let other = |p: &PartitionInfo| p.holders().into_iter().find(|id| *id != own);
+        let other = |p: &PartitionInfo| p.holders().into_iter().find(|id| *id != own && up(*id));
         partitions.filter_map(|p| Some((p.group_id, other(p)?))).collect()
-    } else {
-        HashMap::new()
-    };
+    });
     let status = |group: u64| {
         let mut status = status_of(node, group);
-        if is_cut_off && status.leader_id < 0 {
+        if status.leader_id < 0 && (is_cut_off || node.leaders.is_given_up(group)) {
             let last = node.leaders.get(group).map(|(leader, _)| leader).filter(|id| *id >= 0 && *id != own);
             status.leader_id = last.or_else(|| others.get(&group).copied()).unwrap_or(-1);
         }

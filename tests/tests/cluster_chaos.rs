@@ -3,7 +3,7 @@
 //! link or a full disk, ClickHouse dies, and partitions are moved meanwhile. After each fault the cluster serves again; at the
 //! end the checker finds nothing, the replicas have the same bytes, and the exported table has each record once.
 //!
-//! In `make test-full`; `make chaos` chooses with `CYCLES` and `SEED` how many faults, and which, and `PAUSE_MS`
+//! A short form in `make test`; `make chaos` chooses with `CYCLES` and `SEED` how many faults, and which, and `PAUSE_MS`
 //! for how long a node may stand still. `FLUMEN_SMALL` in every second seed turns small rings and snapshots of the metadata over.
 
 use std::io::Write;

@@ -23,6 +23,8 @@ struct Known {
     epoch: i32,
     /// Replicas that are behind, as the leader says.
     lagging: Vec<i32>,
+    /// This node led it until now, and has not heard who does since.
+    gave_up: bool,
 }
 
 impl Known {
@@ -91,7 +93,7 @@ impl LeaderTable {
             // Until the new leader has looked: who was behind is.
             let mut lagging = before.map(|b| b.lagging.clone()).unwrap_or_default();
             lagging.retain(|id| *id != leader_id);
-            let now = Known { leader_id, epoch, lagging };
+            let now = Known { leader_id, epoch, lagging, gave_up };
             let same = before.is_some_and(|b| (b.leader_id, b.epoch) == (leader_id, epoch));
             if (newer || gave_up) && !same {
                 known.insert(group_id, now);
@@ -146,6 +148,12 @@ impl LeaderTable {
     pub fn get(&self, group_id: u64) -> Option<(i32, i32)> {
         let known = self.stripe(group_id).read().expect("no panic under this lock");
         known.get(&group_id).map(|k| (k.leader_id, k.epoch))
+    }
+
+    /// This node ceased to lead it and has not heard who does since.
+    pub fn is_given_up(&self, group_id: u64) -> bool {
+        let known = self.stripe(group_id).read().expect("no panic under this lock");
+        known.get(&group_id).is_some_and(|k| k.gave_up)
     }
 
     pub fn is_led_here(&self, group_id: u64) -> bool {
@@ -221,10 +229,14 @@ mod tests {
         // Nobody else knows better than this node that it leads, nor that it ceased to.
         table.hear(5, 1, 9, vec![]);
         assert_eq!(table.get(5), Some((1, 4)));
+        assert!(!table.is_given_up(5));
         table.note(5, -1, 4);
         assert_eq!(table.get(5), Some((-1, 4)));
+        table.note(5, -1, 6);
+        assert!(table.is_given_up(5));
         table.hear(5, 2, 5, vec![]);
         assert_eq!(table.get(5), Some((2, 5)));
+        assert!(!table.is_given_up(5));
     }
 
     fn led(group_id: u64, epoch: i32) -> Led {

@@ -6,7 +6,7 @@
 //! stream <- tls, exposure                       over what: certificates of both sides, or none where none is needed
 //! links                                         what this node says: one connection per shard to every other node
 //! change                                        changes of the metadata, made here or by whoever leads it
-//! leaders, members                              what is known of the others
+//! leaders, members, hearsay                     what is known of the others, and what they know of each other
 //! ```
 //!
 //! A broker that is started without `--rpc` has none of this: no port, no task, no tick.
