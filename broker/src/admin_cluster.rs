@@ -123,5 +123,6 @@ pub(crate) fn this_broker(node: &Node) -> Value {
         "connections": node.shards.iter().map(|s| s.connections()).sum::<usize>(),
         "data_dir": node.data_dir.display().to_string(), "disk_free_bytes": node.disk.free_bytes(),
         "disk_is_low": node.disk.is_low(), "shards": shards,
+        "rpc_tls": node.cluster.as_ref().map(|cluster| cluster.tls.is_some()),
     })
 }

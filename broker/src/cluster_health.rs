@@ -191,7 +191,9 @@ fn judge(seen: &Seen) -> Vec<Problem> {
 
 /// What this node knows to be wrong with itself.
 pub async fn problems(node: &Node) -> Vec<Problem> {
-    judge(&look(node).await)
+    let mut problems = judge(&look(node).await);
+    problems.extend(node.cluster.as_deref().and_then(crate::cluster::rpc_health::problem));
+    problems
 }
 
 #[cfg(test)]

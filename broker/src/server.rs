@@ -26,11 +26,13 @@ use crate::admin_http;
 use crate::cluster::ClusterOptions;
 use crate::cluster::bootstrap::{Presence, State, check_seeds};
 use crate::cluster::change::{Intent, Registration, change};
+use crate::cluster::exposure::{self, Security};
 use crate::cluster::identity::Identity;
 use crate::cluster::joining::find_cluster;
 use crate::cluster::leaving::hand_over_everything;
 use crate::cluster::listener::Rpc;
 use crate::cluster::members::Members;
+use crate::cluster::tls::{self, RpcTls};
 use crate::cluster::{self, Cluster, hearsay, new_boot_id, news, room};
 use crate::controller::{Controller, METADATA_GROUP, RecoveredGroups};
 use crate::export::{self, Exports};
@@ -57,8 +59,18 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
+    let mut tls = None;
     if let Some(cluster) = &options.cluster {
         check_seeds(&cluster.seeds).map_err(anyhow::Error::msg)?;
+        exposure::check(cluster.rpc, cluster.advertise_rpc.as_deref(), &cluster.security)
+            .map_err(anyhow::Error::msg)?;
+        if let Security::Tls(files) = &cluster.security {
+            let loaded = RpcTls::load(files.clone()).map_err(anyhow::Error::msg)?;
+            if let Some(address) = &cluster.advertise_rpc {
+                loaded.serve_at(address).map_err(anyhow::Error::msg)?;
+            }
+            tls = Some(Arc::new(loaded));
+        }
     }
     if let Err(error) = flumen_io::refuse_huge_pages() {
         tracing::warn!(%error, "huge pages stay on: latency rises for some milliseconds while memory grows");
@@ -75,7 +87,10 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let admin_address = admin.local_addr()?;
         let member = match &options.cluster {
             None => None,
-            Some(cluster) => Some(become_member(cluster, &options, bind(cluster.rpc, "rpc").await?).await?),
+            Some(cluster) => {
+                let listener = bind(cluster.rpc, "rpc").await?;
+                Some(become_member(cluster, &options, tls, listener).await?)
+            }
         };
 
         // What the caches will hold anyway need not be read again by the first fetches.
@@ -267,13 +282,25 @@ fn shard_thread(
 async fn become_member(
     cluster: &ClusterOptions,
     options: &ServerOptions,
+    tls: Option<Arc<RpcTls>>,
     listener: TcpListener,
 ) -> anyhow::Result<(Arc<Cluster>, Arc<Rpc>)> {
     let (node_id, boot_id) = (options.config.node_id, new_boot_id());
-    let rpc = Rpc::new(Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty });
+    if let Some(tls) = &tls {
+        tokio::spawn(tls::watch(tls.clone()));
+    }
+    let is_exposed = exposure::is_exposed(cluster.rpc, cluster.advertise_rpc.as_deref());
+    if tls.is_none() && is_exposed {
+        tracing::warn!("--rpc-plaintext: whoever reaches {} can act as a broker", cluster.rpc);
+    }
+    let own = Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty };
+    let rpc = Rpc::new(own, tls.clone());
     tokio::spawn(cluster::listener::accept(rpc.clone(), listener));
     let (identity, address) = find_cluster(cluster, node_id, boot_id, &options.data_dir, &rpc).await?;
-    let cluster = Cluster { identity, boot_id, address, members: Members::default() };
+    if let Some(tls) = &tls {
+        tls.serve_at(&address).map_err(anyhow::Error::msg)?;
+    }
+    let cluster = Cluster { identity, boot_id, address, members: Members::default(), tls, is_exposed };
     Ok((Arc::new(cluster), rpc))
 }
 

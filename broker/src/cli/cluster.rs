@@ -86,6 +86,7 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                             "version",
                             "partitions",
                             "connections",
+                            "rpc_tls",
                             "disk_free_bytes",
                         ]
                         .map(|key| text(&b[key])),
@@ -102,6 +103,7 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                 "VERSION",
                 "PARTITIONS",
                 "CONNECTIONS",
+                "RPC-TLS",
                 "DISK-FREE-BYTES",
             ];
             show(admin, &brokers, || table::print(&headers, &rows));
