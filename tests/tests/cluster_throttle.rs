@@ -132,6 +132,7 @@ fn a_replica_that_is_needed_is_not_held_up() {
     const MEGABYTES: u64 = 60;
     /// With it the catch-up takes an hour.
     const RATE: u64 = 16 << 10;
+    const ATTEMPTS_MAX: u64 = 4;
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(dir.path(), 3, &[]).unwrap();
     cluster.create_topic(BALLAST, 1, 3, &json!({})).unwrap();
@@ -139,24 +140,32 @@ fn a_replica_that_is_needed_is_not_held_up() {
     fill(&cluster, MEGABYTES);
     let set = cluster.nodes[0].cli(&["cluster", "catch-up-rate", &RATE.to_string()]).unwrap();
     assert!(set.success, "{}", set.stderr);
-    cluster.nodes[2].restart().unwrap();
-
-    // Held up, while the others acknowledge what comes.
     let leader = cluster.leader_of(BALLAST, 0).unwrap();
-    let far_behind = |cluster: &Cluster| {
+    let mut load = Load::start_at(&cluster.kafka(), BALLAST, false, Duration::from_millis(1)).unwrap();
+
+    // Held up, while the others acknowledge what comes. On a machine that is busy with something else they may take so long that
+    // nothing is held up for a moment, as it must be when they are not enough: then once more.
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        cluster.nodes[2].restart().unwrap();
+        for turn in 0..5 {
+            cluster.progress(&load, &format!("node 3 is held up, {turn}")).unwrap();
+            std::thread::sleep(Duration::from_millis(500));
+        }
         let all = cluster.nodes[leader].end_offsets(BALLAST).unwrap()[0];
         let has = cluster.nodes[2].end_offsets(BALLAST).unwrap()[0];
-        (has, all)
-    };
-    let mut load = Load::start_at(&cluster.kafka(), BALLAST, false, Duration::from_millis(1)).unwrap();
-    for turn in 0..5 {
-        cluster.progress(&load, &format!("node 3 is held up, {turn}")).unwrap();
-        std::thread::sleep(Duration::from_millis(500));
+        println!("node 3 has {has} of {all}");
+        if has < all / 2 {
+            break;
+        }
+        assert!(attempts < ATTEMPTS_MAX, "{has} of {all}");
+        cluster.nodes[2].kill_9();
+        fill(&cluster, 2 * MEGABYTES * attempts);
     }
-    let (has, all) = far_behind(&cluster);
-    println!("node 3 has {has} of {all}");
-    assert!(has < all / 2, "{has} of {all}");
-    assert_eq!(in_sync(&cluster.nodes[leader]), [1, 2]);
+    cluster
+        .until("the others to be in sync", || (in_sync(&cluster.nodes[leader]) == [1, 2]).then_some(()))
+        .unwrap();
 
     // Without node 3 there is no majority now: it gets everything at once, however low the limit is.
     let other = 1 - leader;

@@ -200,6 +200,8 @@ pub async fn answer_of_replicas(node: &Node, kind: u16, body: Bytes) -> Answered
     }
 }
 
+// Two kinds of request with one number show here.
+#[deny(unreachable_patterns)]
 async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Request) -> Answered {
     let failed = |code: ErrorCode| Answered { code: code.0, body: Bytes::new() };
     let known = is_known(&shard.node, sender.node_id);
