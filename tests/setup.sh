@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs the real clients that the integration tests use. Repeatable; says what it does.
+# Installs the real clients and tools that the integration tests use. Repeatable; says what it does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .cache
 
 need_packages=()
 command -v kcat >/dev/null 2>&1 || need_packages+=(kcat)
+command -v openssl >/dev/null 2>&1 || need_packages+=(openssl)
 [ -e /usr/include/zlib.h ] || need_packages+=(zlib1g-dev)
 if [ ${#need_packages[@]} -gt 0 ]; then
   if command -v apt-get >/dev/null 2>&1; then

@@ -9,7 +9,7 @@ use axum::extract::{Path, Query, State};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::admin_http::{Problem, Shared};
+use crate::admin_http::{Problem, Shared, config_text};
 use crate::cluster::change::{Intent, change};
 use crate::cluster_view;
 use crate::node::Node;
@@ -27,6 +27,15 @@ pub async fn cluster(State(node): Shared) -> Json<Value> {
         "brokers": image.brokers().len(), "topics": own.count(), "partitions": partitions.count(),
         "exports": node.exports.views().len(), "size_bytes": size,
     }))
+}
+
+/// `{"configs": {"flumen.catch.up.rate": 20000000}, "node_id": 3}`: of all brokers, or of one; null for the default.
+pub async fn alter(State(node): Shared, Json(body): Json<Value>) -> Result<Json<Value>, Problem> {
+    let configs = body["configs"].as_object().into_iter().flatten();
+    let changes = configs.map(|(name, value)| (name.clone(), config_text(value))).collect();
+    let node_id = body["node_id"].as_i64().and_then(|id| i32::try_from(id).ok());
+    change(&node, Intent::AlterBrokers { node_id, changes }).await?;
+    Ok(Json(json!({ "configs": body["configs"], "node_id": node_id })))
 }
 
 pub async fn health(State(node): Shared) -> Json<Value> {
@@ -48,7 +57,7 @@ pub async fn partitions(State(node): Shared, Query(which): Query<Which>) -> Resu
             Problem::not_found(format!("topic '{topic}' does not exist")).with_fix("flumen topic list")
         );
     }
-    let found = cluster_view::partitions(&node, which.topic.as_deref(), which.unhealthy);
+    let found = cluster_view::partitions(&node, which.topic.as_deref(), which.unhealthy).await;
     Ok(Json(json!({ "partitions": found })))
 }
 
@@ -114,5 +123,6 @@ pub(crate) fn this_broker(node: &Node) -> Value {
         "connections": node.shards.iter().map(|s| s.connections()).sum::<usize>(),
         "data_dir": node.data_dir.display().to_string(), "disk_free_bytes": node.disk.free_bytes(),
         "disk_is_low": node.disk.is_low(), "shards": shards,
+        "rpc_tls": node.cluster.as_ref().map(|cluster| cluster.tls.is_some()),
     })
 }

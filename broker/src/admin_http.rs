@@ -44,7 +44,7 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         .route("/v1/exports/{topic}/status", get(export_status))
         .route("/v1/status/ready", get(ready))
         .route("/v1/status/live", get(live))
-        .route("/v1/cluster", get(admin_cluster::cluster))
+        .route("/v1/cluster", get(admin_cluster::cluster).patch(admin_cluster::alter))
         .route("/v1/cluster/health", get(admin_cluster::health))
         .route("/v1/cluster/health_overview", get(admin_cluster::health))
         .route("/v1/cluster/partitions", get(admin_cluster::partitions))
@@ -244,7 +244,7 @@ async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Resul
 }
 
 /// Values of configurations come as JSON strings, numbers or booleans; Kafka knows only strings.
-fn config_text(value: &Value) -> Option<String> {
+pub(crate) fn config_text(value: &Value) -> Option<String> {
     match value {
         Value::Null => None,
         Value::String(s) => Some(s.clone()),

@@ -25,6 +25,7 @@ use crate::cluster::hand_over::hand_over;
 use crate::cluster::node_id_of;
 use crate::node::Node;
 use crate::partition::{Partition, raft_id};
+use crate::progress::{self, Meters, MoveProgress};
 use crate::shard::Shard;
 use crate::topic_admin::with_live;
 
@@ -63,6 +64,8 @@ pub async fn keep_moving(shard: Rc<Shard>) {
     let mut seen = shard.node.image.load_full();
     let mut moves = moves_of(&seen);
     let mut waiting: BTreeMap<u64, Waiting> = BTreeMap::new();
+    let mut meters = Meters::default();
+    let mut shown: BTreeSet<u64> = BTreeSet::new();
     while !shard.is_stopping() {
         tokio::time::sleep(TURN_INTERVAL).await;
         let now = shard.node.image.load_full();
@@ -70,12 +73,30 @@ pub async fn keep_moving(shard: Rc<Shard>) {
             moves = moves_of(&now);
             seen = now;
         }
-        waiting.retain(|group, _| moves.iter().any(|one| one.info.group_id == *group));
+        let is_move = |group: u64| moves.iter().any(|one| one.info.group_id == group);
+        waiting.retain(|group, _| is_move(*group));
+        meters.retain(is_move);
+        let mut show: BTreeMap<u64, MoveProgress> = BTreeMap::new();
         for one in &moves {
             let Some(partition) = shard.partition(one.info.group_id) else { continue };
             if partition.serves() {
                 take_step(&shard, one, &partition, &mut waiting).await;
+                let group_id = one.info.group_id;
+                let waits = waiting.get(&group_id);
+                let now = Instant::now();
+                let progress = progress::of_move(&shard.node, &one.info, &partition, waits, &mut meters, now);
+                show.insert(group_id, progress);
             }
+        }
+        // Those that this broker no longer drives are not its to speak of.
+        let gone: Vec<u64> = shown.iter().copied().filter(|group| !show.contains_key(group)).collect();
+        for group_id in gone {
+            shard.node.show_progress(group_id, None);
+            shown.remove(&group_id);
+        }
+        for (group_id, progress) in show {
+            shard.node.show_progress(group_id, Some(progress));
+            shown.insert(group_id);
         }
     }
 }
@@ -90,7 +111,11 @@ async fn take_step(
     let told = |error: &dyn std::fmt::Display| {
         tracing::warn!(topic = %one.topic, partition = one.partition, %error, "a step of a move failed; it is tried again");
     };
-    match step_of(&one.info, partition) {
+    let step = step_of(&one.info, partition);
+    if !matches!(step, Step::Wait(_)) {
+        waiting.remove(&group_id);
+    }
+    match step {
         Step::Wait(reason) => {
             if waiting.insert(group_id, reason) != Some(reason) {
                 tracing::info!(topic = %one.topic, partition = one.partition, %reason, "a move waits");
@@ -130,10 +155,13 @@ async fn take_step(
 
 /// What the leader of a partition that is on its way does next.
 pub fn step_of(info: &PartitionInfo, partition: &Partition) -> Step {
-    next_step(info, &view_of(&partition.raft_status()))
+    let mut view = view_of(&partition.raft_status());
+    view.lagging = partition.not_keeping_up().into_iter().collect();
+    next_step(info, &view)
 }
 
-fn view_of(status: &Status) -> GroupView {
+/// What the leader sees of its group.
+pub(crate) fn view_of(status: &Status) -> GroupView {
     let ids = |ids: &[u64]| ids.iter().filter_map(|id| node_id_of(*id)).collect();
     let own = status.leadership.leader_id;
     // Raft takes a new member for active before it has heard of it; one that has nothing has not joined yet.
@@ -150,6 +178,7 @@ fn view_of(status: &Status) -> GroupView {
         // What is on its way would come after whatever is concluded from the members of now.
         is_joint: status.membership.is_joint() || status.change_pending,
         behind: behind.collect(),
+        lagging: BTreeSet::new(),
     }
 }
 
@@ -171,7 +200,8 @@ pub async fn balance(shard: &Rc<Shard>, home: &mut Instant) {
         *home = Instant::now();
     }
     let active = |id: i32| image.nodes.get(&id).is_some_and(|node| node.state == NodeState::Active);
-    let mut transfers = with_live(node, |live| balance::leader_transfers(&image, live));
+    let has_room = node.has_room();
+    let mut transfers = with_live(node, |live| balance::leader_transfers(&image, live, &has_room));
     transfers.retain(|transfer| goes_home || !active(transfer.from));
     for transfer in &transfers {
         if let Err(error) = hand_over(node, transfer).await {

@@ -121,7 +121,8 @@ fn judge(seen: &Seen) -> Vec<Problem> {
             node_id,
             subject: seen.data_dir.clone(),
             detail: format!("{} MiB are free where {} is", seen.free_bytes >> 20, seen.data_dir),
-            impact: "producers get KAFKA_STORAGE_ERROR and try again; reads, deletion, retention and exports go on"
+            impact: "this node leads nothing that another node with room can lead; producers of the rest get \
+                     KAFKA_STORAGE_ERROR and try again; reads, deletion, retention and exports go on"
                 .to_string(),
             fix: "free space there, delete a topic (flumen topic delete NAME) or keep less (flumen topic alter NAME -c \
                   retention.ms=...); producers go on by themselves"
@@ -137,8 +138,9 @@ fn judge(seen: &Seen) -> Vec<Problem> {
             detail: format!("the log of {place} is damaged: {}", found.reason),
             impact: format!("{place} refuses to serve, its bytes are left alone; other partitions go on"),
             fix: format!(
-                "stop the broker, see what is damaged with flumen debug log verify {}, and restore the directory of {place} \
-                 from a copy; or give the records up with flumen topic delete {}",
+                "none is needed where a majority of its other replicas runs: it gets its log from them. Otherwise stop the broker, \
+                 see what is damaged with flumen debug log verify {}, and restore the directory of {place} from a copy; or give \
+                 the records up with flumen topic delete {}",
                 seen.data_dir, found.topic
             ),
             subject: place,
@@ -189,7 +191,9 @@ fn judge(seen: &Seen) -> Vec<Problem> {
 
 /// What this node knows to be wrong with itself.
 pub async fn problems(node: &Node) -> Vec<Problem> {
-    judge(&look(node).await)
+    let mut problems = judge(&look(node).await);
+    problems.extend(node.cluster.as_deref().and_then(crate::cluster::rpc_health::problem));
+    problems
 }
 
 #[cfg(test)]

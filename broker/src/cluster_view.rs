@@ -4,6 +4,7 @@
 //! (`cluster_health`, `admin_cluster::this_broker`); nodes that do not answer are shown as the metadata has them. It keeps no
 //! history and mends nothing.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::cluster::requests::{self, Answered};
 use crate::cluster_health::{self, Problem, Severity};
 use crate::controller::METADATA_GROUP;
 use crate::node::Node;
+use crate::progress;
 use crate::topic_admin::status_of;
 
 /// Partitions that are named one by one; of a node that is down the first tell as much as all.
@@ -27,7 +29,10 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
 /// What a node tells another of itself.
 pub async fn own_status(node: &Node) -> Value {
     let problems = cluster_health::problems(node).await;
-    json!({ "broker": this_broker(node), "problems": problems.iter().map(Problem::document).collect::<Vec<_>>() })
+    json!({
+        "broker": this_broker(node), "problems": problems.iter().map(Problem::document).collect::<Vec<_>>(),
+        "moves": progress::of_node(node),
+    })
 }
 
 async fn status_of_node(node: &Node, id: i32) -> Option<Value> {
@@ -101,10 +106,43 @@ fn see(node: &Node, info: &PartitionInfo) -> Seen {
     Seen { leader_id: status.leader_id, in_sync, damaged: status.damaged }
 }
 
+/// How far moves are, by group: as their leaders say, and those who fetch for them.
+async fn moves(node: &Node) -> BTreeMap<u64, Value> {
+    let image = node.image.load_full();
+    let moving = image.topics.values().flat_map(|topic| &topic.partitions).filter(|p| p.target.is_some());
+    let mut ids = BTreeSet::new();
+    for info in moving {
+        ids.extend(Some(status_of(node, info.group_id).leader_id).filter(|id| *id >= 0));
+        ids.extend(info.goal().iter().copied());
+    }
+    let ids: Vec<i32> = ids.into_iter().collect();
+    let told = join_all(ids.iter().map(|id| status_of_node(node, *id))).await;
+    let entries = |status: &Value, name: &str| -> Vec<(u64, Value)> {
+        let all = status["moves"][name].as_array().into_iter().flatten();
+        all.filter_map(|one| Some((one["group"].as_u64()?, one.clone()))).collect()
+    };
+    let mut found: BTreeMap<u64, Value> = BTreeMap::new();
+    for status in told.iter().flatten() {
+        found.extend(
+            entries(status, "moves").into_iter().map(|(group, mut one)| (group, one["progress"].take())),
+        );
+    }
+    for (id, status) in ids.iter().zip(&told).filter_map(|(id, status)| Some((*id, status.as_ref()?))) {
+        for (group, one) in entries(status, "fetching") {
+            let replicas = found.get_mut(&group).and_then(|progress| progress["replicas"].as_array_mut());
+            if let Some(replica) = replicas.into_iter().flatten().find(|r| r["node_id"] == id) {
+                progress::show_fetched(replica, one["next_offset"].as_i64().unwrap_or(0));
+            }
+        }
+    }
+    found
+}
+
 /// Every partition with where it is and how it is; `unhealthy` leaves out those that serve from all replicas. Offsets and
 /// sizes are those of this node's replica.
-pub fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Value> {
-    let image = node.image.load();
+pub async fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Value> {
+    let moves = moves(node).await;
+    let image = node.image.load_full();
     let mut found = Vec::new();
     for one in image.topics.values().filter(|t| topic.is_none_or(|name| name == t.name)) {
         for (index, info) in one.partitions.iter().enumerate() {
@@ -131,7 +169,7 @@ pub fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Valu
                 "high_watermark": number(gauges.high_watermark.load(Ordering::Relaxed)),
                 "size_bytes": number(size),
                 "fetching": fetching.then(|| json!({ "next_offset": fetched, "end_offset": fetch_end })),
-                "health": health,
+                "move": moves.get(&info.group_id), "health": health,
             }));
         }
     }

@@ -30,6 +30,7 @@ pub mod net;
 pub mod node;
 pub mod partition;
 pub mod peers;
+pub mod progress;
 pub mod server;
 pub mod shard;
 pub mod topic_admin;

@@ -17,13 +17,15 @@ use flumen_protocol::error_code::ErrorCode;
 use crate::cluster::Cluster;
 use crate::cluster::change::{Intent, change};
 use crate::cluster::leaders::LeaderTable;
-use crate::cluster::pace::{CATCH_UP_BYTES_PER_S, Pace};
+use crate::cluster::pace::CatchUp;
+use crate::cluster::room::Room;
 use crate::disk_space::DiskSpace;
 use crate::export::Exports;
 use crate::host::{self, Host};
 use crate::mailbox::ShardHandle;
 use crate::metrics::ShardMetrics;
 use crate::partition::{PartitionGauges, raft_id};
+use crate::progress::MoveProgress;
 
 /// Producer ids are handed out from blocks of this size: one metadata write per so many producers.
 const PRODUCER_ID_BLOCK: i64 = 1000;
@@ -42,8 +44,9 @@ pub struct Node {
     pub started: Instant,
     ready: AtomicBool,
     pub leaders: LeaderTable,
-    /// Of what is fetched for replicas that lack much.
-    pub catch_up: Pace,
+    pub catch_up: CatchUp,
+    /// Of the other nodes' disks.
+    pub room: Room,
     /// None: alone.
     pub cluster: Option<Arc<Cluster>>,
     gauges: RwLock<HashMap<u64, Arc<PartitionGauges>>>,
@@ -72,7 +75,8 @@ impl Node {
             started: Instant::now(),
             ready: AtomicBool::new(false),
             leaders: LeaderTable::new(config.node_id),
-            catch_up: Pace::new(CATCH_UP_BYTES_PER_S),
+            catch_up: CatchUp::default(),
+            room: Room::default(),
             cluster,
             gauges: RwLock::default(),
             producer_ids: Mutex::new(0..0),
@@ -118,6 +122,10 @@ impl Node {
         self.gauges.write().expect("no panic under this lock").entry(group_id).or_default().clone()
     }
 
+    pub fn show_progress(&self, group_id: u64, progress: Option<MoveProgress>) {
+        *self.gauges_of(group_id).progress.lock().expect("no panic under this lock") = progress;
+    }
+
     pub fn forget_gauges(&self, group_id: u64) {
         self.gauges.write().expect("no panic under this lock").remove(&group_id);
     }
@@ -126,6 +134,12 @@ impl Node {
     pub fn is_up(&self) -> impl Fn(i32) -> bool + Send + 'static {
         let (own, cluster) = (self.config.node_id, self.cluster.clone());
         move |id| id == own || cluster.as_ref().is_some_and(|c| c.members.is_up(id))
+    }
+
+    /// Whether a node's disk has room, as far as it has said.
+    pub fn has_room(&self) -> impl Fn(i32) -> bool + '_ {
+        let (own, now) = (self.config.node_id, tokio::time::Instant::now());
+        move |id| if id == own { !self.disk.is_low() } else { !self.room.is_short(id, now) }
     }
 
     /// Whether clients can be sent to a node: it runs as far as this one can tell, or others say so whom this one hears.

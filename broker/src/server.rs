@@ -6,6 +6,7 @@
 //! the cluster -> exports -> accept.
 //! Stop: no new connections -> exports -> leaderships go to other nodes -> shards flush and close their logs -> exit 0.
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::panic::resume_unwind;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo};
 use flumen_protocol::error_code::ErrorCode;
-use flumen_storage::{DataDir, GroupHealth, ShardStore, StoreConfig, failpoint};
+use flumen_storage::{DataDir, GroupHealth, RecoveredGroup, ShardStore, StoreConfig, failpoint};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -25,12 +26,14 @@ use crate::admin_http;
 use crate::cluster::ClusterOptions;
 use crate::cluster::bootstrap::{Presence, State, check_seeds};
 use crate::cluster::change::{Intent, Registration, change};
+use crate::cluster::exposure::{self, Security};
 use crate::cluster::identity::Identity;
 use crate::cluster::joining::find_cluster;
 use crate::cluster::leaving::hand_over_everything;
 use crate::cluster::listener::Rpc;
 use crate::cluster::members::Members;
-use crate::cluster::{self, Cluster, hearsay, new_boot_id, news};
+use crate::cluster::tls::{self, RpcTls};
+use crate::cluster::{self, Cluster, hearsay, new_boot_id, news, room};
 use crate::controller::{Controller, METADATA_GROUP, RecoveredGroups};
 use crate::export::{self, Exports};
 use crate::mailbox::{ShardHandle, ShardMessage};
@@ -56,8 +59,18 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 pub fn run(options: ServerOptions) -> anyhow::Result<()> {
     let started = Instant::now();
+    let mut tls = None;
     if let Some(cluster) = &options.cluster {
         check_seeds(&cluster.seeds).map_err(anyhow::Error::msg)?;
+        exposure::check(cluster.rpc, cluster.advertise_rpc.as_deref(), &cluster.security)
+            .map_err(anyhow::Error::msg)?;
+        if let Security::Tls(files) = &cluster.security {
+            let loaded = RpcTls::load(files.clone()).map_err(anyhow::Error::msg)?;
+            if let Some(address) = &cluster.advertise_rpc {
+                loaded.serve_at(address).map_err(anyhow::Error::msg)?;
+            }
+            tls = Some(Arc::new(loaded));
+        }
     }
     if let Err(error) = flumen_io::refuse_huge_pages() {
         tracing::warn!(%error, "huge pages stay on: latency rises for some milliseconds while memory grows");
@@ -74,7 +87,10 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let admin_address = admin.local_addr()?;
         let member = match &options.cluster {
             None => None,
-            Some(cluster) => Some(become_member(cluster, &options, bind(cluster.rpc, "rpc").await?).await?),
+            Some(cluster) => {
+                let listener = bind(cluster.rpc, "rpc").await?;
+                Some(become_member(cluster, &options, tls, listener).await?)
+            }
         };
 
         // What the caches will hold anyway need not be read again by the first fetches.
@@ -83,8 +99,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let recovered = std::thread::scope(|scope| {
             scope.spawn(|| data_dir.recover(warm_bytes)).join().unwrap_or_else(|panic| resume_unwind(panic))
         })?;
-        let recovered: RecoveredGroups =
-            Arc::new(Mutex::new(recovered.into_iter().map(|g| (group_of(g.group_id), g)).collect()));
+        let recovered: RecoveredGroups = Arc::new(Mutex::new(one_of_each(recovered, &data_dir)));
         if let Some((cluster, _)) = &member {
             refuse_lost_log(&cluster.identity, &options.data_dir, &recovered)?;
         }
@@ -135,9 +150,13 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
                 let watch =
                     |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(news::watch(shard.clone())));
                 shard.post(watch).await?;
+                let give_up =
+                    |shard: &std::rc::Rc<Shard>| drop(tokio::task::spawn_local(room::give_up(shard.clone())));
+                shard.post(give_up).await?;
             }
             let tell_and_ask = |shard: &std::rc::Rc<Shard>| {
                 drop(tokio::task::spawn_local(news::tell(shard.clone())));
+                drop(tokio::task::spawn_local(room::tell(shard.clone())));
                 drop(tokio::task::spawn_local(hearsay::gather(shard.clone())));
             };
             node.controller().post(tell_and_ask).await?;
@@ -263,13 +282,25 @@ fn shard_thread(
 async fn become_member(
     cluster: &ClusterOptions,
     options: &ServerOptions,
+    tls: Option<Arc<RpcTls>>,
     listener: TcpListener,
 ) -> anyhow::Result<(Arc<Cluster>, Arc<Rpc>)> {
     let (node_id, boot_id) = (options.config.node_id, new_boot_id());
-    let rpc = Rpc::new(Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty });
+    if let Some(tls) = &tls {
+        tokio::spawn(tls::watch(tls.clone()));
+    }
+    let is_exposed = exposure::is_exposed(cluster.rpc, cluster.advertise_rpc.as_deref());
+    if tls.is_none() && is_exposed {
+        tracing::warn!("--rpc-plaintext: whoever reaches {} can act as a broker", cluster.rpc);
+    }
+    let own = Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty };
+    let rpc = Rpc::new(own, tls.clone());
     tokio::spawn(cluster::listener::accept(rpc.clone(), listener));
     let (identity, address) = find_cluster(cluster, node_id, boot_id, &options.data_dir, &rpc).await?;
-    let cluster = Cluster { identity, boot_id, address, members: Members::default() };
+    if let Some(tls) = &tls {
+        tls.serve_at(&address).map_err(anyhow::Error::msg)?;
+    }
+    let cluster = Cluster { identity, boot_id, address, members: Members::default(), tls, is_exposed };
     Ok((Arc::new(cluster), rpc))
 }
 
@@ -330,6 +361,34 @@ async fn register(node: &Arc<Node>, cluster: &Cluster) -> anyhow::Result<()> {
         Identity { registered: true, ..cluster.identity.clone() }.store(&node.data_dir)?;
     }
     Ok(())
+}
+
+/// By the Raft group. Of two logs of one group the empty one counts: a crash came after it was made in place of a damaged one, and
+/// before that was gone (`Shard::renew`). Of two that have entries the one with more does, and the other is left alone.
+fn one_of_each(recovered: Vec<RecoveredGroup>, data_dir: &DataDir) -> HashMap<u64, RecoveredGroup> {
+    let mut found: HashMap<u64, RecoveredGroup> = HashMap::new();
+    for group in recovered {
+        let group_id = group_of(group.group_id);
+        let Some(other) = found.remove(&group_id) else {
+            found.insert(group_id, group);
+            continue;
+        };
+        let is_damaged = |group: &RecoveredGroup| matches!(group.health, GroupHealth::Damaged { .. });
+        let is_empty = |group: &RecoveredGroup| group.last_index == 0 && !is_damaged(group);
+        let rank =
+            |group: &RecoveredGroup| (is_empty(group), !is_damaged(group), group.last_term, group.last_index);
+        let (stays, goes) = if rank(&group) > rank(&other) { (group, other) } else { (other, group) };
+        if is_empty(&stays) {
+            tracing::warn!(group_id, directory = %goes.dir_name, "removing a damaged log in whose place there is a new one");
+            if let Err(error) = data_dir.remove_group(&goes.dir_name) {
+                tracing::warn!(group_id, %error, "could not remove it; the next start tries again");
+            }
+        } else {
+            tracing::error!(group_id, directory = %goes.dir_name, counts = %stays.dir_name, "two logs of one partition; this one is left alone");
+        }
+        found.insert(group_id, stays);
+    }
+    found
 }
 
 /// Logs that no topic names belong to topics whose deletion a crash interrupted, and those that went to other nodes have

@@ -22,7 +22,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::balancer;
 use crate::cluster::links::Links;
-use crate::cluster::{floors, joins};
+use crate::cluster::{floors, joins, mending};
 use crate::controller::Controller;
 use crate::coordinator::{Coordinators, OFFSETS_TOPIC};
 use crate::handlers::produce::ProduceLine;
@@ -120,6 +120,7 @@ impl Shard {
         }
         if self.node.cluster.is_some() {
             tokio::task::spawn_local(balancer::keep_moving(self.clone()));
+            tokio::task::spawn_local(mending::keep(self.clone()));
         }
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
@@ -197,14 +198,42 @@ impl Shard {
     }
 
     pub async fn delete(&self, group_id: u64) {
-        let removed = self.partitions.borrow_mut().remove(&group_id);
-        if let Some(partition) = &removed {
-            self.slots.borrow_mut().remove(partition.slot.get());
-            self.coordinators.remove(group_id);
+        if let Some(partition) = self.remove(group_id) {
             self.node.forget_gauges(group_id);
-            if let Err(error) = self.store.delete(partition.store_id()).await {
-                tracing::warn!(group_id, %error, "a deleted partition's files remain; the next start removes them");
-            }
+            self.delete_log(&partition).await;
+        }
+    }
+
+    /// In place of a partition's log comes an empty one, whose replica asks who the members are. The new one is there before the
+    /// old one goes; a start that finds both goes by the empty one (`server::one_of_each`).
+    pub async fn renew(self: &Rc<Self>, mut spec: PartitionSpec) -> Result<(), flumen_storage::CreateError> {
+        let own = self.node.config.node_id;
+        spec.replicas.retain(|id| *id != own);
+        let id = number_of_its_own(spec.group_id, self.node.host.draw());
+        let log = self.store.create(
+            id,
+            &dir_name(&spec.topic, spec.index, id),
+            group_config(&spec.config, false),
+        )?;
+        let old = self.remove(spec.group_id);
+        self.insert(spec, log);
+        if let Some(old) = old {
+            self.delete_log(&old).await;
+        }
+        Ok(())
+    }
+
+    fn remove(&self, group_id: u64) -> Option<Rc<Partition>> {
+        let partition = self.partitions.borrow_mut().remove(&group_id)?;
+        self.slots.borrow_mut().remove(partition.slot.get());
+        self.coordinators.remove(group_id);
+        Some(partition)
+    }
+
+    async fn delete_log(&self, partition: &Partition) {
+        if let Err(error) = self.store.delete(partition.store_id()).await {
+            let group_id = partition.group_id;
+            tracing::warn!(group_id, %error, "a deleted partition's files remain; the next start removes them");
         }
     }
 

@@ -34,7 +34,7 @@ pub struct Cluster {
     /// Node ids are positions plus one.
     pub nodes: Vec<Flumen>,
     dir: PathBuf,
-    seeds: String,
+    pub seeds: String,
     settings: Vec<String>,
 }
 
@@ -77,6 +77,8 @@ impl Cluster {
             let mut node = cluster.idle(at, rpc, ports[NODES_MAX + at], ports[2 * NODES_MAX + at]);
             node.environment.clone_from(&environment);
             if let Some(network) = network {
+                // Nobody but the nodes is on it, and the test.
+                node.arguments.push("--rpc-plaintext".to_string());
                 node.move_to(&network.address(at), network.inside(at));
             }
             cluster.nodes.push(node);
@@ -122,6 +124,14 @@ impl Cluster {
         node.restart()?;
         self.nodes.push(node);
         Ok(at)
+    }
+
+    /// One that is not of the cluster yet, with settings of its own, and not started.
+    pub fn stranger(&self, id: i32, settings: &[&str]) -> Flumen {
+        let [rpc, kafka, admin] = free_ports();
+        let (id, rpc) = (id.to_string(), format!("127.0.0.1:{rpc}"));
+        let more = ["--node-id", &id, "--rpc", &rpc, "--seeds", &self.seeds, "--shards", "1"];
+        Flumen::idle_at(&self.dir.join(format!("n{id}")), kafka, admin, settings, &more)
     }
 
     /// Starts every node that does not run, all at the same time: a majority is needed before one is ready.

@@ -14,7 +14,8 @@ pub struct Flumen {
     pub data_dir: PathBuf,
     pub kafka: String,
     pub admin: String,
-    arguments: Vec<String>,
+    /// Beside directory and addresses; of the next start.
+    pub arguments: Vec<String>,
     /// What its command line begins with: where it runs.
     inside: Vec<String>,
     /// Of the next start.
@@ -88,10 +89,26 @@ impl Flumen {
     pub fn restart(&mut self) -> anyhow::Result<()> {
         self.process = None;
         let command = self.command()?;
-        let log = self.data_dir.join("broker.log");
-        let (process, _ready) = Process::start("flumen server", command, "flumen ready", &log)?;
+        let (process, _ready) = Process::start("flumen server", command, "flumen ready", &self.log_path())?;
         self.process = Some(process);
         Ok(())
+    }
+
+    /// Starts the process; it may never be ready.
+    pub fn begin(&mut self) -> anyhow::Result<()> {
+        self.process = None;
+        let command = self.command()?;
+        self.process = Some(Process::begin("flumen server", command, &self.log_path())?);
+        Ok(())
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.data_dir.join("broker.log")
+    }
+
+    /// What it has logged in all its lives.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
     fn command(&self) -> anyhow::Result<Command> {

@@ -14,6 +14,7 @@ pub mod mount;
 pub mod network;
 pub mod probe;
 pub mod process;
+pub mod segment_file;
 pub mod wire;
 pub mod witness;
 // The proxy of the export's own tests, shared and not written twice.

@@ -64,6 +64,14 @@ impl Process {
         Err(anyhow::Error::new(ended).context(tail.join("\n")))
     }
 
+    /// Starts `command`, whatever it says on its output.
+    pub fn begin(name: &str, mut command: Command, log: &Path) -> anyhow::Result<Process> {
+        let errors = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
+        let child = command.spawn().with_context(|| format!("cannot start {name}: {command:?}"))?;
+        Ok(Process { child, name: name.to_string() })
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

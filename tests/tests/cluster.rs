@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use flumen_tests::flumen::Flumen;
 use flumen_tests::kafka::Sender;
+use flumen_tests::segment_file;
 use serde_json::{Value, json};
 
 const UNHEALTHY: i32 = 10;
@@ -75,27 +76,6 @@ fn a_healthy_cluster_describes_itself() {
     assert_eq!(serde_json::from_str::<Value>(&json.stdout).unwrap()["is_healthy"], json!(true));
 }
 
-/// The only segment of a partition of a broker that was stopped.
-fn segment(data: &Path, partition: &str) -> PathBuf {
-    let inside = |dir: &Path| -> Vec<PathBuf> {
-        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect()
-    };
-    let named = |p: &PathBuf| p.file_name().unwrap().to_str().unwrap().starts_with(&format!("{partition}."));
-    let dir = inside(&data.join("log")).into_iter().find(named).unwrap();
-    let mut segments: Vec<PathBuf> =
-        inside(&dir).into_iter().filter(|p| p.extension().is_some_and(|e| e == "log")).collect();
-    segments.sort();
-    segments.remove(0)
-}
-
-/// Takes away the second half, as a file system that was mended might.
-fn damage(segment: &Path) {
-    let file = std::fs::OpenOptions::new().write(true).open(segment).unwrap();
-    let length = file.metadata().unwrap().len();
-    assert!(length > 1000, "{} has {length} bytes", segment.display());
-    file.set_len(length / 2).unwrap();
-}
-
 #[test]
 fn damage_makes_it_unhealthy_and_says_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
@@ -106,7 +86,7 @@ fn damage_makes_it_unhealthy_and_says_what_to_do() {
     produce(&broker, "orders", 2_000);
     produce(&broker, "other", 10);
     assert!(broker.stop().unwrap().success());
-    damage(&segment(&data, "orders-0"));
+    segment_file::cut_in_half(&segment_file::first_of(&data, "orders-0"));
     broker.restart().unwrap();
     assert_eq!(broker.end_offsets("other").unwrap(), [10]);
 

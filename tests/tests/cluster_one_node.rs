@@ -153,6 +153,108 @@ fn one_of_three_goes_on_when_two_are_lost_for_good() {
     println!("{compared} batches compared");
 }
 
+/// Two of five are left, and each has what the other lacks: the older of them voted for a leader of before in some groups, and
+/// topics of three replicas lie on one of them only.
+#[test]
+fn two_of_five_go_on_when_three_are_lost_for_good() {
+    const PAIRS: &str = "pairs";
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 5, &SETTINGS).unwrap();
+    cluster.create_topic(TOPIC, PARTITIONS, 5, &json!({})).unwrap();
+    cluster.create_topic(PAIRS, 2, 3, &json!({})).unwrap();
+    for (partition, replicas) in [(0, [1, 3, 4]), (1, [2, 4, 5])] {
+        assert_eq!(cluster.reassign(PAIRS, partition, Some(&replicas)).unwrap(), 0);
+    }
+    cluster.await_no_moves().unwrap();
+    let mut pairs = Load::start_at(&cluster.kafka(), PAIRS, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&pairs, "both have one").unwrap();
+    pairs.finish().unwrap();
+    cluster.await_caught_up(PAIRS, &ends_of(&cluster.kafka(), PAIRS, 2).unwrap()).unwrap();
+    let mut load = Load::start_at(&cluster.kafka(), TOPIC, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "five nodes").unwrap();
+    commit(&all(&cluster), 17);
+    // Node 1 misses the rest, in groups that it led and in others.
+    cluster.nodes[0].pause().unwrap();
+    cluster.progress(&load, "node 1 stands still").unwrap();
+    load.finish().unwrap();
+    let others = cluster.nodes[1..].iter().map(|node| node.kafka.as_str()).collect::<Vec<_>>().join(",");
+    let ends = ends_of(&others, TOPIC, PARTITIONS).unwrap();
+    cluster
+        .until("node 2 to have all", || (cluster.nodes[1].end_offsets(TOPIC).ok()? == ends).then_some(()))
+        .unwrap();
+    cluster.kill_all();
+    for lost in [2, 3, 4] {
+        std::fs::remove_dir_all(cluster.nodes[lost].data_dir.join("data")).unwrap();
+    }
+
+    let data: Vec<String> =
+        (0..2).map(|at| cluster.nodes[at].data_dir.join("data").display().to_string()).collect();
+    let reports: Vec<String> =
+        (1..3).map(|id| dir.path().join(format!("r{id}.json")).display().to_string()).collect();
+    let recover = |at: usize, more: &[&str]| {
+        cli(&[&["debug", "recover", &data[at], "--lost", "3,4,5"], more].concat()).unwrap()
+    };
+    // One alone could decide wrongly, and does nothing.
+    let hasty = recover(0, &["--accept-data-loss"]);
+    assert!(!hasty.success && hasty.stderr.contains("node 2 may have more of them"), "{}", hasty.stderr);
+    for at in [0, 1] {
+        ok(&recover(at, &["--report", &reports[at]]));
+    }
+    let wrong = recover(0, &["--others", &reports[0]]);
+    assert!(!wrong.success && wrong.stderr.contains("no other node that is left"), "{}", wrong.stderr);
+    let told = recover(0, &["--others", &reports[1]]);
+    assert!(!told.success && told.stderr.contains("nothing was changed"), "{}", told.stderr);
+    assert!(told.stdout.contains(&format!("{TOPIC}-0.g")), "{}", told.stdout);
+    assert!(told.stdout.contains("votes for what node 2 has"), "{}", told.stdout);
+    for at in [0, 1] {
+        let done = recover(at, &["--others", &reports[1 - at], "--accept-data-loss"]);
+        ok(&done);
+        println!("node {}: {}", at + 1, done.stdout);
+        assert!(done.stdout.contains("goes on with node 1, 2"), "{}", done.stdout);
+        assert!(done.stdout.contains(&format!("goes on with node {} alone", at + 1)), "{}", done.stdout);
+    }
+
+    let (one, rest) = cluster.nodes.split_at_mut(1);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| rest[0].restart());
+        one[0].restart().unwrap();
+        other.join().unwrap().unwrap();
+    });
+    cluster.await_leaders(TOPIC).unwrap();
+    cluster.await_leaders(PAIRS).unwrap();
+    assert_eq!(committed(&all(&cluster)), 17);
+    let kafka = cluster.nodes[..2].iter().map(|node| node.kafka.as_str()).collect::<Vec<_>>().join(",");
+    for (topic, acknowledged) in [(TOPIC, load.acknowledged()), (PAIRS, pairs.acknowledged())] {
+        let ends = ends_of(&kafka, topic, 2).unwrap();
+        judge(topic, &acknowledged, &[], &read_all(&kafka, topic, &ends).unwrap()).unwrap();
+    }
+
+    for _ in 0..3 {
+        cluster.add().unwrap();
+    }
+    take_away(&cluster, 0, &["3", "4", "5"]);
+    cluster.nodes.drain(2..5);
+    // Whoever of the two leads may go.
+    let mut more = Load::start_at(&cluster.kafka(), TOPIC, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&more, "two old nodes and three new ones").unwrap();
+    for at in [0, 1] {
+        cluster.nodes[at].kill_9();
+        cluster.progress(&more, &format!("without node {}", at + 1)).unwrap();
+        cluster.nodes[at].restart().unwrap();
+    }
+    more.finish().unwrap();
+    assert_eq!(committed(&all(&cluster)), 17);
+    let ends = ends_of(&cluster.kafka(), TOPIC, PARTITIONS).unwrap();
+    assert_eq!(ends.iter().sum::<i64>() as usize, load.acknowledged().len() + more.acknowledged().len());
+    let pairs_ends = ends_of(&cluster.kafka(), PAIRS, 2).unwrap();
+    let healthy = || cluster.nodes[0].cli(&["cluster", "health"]).is_ok_and(|health| health.success);
+    cluster.until("all to be in sync", || healthy().then_some(())).unwrap();
+    cluster.stop_all().unwrap();
+    let compared = cluster.compare_replicas(TOPIC, &ends, 5).unwrap();
+    assert!(cluster.compare_replicas(PAIRS, &pairs_ends, 3).unwrap() > 0);
+    println!("{compared} batches compared");
+}
+
 #[test]
 fn a_broker_that_was_alone_founds_a_cluster() {
     let dir = tempfile::tempdir().unwrap();

@@ -20,8 +20,13 @@ pub const TRANSFERS_PER_TURN_MAX: usize = 32;
 /// Partitions on their way at the same time: each reads and sends a whole log.
 pub const MOVES_AT_ONCE_MAX: usize = 8;
 
-/// Leaders that are to hand over next. Who has to leave a node comes before who may go home.
-pub fn leader_transfers(image: &MetadataImage, live: Live<'_>) -> Vec<LeaderTransfer> {
+/// Leaders that are to hand over next. Who has to leave a node comes before who may go home. A node whose disk is full is given
+/// nothing, and what it leads it gives up by itself.
+pub fn leader_transfers(
+    image: &MetadataImage,
+    live: Live<'_>,
+    has_room: &dyn Fn(i32) -> bool,
+) -> Vec<LeaderTransfer> {
     let mut leaders: BTreeMap<i32, usize> = BTreeMap::new();
     for info in image.topics.values().flat_map(|topic| &topic.partitions) {
         *leaders.entry((live.status)(info.group_id).leader_id).or_default() += 1;
@@ -34,11 +39,12 @@ pub fn leader_transfers(image: &MetadataImage, live: Live<'_>) -> Vec<LeaderTran
         for (at, info) in topic.partitions.iter().enumerate() {
             let found = live.describe(info, image);
             let from = found.leader_id;
-            if from < 0 || info.target.is_some() {
+            if from < 0 || info.target.is_some() || !has_room(from) {
                 continue;
             }
-            let able =
-                |id: i32| id != from && active(id) && found.in_sync.iter().any(|member| member.0 == id);
+            let able = |id: i32| {
+                id != from && active(id) && has_room(id) && found.in_sync.iter().any(|member| member.0 == id)
+            };
             let preferred = info.replicas.first().copied().filter(|id| able(*id));
             let plan = |to| transfer(topic, at, info, from, to);
             if active(from) {

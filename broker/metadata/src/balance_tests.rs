@@ -36,12 +36,23 @@ fn set_state(image: &mut MetadataImage, id: i32, state: NodeState) {
 
 /// (partition, from, to) with these leaders by group and these nodes down.
 fn transfers(image: &MetadataImage, leaders: &[i32], down: &[i32]) -> Vec<(i32, i32, i32)> {
+    transfers_with(image, leaders, down, &[])
+}
+
+/// The same with disks of these nodes full.
+fn transfers_with(
+    image: &MetadataImage,
+    leaders: &[i32],
+    down: &[i32],
+    full: &[i32],
+) -> Vec<(i32, i32, i32)> {
     let status = |group: u64| PartitionStatus {
         leader_id: leaders[usize::try_from(group).unwrap() - 1],
         ..PartitionStatus::default()
     };
     let live = Live { controller_id: 1, status: &status, is_up: &|id| !down.contains(&id) };
-    leader_transfers(image, live).into_iter().map(|t| (t.partition, t.from, t.to)).collect()
+    let planned = leader_transfers(image, live, &|id| !full.contains(&id));
+    planned.into_iter().map(|t| (t.partition, t.from, t.to)).collect()
 }
 
 #[test]
@@ -51,6 +62,16 @@ fn leaders_go_home_when_home_is_there() {
     assert_eq!(transfers(&image, &[1, 1, 1], &[]), [(1, 1, 2), (2, 1, 3)]);
     assert_eq!(transfers(&image, &[1, 1, 1], &[2]), [(2, 1, 3)]);
     assert_eq!(transfers(&image, &[-1, 1, 3], &[2]), []);
+}
+
+#[test]
+fn a_node_whose_disk_is_full_is_given_nothing() {
+    let mut image = cluster(3, &[&[1, 2, 3], &[2, 3, 1], &[3, 1, 2]]);
+    assert_eq!(transfers_with(&image, &[2, 2, 2], &[], &[1]), [(2, 2, 3)]);
+    assert_eq!(transfers_with(&image, &[2, 2, 2], &[], &[2]), [], "it gives them up by itself");
+    set_state(&mut image, 2, NodeState::Maintenance);
+    assert_eq!(transfers_with(&image, &[2, 2, 2], &[], &[1]), [(0, 2, 3), (1, 2, 3), (2, 2, 3)]);
+    assert_eq!(transfers_with(&image, &[2, 2, 2], &[], &[1, 3]), [], "nobody has room");
 }
 
 #[test]

@@ -234,12 +234,19 @@ impl BrokerConfig {
 
     /// As [`Self::with_dynamic`] would say, without building it: Metadata asks for every request.
     pub(crate) fn may_auto_create(&self, image: &MetadataImage) -> bool {
-        const NAME: &str = "auto.create.topics.enable";
-        let of_node = image.node_configs.get(&image.node.id).and_then(|configs| configs.get(NAME));
-        of_node
-            .or_else(|| image.broker_configs.get(NAME))
+        dynamic_value(image, "auto.create.topics.enable")
             .and_then(|value| value.parse().ok())
             .unwrap_or(self.auto_create_topics_enable)
+    }
+
+    /// The number that counts just now, without building everything else: what was altered while the broker ran, what it was
+    /// started with, or the default. A limit that nobody has set is none.
+    pub fn number_now(&self, image: &MetadataImage, name: &'static str) -> Option<i64> {
+        let parsed = |value: &String| value.parse().ok();
+        let given =
+            dynamic_value(image, name).and_then(parsed).or_else(|| self.values.get(name).and_then(parsed));
+        let default = || broker_def(name)?.def.default?.parse().ok().filter(|number| *number != i64::MAX);
+        given.or_else(default)
     }
 
     /// How long a connection may be silent.
@@ -261,6 +268,12 @@ impl BrokerConfig {
         };
         (host, listening.port())
     }
+}
+
+/// What was altered while the broker ran.
+fn dynamic_value<'a>(image: &'a MetadataImage, name: &str) -> Option<&'a String> {
+    let of_node = image.node_configs.get(&image.node.id).and_then(|configs| configs.get(name));
+    of_node.or_else(|| image.broker_configs.get(name))
 }
 
 /// The value in its stored form.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::broker_config::BrokerConfig;
 use crate::config_def::{ConfigDef, ConfigSource, Layers, list, suggestion};
+use crate::throttled::ThrottledReplicas;
 use crate::topic_table::{TOPIC_CONFIGS, TopicConfigDef, is_removed, topic_def};
 
 /// The definition of a topic config, of this table or of the extra ones the broker was given.
@@ -101,6 +102,8 @@ pub struct TopicConfig {
     pub min_compaction_lag_ms: i64,
     pub max_compaction_lag_ms: i64,
     pub min_cleanable_dirty_ratio: f64,
+    pub leader_throttled: ThrottledReplicas,
+    pub follower_throttled: ThrottledReplicas,
 }
 
 impl Default for TopicConfig {
@@ -124,6 +127,8 @@ impl Default for TopicConfig {
             min_compaction_lag_ms: 0,
             max_compaction_lag_ms: i64::MAX,
             min_cleanable_dirty_ratio: 0.5,
+            leader_throttled: ThrottledReplicas::default(),
+            follower_throttled: ThrottledReplicas::default(),
         }
     }
 }
@@ -224,6 +229,12 @@ impl TopicConfig {
             "min.compaction.lag.ms" => put(&mut self.min_compaction_lag_ms, value),
             "max.compaction.lag.ms" => put(&mut self.max_compaction_lag_ms, value),
             "min.cleanable.dirty.ratio" => put(&mut self.min_cleanable_dirty_ratio, value),
+            "leader.replication.throttled.replicas" => {
+                self.leader_throttled = ThrottledReplicas::parse(value).unwrap_or_default();
+            }
+            "follower.replication.throttled.replicas" => {
+                self.follower_throttled = ThrottledReplicas::parse(value).unwrap_or_default();
+            }
             _ => {}
         }
     }

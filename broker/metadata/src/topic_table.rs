@@ -1,6 +1,7 @@
 //! The table of topic configurations: Kafka's names, types, defaults and limits, and `flumen.durability`.
 
 use crate::config_def::{Check, ConfigDef, ConfigKind, at_least};
+use crate::throttled::ThrottledReplicas;
 
 /// A broker-level name that gives a topic config its default, and what one of its units is in the topic's.
 pub type Synonym = (&'static str, i64);
@@ -130,10 +131,10 @@ pub const TOPIC_CONFIGS: &[TopicConfigDef] = &[
         "follower.replication.throttled.replicas",
         ConfigKind::List,
         "",
-        Check::Any,
-        R,
+        Check::With(ThrottledReplicas::check),
+        H,
         &[],
-        "Replicas whose incoming replication is throttled, as partition:broker or '*'.",
+        "Replicas that get what they lack no faster than follower.replication.throttled.rate of their broker, as partition:broker,... or '*' for all.",
     ),
     row(
         "index.interval.bytes",
@@ -148,10 +149,10 @@ pub const TOPIC_CONFIGS: &[TopicConfigDef] = &[
         "leader.replication.throttled.replicas",
         ConfigKind::List,
         "",
-        Check::Any,
-        R,
+        Check::With(ThrottledReplicas::check),
+        H,
         &[],
-        "Replicas whose outgoing replication is throttled, as partition:broker or '*'.",
+        "Replicas that, when they lead, send to those that are not in sync no faster than leader.replication.throttled.rate of their broker, as partition:broker,... or '*' for all.",
     ),
     row(
         "local.retention.bytes",

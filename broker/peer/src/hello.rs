@@ -35,6 +35,8 @@ pub enum RefusalCode {
     Version,
     /// The metadata does not know this node, or not any more.
     UnknownNode,
+    /// It speaks without TLS to one that has certificates.
+    Plain,
 }
 
 /// Why a connection ends, in words for an operator.
@@ -84,6 +86,7 @@ impl Refusal {
             RefusalCode::SameNode => 2,
             RefusalCode::Version => 3,
             RefusalCode::UnknownNode => 4,
+            RefusalCode::Plain => 5,
         });
         write_text(out, &self.sentence, SENTENCE_MAX);
     }
@@ -94,6 +97,7 @@ impl Refusal {
             2 => RefusalCode::SameNode,
             3 => RefusalCode::Version,
             4 => RefusalCode::UnknownNode,
+            5 => RefusalCode::Plain,
             _ => return Err(DecodeError::Unknown("the reason of a refusal")),
         };
         Ok(Refusal { code, sentence: reader.text("the sentence", SENTENCE_MAX)? })

@@ -103,9 +103,17 @@ fn payloads_are_copied_neither_out_nor_in() {
 fn other_frames_come_back_as_they_were() {
     let Frame::Hello(hello_back) = back(&Frame::Hello(hello())) else { panic!() };
     assert_eq!(hello_back, hello());
-    let refusal = Refusal { code: RefusalCode::Version, sentence: "upgrade \u{e9}".to_owned() };
-    let Frame::Refusal(refusal_back) = back(&Frame::Refusal(refusal.clone())) else { panic!() };
-    assert_eq!(refusal_back, refusal);
+    for code in [
+        RefusalCode::OtherCluster,
+        RefusalCode::SameNode,
+        RefusalCode::Version,
+        RefusalCode::UnknownNode,
+        RefusalCode::Plain,
+    ] {
+        let refusal = Refusal { code, sentence: "upgrade \u{e9}".to_owned() };
+        let Frame::Refusal(refusal_back) = back(&Frame::Refusal(refusal.clone())) else { panic!() };
+        assert_eq!(refusal_back, refusal);
+    }
     let catch_up = CatchUp { group: 9, state: CatchUpState::Done, index: 1 << 40, end_index: u64::MAX };
     let Frame::CatchUp(catch_up_back) = back(&Frame::CatchUp(catch_up)) else { panic!() };
     assert_eq!(catch_up_back, catch_up);

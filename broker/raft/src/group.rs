@@ -24,6 +24,8 @@ use crate::{
 
 /// Ticks without a leader before a follower stands for election; drawn between this and twice this.
 const ELECTION_TICKS: usize = 10;
+/// So many more before one that is reluctant does: the others have stood twice by then.
+const RELUCTANT_TICKS: usize = 20;
 /// A leader speaks to its followers every this many ticks.
 const HEARTBEAT_TICKS: usize = 3;
 /// Entries in one message: large enough that a follower that catches up is not slowed by round trips, small enough that
@@ -81,6 +83,8 @@ pub struct Group {
     over: Option<over::Over>,
     abstains_below: u64,
     abstained: over::Abstained,
+    /// Leaves it to the others to stand for election first.
+    reluctant: bool,
 }
 
 impl Group {
@@ -112,6 +116,7 @@ impl Group {
             id: start.node_id,
             election_tick: ELECTION_TICKS,
             heartbeat_tick: HEARTBEAT_TICKS,
+            max_election_tick: 2 * ELECTION_TICKS + RELUCTANT_TICKS,
             applied,
             max_size_per_msg: MESSAGE_BYTES_MAX,
             max_inflight_msgs: IN_FLIGHT_MAX,
@@ -157,6 +162,7 @@ impl Group {
             over: None,
             abstains_below: start.abstains_below,
             abstained: over::Abstained::default(),
+            reluctant: false,
         };
         group.tame_randomness();
         Ok(group)
@@ -175,6 +181,14 @@ impl Group {
         let outcome = self.node.campaign().map_err(|e| StartError(e.to_string()));
         self.after_step();
         outcome
+    }
+
+    /// A replica that should not lead if another can: it stands for election later, and votes as ever.
+    pub fn set_reluctant(&mut self, reluctant: bool) {
+        if self.reluctant != reluctant {
+            self.reluctant = reluctant;
+            self.tame_randomness();
+        }
     }
 
     /// Time passes. False when the group sleeps now and need not be ticked until it wakes.
@@ -524,6 +538,7 @@ impl Group {
         x = x.wrapping_mul(0xFF51_AFD7_ED55_8CCD);
         x ^= x >> 33;
         let spread = (x % ELECTION_TICKS as u64) as usize;
-        self.node.raft.set_randomized_election_timeout(ELECTION_TICKS + spread);
+        let reluctance = if self.reluctant { RELUCTANT_TICKS } else { 0 };
+        self.node.raft.set_randomized_election_timeout(ELECTION_TICKS + spread + reluctance);
     }
 }

@@ -263,6 +263,8 @@ impl Tail {
             if wanted.waiting.len() < WAITING_MAX {
                 wanted.waiting.push(context);
             }
+            // The shell may have put it off, and who asks now may be somebody who must not wait.
+            wanted.told = false;
         } else if outside.wanted.len() < WANTED_MAX {
             let high = high.min(self.loaded_from);
             outside.wanted.push(Wanted { low, high, told: false, waiting: vec![context] });

@@ -86,3 +86,46 @@ fn several_outputs_may_be_in_flight_and_commit_in_order() {
     group.on_persisted(numbers[7]);
     assert_eq!(group.take_outputs().unwrap().committed_index, Some(9));
 }
+
+#[test]
+fn whoever_is_reluctant_stands_later_and_votes_at_once() {
+    let of_three = || {
+        let start = GroupStart {
+            membership: Membership::of_voters([1, 2, 3]),
+            ..GroupStart::alone(1, HardState::default(), 0, 0, 7)
+        };
+        Group::start(&start).unwrap()
+    };
+    let ticks_to_stand = |group: &mut Group| {
+        (1u32..)
+            .find(|_| {
+                group.tick();
+                drain(group);
+                group.status().leadership.role == Role::Candidate
+            })
+            .unwrap()
+    };
+    let (mut willing, mut reluctant) = (of_three(), of_three());
+    reluctant.set_reluctant(true);
+    assert_eq!(ticks_to_stand(&mut reluctant), ticks_to_stand(&mut willing) + 20);
+    // So it stands before all others only if those cannot.
+    assert!(ticks_to_stand(&mut of_three()) < 20);
+    let mut votes = of_three();
+    votes.set_reluctant(true);
+    let body = Body::VoteRequest {
+        pre: false,
+        forced: false,
+        last_index: 0,
+        last_term: 0,
+        commit: 0,
+        commit_term: 0,
+    };
+    votes.step(Message { from: 2, to: 1, term: 1, body }).unwrap();
+    let mut answers = Vec::new();
+    while let Some(outputs) = votes.take_outputs() {
+        answers.extend(outputs.messages);
+        votes.on_persisted(outputs.number);
+    }
+    let is_vote = |answer: &Message| matches!(answer.body, Body::VoteAnswer { granted: true, .. });
+    assert!(answers.len() == 1 && is_vote(&answers[0]), "{answers:?}");
+}

@@ -1,7 +1,7 @@
 //! `flumen cluster`: what the cluster is, whether it is well, its brokers, its partitions.
 
 use clap::{Args, Subcommand};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::admin_client::{AdminArgs, segment};
 use super::table;
@@ -34,6 +34,14 @@ enum ClusterCommand {
     Decommission { node: i32 },
     /// Remove a broker that holds nothing any more
     Remove { node: i32 },
+    /// Limit what brokers send to replicas that are far behind or new, in bytes per second, and get for their own: a number,
+    /// "none" or "default". Replicas in sync are not held up, and what is written meanwhile does not count
+    CatchUpRate {
+        bytes_per_second: String,
+        /// Only of this broker
+        #[arg(long)]
+        node: Option<i32>,
+    },
     /// List partitions with leader, offsets, size and health: flumen cluster partitions orders
     Partitions {
         topic: Option<String>,
@@ -78,6 +86,7 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                             "version",
                             "partitions",
                             "connections",
+                            "rpc_tls",
                             "disk_free_bytes",
                         ]
                         .map(|key| text(&b[key])),
@@ -94,6 +103,7 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
                 "VERSION",
                 "PARTITIONS",
                 "CONNECTIONS",
+                "RPC-TLS",
                 "DISK-FREE-BYTES",
             ];
             show(admin, &brokers, || table::print(&headers, &rows));
@@ -115,6 +125,18 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
         ClusterCommand::Remove { node } => {
             let answer = admin.call("DELETE", &format!("/v1/brokers/{node}"), None)?;
             show(admin, &answer, || out!("broker {node} is removed"));
+            Ok(())
+        }
+        ClusterCommand::CatchUpRate { bytes_per_second, node } => {
+            let rate = match bytes_per_second.as_str() {
+                "none" => json!(i64::MAX),
+                "default" => Value::Null,
+                number => json!(number),
+            };
+            let body = json!({ "configs": { "flumen.catch.up.rate": rate }, "node_id": node });
+            let answer = admin.call("PATCH", "/v1/cluster", Some(&body))?;
+            let whose = node.map_or_else(|| "every broker".to_string(), |id| format!("broker {id}"));
+            show(admin, &answer, || out!("the rate of {whose} is {bytes_per_second}"));
             Ok(())
         }
         ClusterCommand::Partitions { topic, unhealthy, internal } => {
@@ -195,4 +217,31 @@ fn print_partitions(partitions: &Value, internal: bool) {
         "HEALTH",
     ];
     table::print(&headers, &rows);
+    for moving in list(&partitions["partitions"]).filter(|p| !p["target_replicas"].is_null()) {
+        print_move(moving);
+    }
+}
+
+/// How far the replicas are that a move brings.
+fn print_move(partition: &Value) {
+    let to = list(&partition["target_replicas"]).map(text).collect::<Vec<_>>().join(",");
+    let mut told: Vec<String> = list(&partition["move"]["replicas"])
+        .map(|replica| {
+            let number = |key: &str| replica[key].as_u64().unwrap_or(0);
+            let (has, of) = (number("bytes"), number("of_bytes"));
+            let percent = has.saturating_mul(100).checked_div(of).unwrap_or(100);
+            let rate = number("bytes_per_second");
+            let waits =
+                replica["waits_for"].as_str().map_or_else(String::new, |what| format!(", waits for: {what}"));
+            format!(
+                "node {} has {has} of {of} bytes ({percent} %), {rate} bytes/s{waits}",
+                text(&replica["node_id"])
+            )
+        })
+        .collect();
+    told.extend(partition["move"]["waits_for"].as_str().map(|what| format!("waits for: {what}")));
+    if partition["move"].is_null() {
+        told.push("its leader says nothing of it".to_string());
+    }
+    out!("{}/{} goes to {to}: {}", text(&partition["topic"]), text(&partition["partition"]), told.join("; "));
 }

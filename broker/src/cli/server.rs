@@ -10,6 +10,7 @@ use flumen_metadata::BrokerConfig;
 
 use super::Failure;
 use crate::cluster::ClusterOptions;
+use crate::cluster::exposure::{self, Security};
 use crate::server::{self, ServerOptions};
 
 #[derive(Args)]
@@ -35,6 +36,18 @@ pub struct ServerArgs {
     /// RPC addresses of the brokers that found the cluster together, the same list on each, or that a new one asks
     #[arg(long, requires = "rpc", value_delimiter = ',', value_name = "HOST:PORT,...")]
     seeds: Vec<String>,
+    /// PEM file with this broker's certificate, and those between it and the authority: other brokers have to show one, too
+    #[arg(long, requires = "rpc", value_name = "FILE")]
+    rpc_tls_cert: Option<PathBuf>,
+    /// PEM file with the key of that certificate
+    #[arg(long, requires = "rpc", value_name = "FILE")]
+    rpc_tls_key: Option<PathBuf>,
+    /// PEM file with the authority that signs the certificates of brokers
+    #[arg(long, requires = "rpc", value_name = "FILE")]
+    rpc_tls_ca: Option<PathBuf>,
+    /// --rpc is on a network that nobody but brokers reaches, and needs no certificates
+    #[arg(long, requires = "rpc")]
+    rpc_plaintext: bool,
     /// Shards (threads with partitions of their own); one per core but one when absent
     #[arg(long)]
     shards: Option<usize>,
@@ -90,6 +103,7 @@ pub fn server(args: ServerArgs) -> Result<(), Failure> {
     if let Some(id) = args.node_id {
         settings.insert("node.id".to_string(), id.to_string());
     }
+    let security = security(&args, &mut settings)?;
     let config = BrokerConfig::from_map(&settings)
         .map_err(|e| Failure::new(e.to_string()))?
         .with_topic_extras(crate::export::topic_configs());
@@ -103,9 +117,29 @@ pub fn server(args: ServerArgs) -> Result<(), Failure> {
             rpc,
             advertise_rpc: args.advertise_rpc,
             seeds: args.seeds,
+            security,
         }),
     })
     .map_err(|e| Failure::new(format!("{e:#}")))
+}
+
+/// The options, and below them what the configuration says of the same.
+fn security(args: &ServerArgs, settings: &mut BTreeMap<String, String>) -> Result<Security, Failure> {
+    let mut file = |given: &Option<PathBuf>, key| {
+        let set = settings.remove(key).filter(|path| !path.is_empty());
+        given.clone().or(set.map(PathBuf::from))
+    };
+    let cert = file(&args.rpc_tls_cert, "flumen.rpc.tls.cert");
+    let key = file(&args.rpc_tls_key, "flumen.rpc.tls.key");
+    let ca = file(&args.rpc_tls_ca, "flumen.rpc.tls.ca");
+    let plaintext = match settings.remove("flumen.rpc.plaintext").as_deref() {
+        None | Some("false") => args.rpc_plaintext,
+        Some("true") => true,
+        Some(other) => {
+            return Err(Failure::new(format!("flumen.rpc.plaintext is true or false, not '{other}'")));
+        }
+    };
+    exposure::security(cert, key, ca, plaintext).map_err(Failure::new)
 }
 
 fn read_properties(path: &Path, settings: &mut BTreeMap<String, String>) -> Result<(), Failure> {

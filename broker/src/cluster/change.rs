@@ -54,6 +54,11 @@ pub enum Intent {
         topic: String,
         changes: BTreeMap<String, Option<String>>,
     },
+    /// Of all brokers, or of one.
+    AlterBrokers {
+        node_id: Option<i32>,
+        changes: BTreeMap<String, Option<String>>,
+    },
     ProducerIds {
         count: i64,
     },
@@ -142,6 +147,9 @@ impl Intent {
                 admin::plan_partitions(image, up, topic, *total).map(|command| vec![command])
             }
             Intent::AlterTopic { topic, changes } => admin::plan_topic_configs(image, config, topic, changes),
+            Intent::AlterBrokers { node_id, changes } => {
+                admin::plan_broker_configs(image, config, *node_id, changes)
+            }
             Intent::ProducerIds { count } => Ok(vec![Command::AllocateProducerIds { count: *count }]),
             Intent::Register(registration) => registration.plan(image),
             Intent::Maintenance { id, on } => {
@@ -180,6 +188,7 @@ impl Intent {
             | Intent::Evacuate
             | Intent::ReplicasReached { .. }
             | Intent::AlterTopic { .. }
+            | Intent::AlterBrokers { .. }
             // Some ids are lost.
             | Intent::ProducerIds { .. } => true,
             Intent::CreateTopic { .. }

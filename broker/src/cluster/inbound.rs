@@ -8,6 +8,7 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -15,14 +16,13 @@ use bytes::{Bytes, BytesMut};
 use flumen_peer::{Answer, BODY_MAX, Frame, RaftFrame, Request};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_raft::Message;
-use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::requests::{self, Answered};
-use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
-use super::{change, floors, hand_over, hearsay, joins, node_id_of, remote_log, ship};
+use super::stream::{Detached, Reads, Stream, Writes};
+use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write_frame};
+use super::{change, floors, hand_over, hearsay, joins, mending, node_id_of, pace, remote_log, room, ship};
 use crate::dispatch;
 use crate::net::connection::Peer;
 use crate::node::Node;
@@ -46,14 +46,15 @@ pub async fn left(node: &Arc<Node>, sender: Sender) {
     }
 }
 
-pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, rest: BytesMut, sender: Sender) {
+pub fn start(shard: &Rc<Shard>, stream: Detached, rest: BytesMut, sender: Sender) {
     let shard = shard.clone();
     tokio::task::spawn_local(async move {
         for other in &shard.node.shards {
             let _ = other.post(move |shard| shard.links.nudge(sender.node_id)).await;
         }
-        let error = match TcpStream::from_std(stream) {
-            Ok(stream) => serve(&shard, stream, rest, sender).await,
+        let attached = stream.peer_addr().and_then(|address| Ok((stream.attach()?, address)));
+        let error = match attached {
+            Ok((stream, address)) => serve(&shard, stream, address, rest, sender).await,
             Err(error) => error.into(),
         };
         tracing::info!(node = sender.node_id, shard = shard.id, %error, "a broker's connection ended");
@@ -61,29 +62,33 @@ pub fn start(shard: &Rc<Shard>, stream: std::net::TcpStream, rest: BytesMut, sen
     });
 }
 
-async fn serve(shard: &Rc<Shard>, stream: TcpStream, rest: BytesMut, sender: Sender) -> LinkError {
-    let from = stream.peer_addr();
-    let (mut reads, writes) = stream.into_split();
+async fn serve(
+    shard: &Rc<Shard>,
+    stream: Stream,
+    address: SocketAddr,
+    rest: BytesMut,
+    sender: Sender,
+) -> LinkError {
+    let Stream { mut reads, mut writes } = stream;
     let (answers, to_send) = mpsc::channel(requests::UNANSWERED_MAX);
-    let Ok(address) = from else { return LinkError::Closed };
     let peer = Rc::new(Peer { address, forwarded: true });
     let outcome = tokio::select! {
         outcome = hear(shard, &mut reads, rest, sender, &peer, answers) => outcome,
-        outcome = answer(&writes, to_send, sender.version) => outcome,
+        outcome = answer(&mut writes, to_send, sender.version) => outcome,
         () = shard.stop.notified() => Err(LinkError::Closed),
     };
     outcome.err().unwrap_or(LinkError::Closed)
 }
 
 async fn answer(
-    writes: &OwnedWriteHalf,
+    writes: &mut Writes,
     mut answers: mpsc::Receiver<Answer>,
     version: u16,
 ) -> Result<(), LinkError> {
     let mut sequence = 0;
     loop {
         match timeout(ALIVE_INTERVAL, answers.recv()).await {
-            Ok(Some(answer)) => write(writes, &mut frame_of(answer, version)).await?,
+            Ok(Some(answer)) => writes.write(&mut frame_of(answer, version)).await?,
             Ok(None) => return Ok(()),
             Err(_) => {
                 sequence += 1;
@@ -99,7 +104,7 @@ fn frame_of(answer: Answer, version: u16) -> VecDeque<Bytes> {
 
 async fn hear(
     shard: &Rc<Shard>,
-    reads: &mut OwnedReadHalf,
+    reads: &mut Reads,
     rest: BytesMut,
     sender: Sender,
     peer: &Rc<Peer>,
@@ -190,10 +195,13 @@ pub async fn answer_of_replicas(node: &Node, kind: u16, body: Bytes) -> Answered
         requests::MEMBERS => joins::answer(node, body).await,
         requests::FLOORS => floors::answer(node, body).await,
         requests::HAND_OVER => hand_over::answer(node, &body).await,
+        requests::PACE => pace::answer(node, body).await,
         _ => Answered { code: ErrorCode::UNSUPPORTED_VERSION.0, body: Bytes::new() },
     }
 }
 
+// Two kinds of request with one number show here.
+#[deny(unreachable_patterns)]
 async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Request) -> Answered {
     let failed = |code: ErrorCode| Answered { code: code.0, body: Bytes::new() };
     let known = is_known(&shard.node, sender.node_id);
@@ -215,9 +223,11 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
         requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
+        requests::MEND => mending::answer(&shard.node, sender.node_id, request.body).await,
+        requests::ROOM => room::answer(&shard.node, sender.node_id, &request.body),
         requests::HEARSAY => hearsay::answer(&shard.node, request.body),
         requests::SHIP => ship::answer(&shard.node, request.body).await,
-        requests::MEMBERS | requests::FLOORS | requests::HAND_OVER => {
+        requests::MEMBERS | requests::FLOORS | requests::HAND_OVER | requests::PACE => {
             answer_of_replicas(&shard.node, request.kind, request.body).await
         }
         requests::STATUS => {

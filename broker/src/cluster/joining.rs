@@ -11,7 +11,6 @@ use anyhow::{Context, bail};
 use bytes::{Bytes, BytesMut};
 use flumen_peer::{Frame, HELLO_BODY_MAX, Request, VERSION_MIN};
 use futures_util::future::join_all;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -20,6 +19,8 @@ use super::bootstrap::{Decision, Presence, Standing, State, decide};
 use super::identity::{ClusterId, Founder, Identity};
 use super::listener::{Rpc, stranger};
 use super::requests;
+use super::stream::Stream;
+use super::tls::RpcTls;
 use super::wire::{FrameReader, LinkError, write_frame};
 
 const ASK_TIME_MAX: Duration = Duration::from_secs(2);
@@ -54,7 +55,7 @@ pub async fn find_cluster(
                 bail!(refusal_of_data(data_dir));
             }
             let own = Presence { node_id, boot_id, seeds: options.seeds.clone(), state: State::Empty };
-            let (cluster_id, founders, own_seed) = ask_until_decided(&own).await?;
+            let (cluster_id, founders, own_seed) = ask_until_decided(&own, rpc.tls()).await?;
             if has_data {
                 // What it has is what the cluster has, so it must be the only one that founds it.
                 if !matches!(&founders[..], [only] if only.node_id == node_id) {
@@ -104,14 +105,32 @@ fn refusal_of_data(data_dir: &Path) -> String {
     )
 }
 
-async fn ask_until_decided(own: &Presence) -> anyhow::Result<(ClusterId, Vec<Founder>, Option<String>)> {
+async fn ask_until_decided(
+    own: &Presence,
+    tls: Option<&RpcTls>,
+) -> anyhow::Result<(ClusterId, Vec<Founder>, Option<String>)> {
     let mut told = String::new();
+    let mut told_of_seeds = vec![String::new(); own.seeds.len()];
     loop {
-        let answers =
-            join_all(own.seeds.iter().map(|seed| async {
-                timeout(ASK_TIME_MAX, who_is(own, seed)).await.ok().and_then(Result::ok)
-            }))
-            .await;
+        let asked = own.seeds.iter().map(|seed| async {
+            timeout(ASK_TIME_MAX, who_is(own, seed, tls)).await.unwrap_or(Err(LinkError::Silent))
+        });
+        let asked = join_all(asked).await;
+        for ((seed, answer), told) in own.seeds.iter().zip(&asked).zip(&mut told_of_seeds) {
+            // What is not there yet is waited for; what will not have this broker is worth a word.
+            if let Err(error @ (LinkError::Tls(_) | LinkError::Refused(_))) = answer
+                && *told != error.to_string()
+            {
+                *told = error.to_string();
+                tracing::warn!(seed, %error, "a seed and this broker do not come together; trying again");
+            }
+        }
+        if asked.iter().all(|answer| matches!(answer, Err(LinkError::Refused(_))))
+            && let Some(Err(refusal)) = asked.first()
+        {
+            bail!("no seed will have this broker: {refusal}");
+        }
+        let answers: Vec<Option<Presence>> = asked.into_iter().map(Result::ok).collect();
         match decide(own, &answers) {
             Decision::Wait(sentence) => {
                 if sentence != told {
@@ -137,17 +156,25 @@ fn parse(cluster_id: &str) -> anyhow::Result<ClusterId> {
     cluster_id.parse().map_err(anyhow::Error::msg)
 }
 
-async fn who_is(own: &Presence, seed: &str) -> Result<Presence, LinkError> {
-    let stream = TcpStream::connect(seed).await?;
-    stream.set_nodelay(true)?;
-    let (mut reads, writes) = stream.into_split();
+async fn who_is(own: &Presence, seed: &str, tls: Option<&RpcTls>) -> Result<Presence, LinkError> {
+    let stream = Stream::connect(seed, tls).await?;
+    ask_who(own, stream).await.map_err(|error| match tls {
+        Some(tls) => tls.explain(error, &format!("the broker at {seed}")),
+        None => error,
+    })
+}
+
+async fn ask_who(own: &Presence, stream: Stream) -> Result<Presence, LinkError> {
+    let Stream { mut reads, mut writes } = stream;
     let mut reader = FrameReader::new(BytesMut::new());
-    write_frame(&writes, &Frame::Hello(stranger(own)), 0).await?;
-    let Frame::Hello(_) = reader.next_frame(&mut reads, HELLO_BODY_MAX).await? else {
-        return Err(LinkError::Unexpected("something other than a hello"));
-    };
+    write_frame(&mut writes, &Frame::Hello(stranger(own)), 0).await?;
+    match reader.next_frame(&mut reads, HELLO_BODY_MAX).await? {
+        Frame::Hello(_) => {}
+        Frame::Refusal(refusal) => return Err(refusal.into()),
+        _ => return Err(LinkError::Unexpected("something other than a hello")),
+    }
     let question = Request { id: 1, kind: requests::WHO, body: Bytes::new() };
-    write_frame(&writes, &Frame::Request(question), VERSION_MIN).await?;
+    write_frame(&mut writes, &Frame::Request(question), VERSION_MIN).await?;
     match reader.next_frame(&mut reads, PRESENCE_BYTES_MAX).await? {
         Frame::Answer(answer) => Ok(serde_json::from_slice(&answer.body).map_err(std::io::Error::other)?),
         _ => Err(LinkError::Unexpected("something other than an answer")),

@@ -15,15 +15,14 @@ use bytes::{Bytes, BytesMut};
 use flumen_peer::{BODY_MAX, Frame, HELLO_BODY_MAX, LEADS_MAX, Lead, RaftFrame, Request, negotiate};
 use flumen_raft::{Body, Message};
 use futures_util::future::LocalBoxFuture;
-use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
 use super::leaders::Led;
-use super::node_id_of;
 use super::requests::{ANSWER_TIME_MAX, Answered, AskError, REQUEST_BYTES_MAX, UNANSWERED_MAX};
-use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write, write_frame};
+use super::stream::{Reads, Stream, Writes};
+use super::wire::{ALIVE_INTERVAL, FrameReader, LinkError, write_frame};
+use super::{Cluster, node_id_of};
 use crate::partition::raft_id;
 use crate::shard::Shard;
 
@@ -220,22 +219,32 @@ fn note_failure(link: &Link, failure: String, refused: bool) {
 }
 
 struct Connection {
-    reads: OwnedReadHalf,
-    writes: OwnedWriteHalf,
+    stream: Stream,
     reader: FrameReader,
     version: u16,
 }
 
 async fn connect(shard: &Shard, link: &Link) -> Result<Connection, LinkError> {
     let address = link.address.borrow().clone();
-    let stream = TcpStream::connect(address).await?;
-    stream.set_nodelay(true)?;
-    let (mut reads, writes) = stream.into_split();
     let Some(cluster) = &shard.node.cluster else { return Err(LinkError::Closed) };
+    let stream = Stream::connect(&address, cluster.tls.as_deref()).await?;
+    let greeted = greet(shard, cluster, link, stream).await;
+    greeted.map_err(|error| match &cluster.tls {
+        Some(tls) => tls.explain(error, &format!("the broker at {address}")),
+        None => error,
+    })
+}
+
+async fn greet(
+    shard: &Shard,
+    cluster: &Cluster,
+    link: &Link,
+    mut stream: Stream,
+) -> Result<Connection, LinkError> {
     let ours = cluster.hello(shard.id, shard.node.image.load().finalized_version);
-    write_frame(&writes, &Frame::Hello(ours.clone()), 0).await?;
+    write_frame(&mut stream.writes, &Frame::Hello(ours.clone()), 0).await?;
     let mut reader = FrameReader::new(BytesMut::new());
-    let theirs = match reader.next_frame(&mut reads, HELLO_BODY_MAX).await? {
+    let theirs = match reader.next_frame(&mut stream.reads, HELLO_BODY_MAX).await? {
         Frame::Hello(theirs) => theirs,
         Frame::Refusal(refusal) => return Err(refusal.into()),
         _ => return Err(LinkError::Unexpected("something other than a hello")),
@@ -244,11 +253,11 @@ async fn connect(shard: &Shard, link: &Link) -> Result<Connection, LinkError> {
     if node_id_of(theirs.node_id) != Some(link.node_id) {
         return Err(LinkError::Unexpected("another node at its address"));
     }
-    Ok(Connection { reads, writes, reader, version })
+    Ok(Connection { stream, reader, version })
 }
 
 async fn speak(shard: &Rc<Shard>, link: &Rc<Link>, connection: Connection) -> LinkError {
-    let Connection { mut reads, writes, mut reader, version } = connection;
+    let Connection { stream: Stream { mut reads, mut writes }, mut reader, version } = connection;
     drop(shard.outbox.take(raft_id(link.node_id)));
     link.connected.set(true);
     tracing::info!(node = link.node_id, shard = shard.id, "connected to a broker");
@@ -257,18 +266,14 @@ async fn speak(shard: &Rc<Shard>, link: &Rc<Link>, connection: Connection) -> Li
         link.untold.borrow_mut().extend(led.map(|led| (led.group_id, led)));
     }
     let outcome = tokio::select! {
-        outcome = send(shard, link, &writes, version) => outcome,
+        outcome = send(shard, link, &mut writes, version) => outcome,
         outcome = take_answers(link, &mut reads, &mut reader) => outcome,
         () = shard.stop.notified() => Err(LinkError::Closed),
     };
     outcome.err().unwrap_or(LinkError::Closed)
 }
 
-async fn take_answers(
-    link: &Link,
-    reads: &mut OwnedReadHalf,
-    reader: &mut FrameReader,
-) -> Result<(), LinkError> {
+async fn take_answers(link: &Link, reads: &mut Reads, reader: &mut FrameReader) -> Result<(), LinkError> {
     loop {
         match reader.next_frame(reads, BODY_MAX).await? {
             Frame::Answer(answer) => {
@@ -284,7 +289,7 @@ async fn take_answers(
     }
 }
 
-async fn send(shard: &Shard, link: &Link, writes: &OwnedWriteHalf, version: u16) -> Result<(), LinkError> {
+async fn send(shard: &Shard, link: &Link, writes: &mut Writes, version: u16) -> Result<(), LinkError> {
     let to = raft_id(link.node_id);
     let mut sequence = 0;
     let mut batch: VecDeque<Bytes> = VecDeque::new();
@@ -301,15 +306,15 @@ async fn send(shard: &Shard, link: &Link, writes: &OwnedWriteHalf, version: u16)
             if timeout(ALIVE_INTERVAL, woken).await.is_err() {
                 sequence += 1;
                 batch.extend(Frame::Alive { sequence }.encode(version));
-                write(writes, &mut batch).await?;
+                writes.write(&mut batch).await?;
             }
             continue;
         }
         for frame in raft_frames(shard.node.raft_id(), to, &messages) {
             batch.extend(Frame::Raft(frame).encode(version));
-            write(writes, &mut batch).await?;
+            writes.write(&mut batch).await?;
         }
-        write(writes, &mut batch).await?;
+        writes.write(&mut batch).await?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! bootstrap (pure) <- joining <- identity       before anything else: which cluster, under which id
 //! listener -> inbound                           what others say, on the shard that serves it
+//! stream <- tls, exposure                       over what: certificates of both sides, or none where none is needed
 //! links                                         what this node says: one connection per shard to every other node
 //! change                                        changes of the metadata, made here or by whoever leads it
 //! leaders, members, hearsay                     what is known of the others, and what they know of each other
@@ -18,6 +19,7 @@
 
 pub mod bootstrap;
 pub mod change;
+pub mod exposure;
 pub mod floors;
 pub mod forward;
 pub mod hand_over;
@@ -31,22 +33,31 @@ pub mod leaving;
 pub mod links;
 pub mod listener;
 pub mod members;
+pub mod mending;
 pub mod news;
 pub mod pace;
 pub mod remote_log;
 pub mod requests;
+pub mod room;
+pub mod rpc_health;
 pub mod ship;
+mod stream;
+pub mod tls;
+mod tls_words;
 mod wire;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use flumen_metadata::MetadataImage;
 use flumen_peer::{Hello, VERSION_MAX, VERSION_MIN};
 
 use crate::partition::raft_id;
+use exposure::Security;
 use identity::Identity;
 use members::Members;
+use tls::RpcTls;
 
 /// Of the data directory; a node that cannot read what another writes does not come together with it.
 const DATA_FORMAT: u16 = 3;
@@ -60,6 +71,7 @@ pub struct ClusterOptions {
     pub advertise_rpc: Option<String>,
     /// HOST:PORT of the brokers that found the cluster, or that a new one asks.
     pub seeds: Vec<String>,
+    pub security: Security,
 }
 
 /// What a broker that belongs to a cluster knows beside the metadata.
@@ -71,6 +83,10 @@ pub struct Cluster {
     /// Where others reach this node.
     pub address: String,
     pub members: Members,
+    /// None: connections are plain.
+    pub tls: Option<Arc<RpcTls>>,
+    /// Others than this machine reach the port.
+    pub is_exposed: bool,
 }
 
 impl Cluster {

@@ -35,6 +35,16 @@ pub const SHIP: u16 = 12;
 /// What a node leads that the asker does not hear: node id i32; the answer is as `hearsay` has it, or an error code where it is
 /// not heard either.
 pub const HEARSAY: u16 = 13;
+/// A replica is damaged, or lacks its vote: group id u64, whether it is damaged u8; the answer of its leader is one byte, see
+/// `mending`.
+pub const MEND: u16 = 14;
+
+/// Whether a replica that lacks much may be sent so many bytes: group id u64, bytes i64 (negative: so many less than was asked
+/// for before); the answer is how long to wait before asking again, in ms, u32, 0 for not at all.
+pub const PACE: u16 = 15;
+
+/// Whether the node that says it has no room on its disk: u8.
+pub const ROOM: u16 = 16;
 
 /// What is asked; a request of a Kafka client that is larger is not about metadata.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;

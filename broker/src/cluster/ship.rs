@@ -5,12 +5,14 @@
 //! (It rarely does: leaders compact only what all replicas have.)
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_storage::{ReceiveError, Received};
+use tokio::time::{Instant, timeout};
 
+use super::pace::{Direction, Limit, limit};
 use super::requests::{self, Answered};
 use crate::node::Node;
 use crate::partition::{Offer, Partition};
@@ -20,6 +22,8 @@ use crate::shard::Shard;
 const PIECE_BYTES: usize = 1 << 20;
 /// Before a leader that does not answer is asked again.
 const PAUSE: Duration = Duration::from_millis(200);
+/// A leader does not let a follower wait longer for a piece, which would ask for it again, than so.
+const TURN_TIME_MAX: Duration = Duration::from_secs(10);
 /// Of an answer: log start i64, term u64, compactions u64.
 const HEAD_BYTES: usize = 24;
 
@@ -88,7 +92,11 @@ async fn try_fetch(
         }
         let bytes = body.len();
         receiver.append(body).await?;
-        tokio::time::sleep(shard.node.catch_up.pay(Instant::now(), bytes)).await;
+        let throttled = partition.throttled(Direction::Received);
+        let limited = || limit(&shard.node, Direction::Received, &throttled, partition.index);
+        let Limit { pace, rate, .. } = limited();
+        pace.pay(Instant::now(), rate, bytes as i64);
+        drop(pace.turn(|| limited().rate).await);
     }
     Ok(receiver.finish().await?)
 }
@@ -99,7 +107,17 @@ pub(super) async fn answer(node: &Node, mut body: Bytes) -> Answered {
     }
     let (group_id, from, index) = (body.get_u64(), body.get_i64(), body.get_u64());
     let piece = node.shards[node.shard_of(group_id)]
-        .run(move |shard| async move { shard.partition(group_id)?.piece(from, index, PIECE_BYTES).await })
+        .run(move |shard| async move {
+            let partition = shard.partition(group_id)?;
+            let throttled = partition.throttled(Direction::Sent);
+            let limited = || limit(&shard.node, Direction::Sent, &throttled, partition.index);
+            let Limit { pace, .. } = limited();
+            let _turn = timeout(TURN_TIME_MAX, pace.turn(|| limited().rate)).await;
+            let piece = partition.piece(from, index, PIECE_BYTES).await?;
+            let bytes = piece.batches.iter().map(Bytes::len).sum::<usize>();
+            pace.pay(Instant::now(), limited().rate, bytes as i64);
+            Some(piece)
+        })
         .await;
     match piece {
         Ok(Some(piece)) => {

@@ -3,17 +3,14 @@
 //! Bounds: nothing is allocated for a frame before it arrives, a frame arrives whole within `FRAME_TIME_MAX`, a side that
 //! says nothing for `SILENCE_MAX` counts as gone, and so does one that takes nothing for `STALL_MAX`.
 
-use std::collections::VecDeque;
 use std::io;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use flumen_peer::{DecodeError, Frame, FrameError, RawFrame, Refusal, cut_frame};
-use tokio::io::AsyncReadExt;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Instant, timeout};
 
-use crate::net::connection::write_ready;
+use super::stream::{Reads, Writes};
 
 /// A broker that lives says so this often when it has nothing else to say.
 pub const ALIVE_INTERVAL: Duration = Duration::from_millis(500);
@@ -21,8 +18,8 @@ pub const ALIVE_INTERVAL: Duration = Duration::from_millis(500);
 pub const SILENCE_MAX: Duration = Duration::from_secs(3);
 /// A frame of the largest size takes half a second on a gigabit link.
 const FRAME_TIME_MAX: Duration = Duration::from_secs(30);
-/// Without a byte taken for so long there is nobody who takes any.
-const STALL_MAX: Duration = Duration::from_secs(5);
+/// Without a byte taken for so long there is nobody who takes any. (Of TLS: 64 KiB, which is what rustls takes beforehand.)
+pub const STALL_MAX: Duration = Duration::from_secs(5);
 /// Room for one read.
 const READ_BYTES: usize = 64 << 10;
 
@@ -44,6 +41,9 @@ pub enum LinkError {
     Stalled,
     #[error("{0}")]
     Refused(#[from] Refusal),
+    /// In words: the certificates of one side are not to the liking of the other, or only one has any.
+    #[error("{0}")]
+    Tls(String),
     #[error("{0} where it makes no sense")]
     Unexpected(&'static str),
 }
@@ -64,7 +64,7 @@ impl FrameReader {
         self.input
     }
 
-    pub async fn next(&mut self, reads: &mut OwnedReadHalf, body_max: usize) -> Result<RawFrame, LinkError> {
+    pub async fn next(&mut self, reads: &mut Reads, body_max: usize) -> Result<RawFrame, LinkError> {
         loop {
             if let Some(raw) = cut_frame(&mut self.input, body_max)? {
                 self.begun = None;
@@ -76,7 +76,7 @@ impl FrameReader {
                 return Err(LinkError::Slow);
             }
             self.input.reserve(READ_BYTES);
-            match timeout(SILENCE_MAX, reads.read_buf(&mut self.input)).await {
+            match timeout(SILENCE_MAX, reads.read(&mut self.input)).await {
                 Err(_) => return Err(LinkError::Silent),
                 Ok(Ok(0)) => return Err(LinkError::Closed),
                 Ok(Ok(_)) => {}
@@ -85,28 +85,11 @@ impl FrameReader {
         }
     }
 
-    pub async fn next_frame(
-        &mut self,
-        reads: &mut OwnedReadHalf,
-        body_max: usize,
-    ) -> Result<Frame, LinkError> {
+    pub async fn next_frame(&mut self, reads: &mut Reads, body_max: usize) -> Result<Frame, LinkError> {
         Ok(Frame::decode(self.next(reads, body_max).await?)?)
     }
 }
 
-/// Writes everything, or fails.
-pub async fn write(writes: &OwnedWriteHalf, batch: &mut VecDeque<Bytes>) -> Result<(), LinkError> {
-    loop {
-        match write_ready(writes, batch) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                timeout(STALL_MAX, writes.writable()).await.map_err(|_| LinkError::Stalled)??;
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-pub async fn write_frame(writes: &OwnedWriteHalf, frame: &Frame, version: u16) -> Result<(), LinkError> {
-    write(writes, &mut frame.encode(version).into()).await
+pub async fn write_frame(writes: &mut Writes, frame: &Frame, version: u16) -> Result<(), LinkError> {
+    writes.write(&mut frame.encode(version).into()).await
 }

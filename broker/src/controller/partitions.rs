@@ -176,6 +176,31 @@ impl Controller {
         }
     }
 
+    /// The replica here begins again, with an empty log; see `cluster::mending`.
+    pub async fn renew(&self, topic: &str, index: i32) {
+        let _hands_on = self.hands_on.lock().await;
+        let node = &self.shard.node;
+        let spec = {
+            let image = self.image.borrow();
+            let at = usize::try_from(index).ok();
+            image.topics.get(topic).zip(at).and_then(|(t, at)| spec_of(t, &t.name.as_str().into(), at))
+        };
+        let Some(spec) = spec.filter(|spec| spec.replicas.contains(&node.config.node_id)) else { return };
+        let home = &node.shards[node.shard_of(spec.group_id)];
+        let renewed = home
+            .run(move |s| async move {
+                // It may have been deleted and made again since.
+                match s.partition(spec.group_id).is_some_and(|partition| partition.damage().is_some()) {
+                    true => s.renew(spec).await,
+                    false => Ok(()),
+                }
+            })
+            .await;
+        if let Ok(Err(error)) = renewed {
+            tracing::error!(topic, partition = index, %error, "cannot create the partition's log; it is tried again");
+        }
+    }
+
     async fn delete_one(&self, group_id: u64) {
         let node = &self.shard.node;
         let _ =

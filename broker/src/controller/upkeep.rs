@@ -68,9 +68,9 @@ impl Controller {
         let nodes: BTreeSet<u64> = self.image.borrow().nodes.keys().map(|id| raft_id(*id)).collect();
         let young = nodes.len() < cluster.identity.founders.len();
         let status = self.log.raft_status();
-        let up = self.shard.node.is_up();
+        let (up, has_room) = (self.shard.node.is_up(), self.shard.node.has_room());
         let active: BTreeSet<u64> = (self.image.borrow().nodes.values())
-            .filter(|node| node.state == NodeState::Active && up(node.id))
+            .filter(|node| node.state == NodeState::Active && up(node.id) && has_room(node.id))
             .map(|node| raft_id(node.id))
             .collect();
         if let Some(to) = successor_wanted(&status, &active, young) {

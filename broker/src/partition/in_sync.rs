@@ -17,8 +17,13 @@ pub(super) struct InSync {
     /// What was committed at the last looks, oldest first.
     committed: VecDeque<u64>,
     behind: BTreeSet<u64>,
+    /// Who was looked at last.
+    looked_at: BTreeSet<u64>,
     /// Who was down since the last look: what was committed then says nothing of what it missed.
     fell: BTreeSet<u64>,
+    /// What was committed at the last look, if something waited to be.
+    waited_at: Option<u64>,
+    stalls: bool,
 }
 
 impl InSync {
@@ -26,7 +31,20 @@ impl InSync {
     pub(super) fn begin(&mut self, committed: u64) {
         self.committed = VecDeque::from([committed]);
         self.behind.clear();
+        self.looked_at.clear();
         self.fell.clear();
+        (self.waited_at, self.stalls) = (None, false);
+    }
+
+    /// Comes with every look.
+    pub(super) fn watch_commits(&mut self, committed: u64, last: u64) {
+        self.stalls = last > committed && self.waited_at == Some(committed);
+        self.waited_at = (last > committed).then_some(committed);
+    }
+
+    /// Entries wait, and from one look to the next none was committed: somebody is missing who is not known to be behind.
+    pub(super) fn commits_stall(&self) -> bool {
+        self.stalls
     }
 
     /// It may have lost its log, for all that is known.
@@ -38,7 +56,7 @@ impl InSync {
     /// Who is behind. `peers`: all but the leader.
     pub(super) fn look<'a>(
         &mut self,
-        peers: impl Iterator<Item = &'a PeerStatus>,
+        peers: impl Iterator<Item = &'a PeerStatus> + Clone,
         committed: u64,
         is_up: impl Fn(u64) -> bool,
     ) -> Vec<u64> {
@@ -50,12 +68,18 @@ impl InSync {
             let must_have = if was_behind.contains(&peer.id) { lately } else { long_ago };
             !is_up(peer.id) || fell.contains(&peer.id) || peer.matched_index < must_have
         };
+        self.looked_at = peers.clone().map(|peer| peer.id).collect();
         self.behind = peers.filter(is_behind).map(|peer| peer.id).collect();
         self.committed.push_back(committed);
         if self.committed.len() > LOOKS {
             self.committed.pop_front();
         }
         self.behind.iter().copied().collect()
+    }
+
+    /// It was seen to keep up. Before the first look nothing is known of anybody, and that is taken for it.
+    pub(super) fn keeps_up(&self, id: u64) -> bool {
+        self.looked_at.is_empty() || (self.looked_at.contains(&id) && !self.behind.contains(&id))
     }
 
     pub(super) fn behind(&self) -> Vec<u64> {
@@ -84,6 +108,7 @@ mod tests {
         assert_eq!(look(&mut sync, [20, 10], 20, &[3]), [3]);
         // Up again, and 20 entries are 20 MB.
         assert_eq!(look(&mut sync, [40, 10], 40, &[]), [3]);
+        assert!(sync.keeps_up(2) && !sync.keeps_up(3) && !sync.keeps_up(4), "4 was not seen yet");
         assert_eq!(look(&mut sync, [60, 39], 60, &[]), [3]);
         assert_eq!(look(&mut sync, [80, 60], 80, &[]), [0; 0]);
         // It was away so shortly that no look saw it.
@@ -103,6 +128,19 @@ mod tests {
         assert_eq!(look(&mut sync, [62, 2], 62, &[]), [3]);
         assert_eq!(look(&mut sync, [62, 61], 62, &[]), [3]);
         assert_eq!(look(&mut sync, [62, 62], 62, &[]), [0; 0]);
+    }
+
+    #[test]
+    fn commits_stall_when_entries_wait_and_none_is_committed() {
+        let mut sync = InSync::default();
+        let mut looks = |committed, last| {
+            sync.watch_commits(committed, last);
+            sync.commits_stall()
+        };
+        assert!(!looks(5, 5) && !looks(5, 5) && !looks(5, 9), "nothing waited before");
+        assert!(looks(5, 9) && looks(5, 12));
+        assert!(!looks(6, 12) && looks(6, 12));
+        assert!(!looks(12, 12));
     }
 
     #[test]

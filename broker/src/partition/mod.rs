@@ -11,6 +11,7 @@
 //! What it does not do: decide where it lives (metadata), parse requests (handlers), touch files (storage).
 
 mod append;
+mod catch_up;
 mod fetch;
 mod in_sync;
 mod outputs;
@@ -25,8 +26,8 @@ mod turned_away;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::{Rc, Weak};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use flumen_metadata::{Durability, TopicConfig};
@@ -42,7 +43,9 @@ pub(crate) use shipping::Offer;
 use crate::cluster::floors::Floor;
 use crate::disk_space::DiskSpace;
 use crate::mutant::{self, Mutant};
+use crate::progress::MoveProgress;
 use crate::shard::Shard;
+use catch_up::CatchUps;
 use in_sync::InSync;
 use pending::Pending;
 use turned_away::{Place, TurnedAway};
@@ -59,6 +62,8 @@ pub struct PartitionGauges {
     pub fetched: (AtomicI64, AtomicI64),
     /// How often this replica gave up committed records that its leader did not have.
     pub begun_over: AtomicU64,
+    /// Of a move that this broker drives.
+    pub progress: Mutex<Option<MoveProgress>>,
     /// 1 when the log is damaged and the partition refuses to serve.
     pub damaged: AtomicI32,
 }
@@ -113,6 +118,9 @@ pub struct Partition {
     /// What its leader has in place of what is committed here, while it is asked who the members are.
     contradiction: Cell<Option<Contradiction>>,
     in_sync: RefCell<InSync>,
+    /// What is here must stay as it is, whatever others have: an operator decides.
+    keeps_its_log: Cell<bool>,
+    catch_ups: CatchUps,
     /// The leader epoch in which a producer's gap was seen last, and when first in it.
     first_gap: Cell<(i32, i64)>,
 }
@@ -155,8 +163,14 @@ pub struct PartitionSpec {
 
 impl Partition {
     /// Takes over a log that recovery or creation handed out, and stands for election.
-    pub fn open(shard: &Rc<Shard>, spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
+    pub fn open(shard: &Rc<Shard>, mut spec: PartitionSpec, log: GroupLog) -> Rc<Partition> {
         let node_id = shard.node.raft_id();
+        let own = shard.node.config.node_id;
+        // A log with a number of its own is of a replica that came when the group was there: the metadata may name it by now, but as
+        // long as nobody has told it so it does not vote.
+        if log.group_id() != spec.group_id && spec.replicas.iter().any(|id| *id != own) {
+            spec.replicas.retain(|id| *id != own);
+        }
         let found = log.raft_start();
         let log_starts = found.controls.iter();
         let log_starts =
@@ -225,6 +239,8 @@ impl Partition {
             turned_away: RefCell::default(),
             contradiction: Cell::default(),
             in_sync: RefCell::default(),
+            keeps_its_log: Cell::new(false),
+            catch_ups: CatchUps::default(),
             first_gap: Cell::new((-1, 0)),
         });
         if partition.damage().is_none() {

@@ -19,7 +19,7 @@ use crate::export::STATE_TOPIC;
 use crate::mutant::{self, Mutant};
 
 /// Read at a time for a replica that is behind: what a few messages carry.
-const READ_BYTES_MAX: usize = 1 << 20;
+pub(super) const READ_BYTES_MAX: usize = 1 << 20;
 /// Nothing lies below the place where entries begin; or something does.
 const SNAPSHOT_VERSION: u8 = 1;
 const SNAPSHOT_ABOVE_RECORDS: u8 = 2;
@@ -204,6 +204,7 @@ impl Partition {
         while state.log_starts.back().is_some_and(|(index, _)| *index >= first) {
             state.log_starts.pop_back();
         }
+        self.catch_ups.note_appended(entries.iter().map(|entry| entry.data.len()).sum());
         for entry in entries.iter().filter(|entry| !entry.is_membership && !entry.data.is_empty()) {
             if let Some(offset) = decode_log_start(&entry.data) {
                 state.log_starts.push_back((entry.index, offset));
@@ -405,8 +406,20 @@ impl Partition {
         let (Some(shard), log, group_id) = (self.shard.upgrade(), self.log.clone(), self.group_id) else {
             return;
         };
+        if !self.catch_ups.begin(low) {
+            // Somebody else wants the same, or the same one again.
+            return self.let_go_of_reads();
+        }
         tokio::task::spawn_local(async move {
-            let read = log.read_entries(low, high, READ_BYTES_MAX).await;
+            let Some(partition) = shard.partition(group_id) else { return };
+            let turn = partition.await_read_turn(&shard, low).await;
+            let read = log.read_entries(low, high, turn.bytes_max).await;
+            partition.catch_ups.end(low);
+            let read_bytes = |entry: &flumen_storage::Entry| match &entry.payload {
+                Payload::Batch(bytes) | Payload::Control(bytes) => bytes.len(),
+            };
+            let bytes = read.iter().flatten().map(read_bytes).sum();
+            partition.pay(&shard, turn, bytes);
             let Some(partition) = shard.partition(group_id) else { return };
             let entries: Vec<Entry> = match read {
                 Ok(entries) => entries.into_iter().map(from_storage).collect(),
@@ -468,7 +481,19 @@ impl Partition {
     /// The partition serves no more until the next start: what is on its disk stays as it is.
     pub(super) fn refuse(&self, reason: &str) {
         tracing::error!(topic = %self.topic, partition = self.index, reason, "this replica refuses to serve");
+        self.keeps_its_log.set(true);
         self.log.refuse(reason);
+        self.cease();
+    }
+
+    /// A reader found damage: whoever has it may not lead, or lag, as if it had all.
+    pub(crate) fn cease_if_damaged(&self) {
+        if self.damage().is_some() && (self.leads.get() || self.serves.get()) {
+            self.cease();
+        }
+    }
+
+    fn cease(&self) {
         let leads = self.leads.replace(false);
         self.serves.set(false);
         if let Some(shard) = self.shard.upgrade() {

@@ -27,6 +27,11 @@ impl Partition {
         let leader = node_id_of(found.leader_id).unwrap_or(-1);
         if self.config.borrow().acknowledges() == Durability::Durable {
             let (from, to) = self.lost_offsets(&found);
+            // For the next start to know it, too: what is not known to be committed may be replaced.
+            let known = HardState { commit: found.committed_index, ..self.log.hard_state() };
+            if let Err(error) = self.log.stage_with(Some(known), None, &[]) {
+                tracing::warn!(topic = %self.topic, partition = self.index, %error, "what is committed could not be stored");
+            }
             self.refuse(&format!(
                 "offsets {from} to {to} are committed here, and broker {leader}, which leads in epoch {}, has committed \
                  others in their place. A disk lost what it had said to have, or files were copied; nothing was removed \

@@ -2,11 +2,12 @@
 //!
 //! Nothing here waits. What Raft answers is carried out by `Partition::advance`.
 
+use flumen_metadata::{MetadataImage, PartitionInfo};
 use flumen_raft::{Body, Membership, Message, ProposeError, ReadError, Status, StepError, Target};
 use tokio::sync::oneshot;
 
-use super::Partition;
 use super::fetch::FetchError;
+use super::{Partition, raft_id};
 use crate::cluster::floors::Floor;
 use crate::cluster::node_id_of;
 
@@ -53,6 +54,7 @@ impl Partition {
             return false;
         }
         let mut state = self.state.borrow_mut();
+        state.raft.set_reluctant(self.disk.is_low());
         let left = self.ticks_to_stand.get();
         if left > 0 {
             self.ticks_to_stand.set(left - 1);
@@ -146,6 +148,16 @@ impl Partition {
         self.joining.get() && self.damage().is_none()
     }
 
+    /// Damaged, and what is left of its log may go when others have all of it.
+    pub(crate) fn may_begin_again(&self) -> bool {
+        self.damage().is_some() && !self.keeps_its_log.get()
+    }
+
+    /// It takes part, or asks to, and does not vote.
+    pub(crate) fn lacks_its_vote(&self) -> bool {
+        self.joining.get() || !self.state.borrow().raft.membership().is_voter(self.node_id)
+    }
+
     /// Who the members are, and the index of the entry that made it so.
     pub(crate) fn members(&self) -> (u64, Membership) {
         let raft = &self.state.borrow().raft;
@@ -153,13 +165,15 @@ impl Partition {
     }
 
     /// The leader of the group has told a new replica who the members are. As long as it is none of them it goes on asking.
-    /// One that is said to vote has lost what it had promised to keep, and never takes part.
+    /// One that is said to vote has lost what it had promised to keep, and does not take part.
     pub(crate) fn join(&self, index: u64, membership: Membership) {
         if !self.is_joining() || !membership.contains(self.node_id) {
             return;
         }
         if membership.is_voter(self.node_id) {
-            self.refuse("it votes in its group, and its log is gone: move the replica away from this broker, and back");
+            // Its vote is taken away, and it begins again: see `cluster::mending`.
+            self.refuse("it votes in its group, and its log is gone");
+            self.keeps_its_log.set(false);
             return;
         }
         let stored = flumen_storage::HardState::default();
@@ -274,8 +288,21 @@ impl Partition {
             self.in_sync.borrow_mut().down(raft_id);
             let behind = self.in_sync.borrow().behind();
             self.tell_lagging(behind);
+            self.let_go_of_reads();
         }
         concerned
+    }
+
+    /// Raft's ids of the replicas that are not in sync, as the leader sees it.
+    pub(crate) fn behind(&self) -> Vec<u64> {
+        self.in_sync.borrow().behind()
+    }
+
+    /// Kafka ids of the members that were not seen to keep up.
+    pub(crate) fn not_keeping_up(&self) -> Vec<i32> {
+        let in_sync = self.in_sync.borrow();
+        let others = self.state.borrow().raft.membership().others(self.node_id);
+        others.into_iter().filter(|id| !in_sync.keeps_up(*id)).filter_map(node_id_of).collect()
     }
 
     /// Looks which followers are behind, and tells; for leaders.
@@ -283,15 +310,39 @@ impl Partition {
         let status = self.raft_status();
         let others = status.peers.iter().filter(|peer| peer.id != self.node_id);
         let is_up = |id: u64| node_id_of(id).is_some_and(is_up);
-        let behind = self.in_sync.borrow_mut().look(others, status.committed_index, is_up);
+        let behind = {
+            let mut in_sync = self.in_sync.borrow_mut();
+            in_sync.watch_commits(status.committed_index, status.last_index);
+            in_sync.look(others, status.committed_index, is_up)
+        };
         self.tell_lagging(behind);
+        self.let_go_of_reads();
     }
 
     fn tell_lagging(&self, behind: Vec<u64>) {
         if let Some(shard) = self.shard.upgrade() {
-            let behind = behind.into_iter().filter_map(node_id_of).collect();
+            let mut behind: Vec<i32> = behind.into_iter().filter_map(node_id_of).collect();
+            behind.extend(self.voteless(&shard.node.image.load()));
+            behind.sort_unstable();
+            behind.dedup();
             shard.node.leaders.note_lagging(self.group_id, self.leader_epoch(), behind);
         }
+    }
+
+    /// Replicas of the metadata that have lost their vote (`cluster::mending`); none while a move changes who votes.
+    fn voteless(&self, image: &MetadataImage) -> Vec<i32> {
+        let at_rest = self.info_in(image).filter(|info| info.target.is_none());
+        let replicas = at_rest.map(|info| info.replicas.clone()).unwrap_or_default();
+        let raft = &self.state.borrow().raft;
+        let votes = |id: &i32| raft.membership().is_voter(raft_id(*id));
+        replicas.into_iter().filter(|id| !votes(id)).collect()
+    }
+
+    /// What the metadata says of this partition.
+    pub(crate) fn info_in<'a>(&self, image: &'a MetadataImage) -> Option<&'a PartitionInfo> {
+        let at = usize::try_from(self.index).ok()?;
+        let info = image.topics.get(&*self.topic)?.partitions.get(at)?;
+        (info.group_id == self.group_id).then_some(info)
     }
 
     /// Sees to it that the group is ticked for as long as it does not sleep. A group of one needs no time.

@@ -142,15 +142,29 @@ pub fn plan_topic_configs(
     topic: &str,
     changes: &BTreeMap<String, Option<String>>,
 ) -> Result<Vec<Command>, Refused> {
-    let changes: Vec<Change<'_>> = changes
+    Ok(plan(RESOURCE_TOPIC, topic, &settings(changes), false, image, config)?.into_iter().collect())
+}
+
+/// The same for all brokers, or for one.
+pub fn plan_broker_configs(
+    image: &MetadataImage,
+    config: &BrokerConfig,
+    node_id: Option<i32>,
+    changes: &BTreeMap<String, Option<String>>,
+) -> Result<Vec<Command>, Refused> {
+    let name = node_id.map_or_else(String::new, |id| id.to_string());
+    Ok(plan(RESOURCE_BROKER, &name, &settings(changes), false, image, config)?.into_iter().collect())
+}
+
+fn settings(changes: &BTreeMap<String, Option<String>>) -> Vec<Change<'_>> {
+    changes
         .iter()
         .map(|(name, value)| Change {
             name,
             operation: if value.is_some() { Operation::Set } else { Operation::Delete },
             value: value.as_deref(),
         })
-        .collect();
-    Ok(plan(RESOURCE_TOPIC, topic, &changes, false, image, config)?.into_iter().collect())
+        .collect()
 }
 
 fn repeated<'a>(resources: impl Iterator<Item = (i8, &'a str)>) -> BTreeSet<(i8, String)> {

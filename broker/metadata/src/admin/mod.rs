@@ -26,7 +26,7 @@ use kafka_protocol::protocol::StrBytes;
 
 pub use api_versions::{answer_api_versions, api_versions};
 pub use cluster::describe_cluster;
-pub use config_alter::{alter_configs, incremental_alter_configs, plan_topic_configs};
+pub use config_alter::{alter_configs, incremental_alter_configs, plan_broker_configs, plan_topic_configs};
 pub use config_describe::{ConfigSynonym, DescribedConfig, broker_configs, describe_configs, topic_configs};
 pub use config_resources::list_config_resources;
 pub use elections::{ElectionPlan, LeaderTransfer, elect_leaders};

@@ -1,0 +1,177 @@
+//! Replicas that lost their log, or found it damaged, get it again from the others.
+//!
+//! A replica that has promised and cannot keep it must not count: its word may be what made an entry committed. So it first
+//! tells everybody who has a replica (here); whoever leads takes its vote away, in a change of members as in a move, and says so
+//! when that is committed; then the log goes, a new one joins as a new replica does (`joins`), and the leader gives it its vote
+//! back once it has everything. Where a majority of the others is missing nothing happens, and what is on the disk stays.
+//!
+//! The rules are `flumen_metadata::reassignment::mending_step`. Each side asks again and remembers nothing: every step shows in
+//! the members of the group. A partition that is being moved is left to the move. Runs on every shard of a broker in a cluster.
+//!
+//! Not mended: the metadata itself, whose log has to be whole before a broker starts; groups with two voters, of which no majority
+//! is left without the one that is damaged; what nobody has read since it was ruined.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use flumen_metadata::PartitionInfo;
+use flumen_metadata::reassignment::{Mending, mending_step};
+use flumen_protocol::error_code::ErrorCode;
+use flumen_raft::Target;
+use tokio::time::Instant;
+
+use super::requests::{self, Answered};
+use crate::balancer::view_of;
+use crate::controller::METADATA_GROUP;
+use crate::node::Node;
+use crate::partition::{Partition, raft_id};
+use crate::shard::Shard;
+
+/// Between two looks. A step takes some round trips.
+const INTERVAL: Duration = Duration::from_millis(500);
+/// Groups that are mended in one turn: a broker that lost many gets them back one after another.
+const PER_TURN_MAX: usize = 16;
+
+/// A disk that ruins what it was just given gets it no more often than this.
+const AGAIN_AFTER: Duration = Duration::from_secs(300);
+
+/// The leader says: it votes no more, and may begin again with an empty log.
+const BEGIN: u8 = 1;
+/// The leader has done what there was to do, or there is something to wait for.
+const WAIT: u8 = 0;
+
+/// Runs for as long as the shard.
+pub async fn keep(shard: Rc<Shard>) {
+    let mut told = BTreeSet::new();
+    let mut renewed: BTreeMap<u64, Instant> = BTreeMap::new();
+    while !shard.is_stopping() {
+        tokio::time::sleep(INTERVAL).await;
+        let in_need = in_need(&shard);
+        told.retain(|group| in_need.iter().any(|(partition, _)| partition.group_id == *group));
+        for (partition, info) in in_need.into_iter().take(PER_TURN_MAX) {
+            if told.insert(partition.group_id) {
+                let (topic, index) = (&partition.topic, partition.index);
+                tracing::warn!(%topic, partition = index, "this replica is to get its log again from the others");
+            }
+            let may_begin = ask(&shard, &partition, &info).await == BEGIN && partition.may_begin_again();
+            let lately = renewed.get(&partition.group_id).is_some_and(|at| at.elapsed() < AGAIN_AFTER);
+            if may_begin && !lately {
+                renewed.insert(partition.group_id, Instant::now());
+                begin_again(&shard, &partition).await;
+            }
+        }
+    }
+}
+
+/// Partitions of this shard whose replica here is damaged, or empty and on its way to be a voter again.
+fn in_need(shard: &Shard) -> Vec<(Rc<Partition>, PartitionInfo)> {
+    let (image, own) = (shard.node.image.load(), shard.node.config.node_id);
+    let mut found = Vec::new();
+    for partition in shard.partitions() {
+        if partition.group_id == METADATA_GROUP {
+            continue;
+        }
+        if partition.may_begin_again() || (partition.damage().is_none() && partition.lacks_its_vote()) {
+            let info = partition.info_in(&image).cloned();
+            let at_rest = |info: &PartitionInfo| info.target.is_none() && info.replicas.contains(&own);
+            if let Some(info) = info.filter(|info| at_rest(info) && info.replicas.len() > 1) {
+                partition.cease_if_damaged();
+                found.push((partition, info));
+            }
+        }
+    }
+    found
+}
+
+/// Tells all other holders; the answer of the one that leads.
+async fn ask(shard: &Rc<Shard>, partition: &Partition, info: &PartitionInfo) -> u8 {
+    let mut question = BytesMut::with_capacity(9);
+    question.put_u64(partition.group_id);
+    question.put_u8(u8::from(partition.damage().is_some()));
+    let question = question.freeze();
+    let mut answer = WAIT;
+    for node_id in info.replicas.iter().filter(|id| **id != shard.node.config.node_id) {
+        let answered = shard.links.ask(*node_id, requests::MEND, question.clone()).await;
+        if let Ok(Answered { code: 0, body }) = answered
+            && body.first() == Some(&BEGIN)
+        {
+            answer = BEGIN;
+        }
+    }
+    answer
+}
+
+/// In place of the damaged log there is an empty one.
+async fn begin_again(shard: &Rc<Shard>, partition: &Partition) {
+    let (topic, index) = (partition.topic.to_string(), partition.index);
+    let reason = partition.damage().unwrap_or_default().to_string();
+    tracing::warn!(
+        topic,
+        partition = index,
+        reason,
+        "the damaged log goes; the replica joins its group with an empty one"
+    );
+    let made = shard.node.controller().run(move |s| async move { s.controller().renew(&topic, index).await });
+    if made.await.is_err() {
+        tracing::debug!(partition = index, "the broker stops");
+    }
+}
+
+/// What another broker says of its replica. As a leader: does what is next for it; as a follower of a leader whose log is damaged:
+/// stands for election.
+pub(super) async fn answer(node: &Node, from: i32, mut body: Bytes) -> Answered {
+    let failed = |code: ErrorCode| Answered { code: code.0, body: Bytes::new() };
+    if body.len() != 9 {
+        return failed(ErrorCode::INVALID_REQUEST);
+    }
+    let (group_id, is_damaged) = (body.get_u64(), body.get_u8() != 0);
+    let done = node.shards[node.shard_of(group_id)]
+        .run(move |shard| async move {
+            let partition = shard.partition(group_id)?;
+            mend(&shard, &partition, from, is_damaged).await
+        })
+        .await;
+    match done {
+        Ok(Some(said)) => Answered { code: 0, body: Bytes::copy_from_slice(&[said]) },
+        _ => failed(ErrorCode::NOT_LEADER_OR_FOLLOWER),
+    }
+}
+
+async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damaged: bool) -> Option<u8> {
+    if !partition.is_leader() {
+        if is_damaged && partition.raft_status().leadership.leader_id == raft_id(from) {
+            // It says nothing to its followers any more, which may sleep.
+            if partition.on_node_down(raft_id(from)) {
+                partition.stay_awake();
+                partition.advance();
+            }
+        }
+        return None;
+    }
+    // One that was deposed without knowing it would go by members of before.
+    partition.confirm_leads().await.ok()?;
+    let info = partition.info_in(&shard.node.image.load()).cloned()?;
+    if info.target.is_some() || !info.replicas.contains(&from) {
+        return Some(WAIT);
+    }
+    match mending_step(&info, &view_of(&partition.raft_status()), from, is_damaged) {
+        Mending::Begin => Some(BEGIN),
+        Mending::Wait(reason) => {
+            tracing::debug!(topic = %partition.topic, partition = partition.index, node = from, %reason, "a replica waits for its log");
+            Some(WAIT)
+        }
+        Mending::Done => Some(WAIT),
+        Mending::Change { voters, learners } => {
+            let (topic, index) = (&partition.topic, partition.index);
+            tracing::info!(%topic, partition = index, node = from, ?voters, ?learners, "the members change for a replica that lost its log");
+            let ids = |set: BTreeSet<i32>| set.into_iter().map(raft_id).collect();
+            let target = Target { voters: ids(voters), learners: ids(learners) };
+            if let Err(error) = partition.propose_membership(target) {
+                tracing::debug!(%topic, partition = index, %error, "it is tried again");
+            }
+            Some(WAIT)
+        }
+    }
+}
