@@ -45,8 +45,8 @@ fn every_mutant_is_caught() {
             outcomes.push((name, caught(|has| become_mutant(has.then_some(mutant)))));
         }
     }
-    let of_storage =
-        [flumen_storage::mutant::Mutant::AcknowledgesEarly, flumen_storage::mutant::Mutant::ForgetsProducers];
+    // The others are for the log's own crash test; without compacted topics some could not be found here.
+    let of_storage = [flumen_storage::mutant::Mutant::AcknowledgesEarly];
     for mutant in of_storage {
         let name = format!("storage {mutant:?}");
         if is_wanted(&name) {
