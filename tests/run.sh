@@ -18,3 +18,7 @@ echo "== mutants of the log, in a build of their own"
 cargo test -p flumen-crash-test --features mutants --test mutants -- --nocapture
 echo "== mutants of the raft boundary and its driver, in a build of their own"
 cargo test -p flumen-sim --features mutants --test mutants -- --nocapture
+if [ -n "${FLUMEN_TEST_FULL:-}" ]; then
+  echo "== mutants of whole shards, in the same build"
+  cargo test -p flumen-sim --features mutants --test shard_mutants -- --nocapture
+fi

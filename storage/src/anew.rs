@@ -1,6 +1,7 @@
 //! A log that begins anew: a replica that was away for longer than others keep their logs gets the place where theirs begin,
 //! and nothing before it. Where others have records before that place and cannot send them as entries, it begins with what it
-//! has received of them (`receive.rs`).
+//! has received of them (`receive.rs`). One whose committed entries the others lost begins at nothing, with index and offset 0:
+//! the only case in which what is committed goes, and log start, end and high watermark go back.
 //!
 //! One record says all of it, so it happened or it did not. What lay in segments before goes once that record is safe, and
 //! before anything is written to a segment again (`finish_cut` in `flush.rs`); a recovery in between finds by the record that
@@ -64,7 +65,8 @@ impl GroupLog {
         producers.encode(offset, -1).into()
     }
 
-    /// The log begins with this, in place of everything that it had. All or nothing, as `stage`.
+    /// The log begins with this, in place of everything that it had. All or nothing, as `stage`. With index, term and offset 0
+    /// also in place of what is committed.
     pub fn begin_anew(&self, beginning: &Beginning) -> Result<(Lane, Lsn), StageError> {
         self.begin(beginning, None)
     }
@@ -86,12 +88,14 @@ impl GroupLog {
         if self.is_beginning() {
             return Err(gap("what it began with has not got its place yet"));
         }
-        if index == 0 || offset < 0 || membership.1.len() > MEMBERSHIP_BYTES_MAX {
+        // At nothing: what was committed here, others have not.
+        let over = (index, term, offset) == (0, 0, 0) && received.is_none();
+        if (index == 0 && !over) || offset < 0 || membership.1.len() > MEMBERSHIP_BYTES_MAX {
             return Err(gap("it is no place where a log can begin"));
         }
         let mut inner = self.group.inner.borrow_mut();
         let inner = &mut *inner;
-        if index <= inner.committed_index {
+        if index <= inner.committed_index && !over {
             return Err(gap("what is committed here reaches as far"));
         }
         if inner.direct_pending {

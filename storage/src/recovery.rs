@@ -19,6 +19,7 @@ use crate::failpoint::{self, Failpoint};
 use crate::group_state::GroupState;
 use crate::mutant::{self, Mutant};
 use crate::producer_state::ProducerState;
+use crate::receive;
 use crate::replay::{Action, Position, Replayed, replay};
 pub(crate) use crate::restore::Restored;
 use crate::restore::{Afterwards, Found, RestoreError, restore};
@@ -117,9 +118,9 @@ pub(crate) fn look_at(
     Ok(Known { base: states.choose(name, of_meta.or(group), meta, wal_id), group, marked })
 }
 
-/// Whether a directory was created and nothing was ever put into it.
+/// Whether a directory was created and nothing that counts was ever put into it: what is received counts only by a record.
 pub(crate) fn is_unused(listed: &[DirEntry]) -> bool {
-    listed.iter().all(|file| file.name == "group.new")
+    listed.iter().all(|file| file.name == "group.new" || receive::is_unplaced(&file.name))
 }
 
 /// Why a directory that is in use and has no state cannot serve.

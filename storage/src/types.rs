@@ -79,7 +79,8 @@ pub struct RaftStart {
     pub terms: Vec<(u64, u64)>,
 }
 
-/// With what a log begins that was brought from elsewhere: it stands for all entries up to `index`.
+/// With what a log begins that was brought from elsewhere: it stands for all entries up to `index`. Index, term and offset 0:
+/// at nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Beginning {
     pub hard_state: HardState,

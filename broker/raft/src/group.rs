@@ -1,6 +1,7 @@
 //! The group itself: what goes into Raft, and what comes out in which order.
 
 mod outputs;
+mod over;
 mod sleep;
 
 use std::collections::VecDeque;
@@ -10,6 +11,7 @@ use protobuf::Message as _;
 use raft::eraftpb::{Entry as RaftEntry, EntryType, Message as RaftMessage, MessageType, Snapshot};
 use raft::{Config, RawNode, SnapshotStatus, StateRole};
 
+use crate::contradiction::{Contradiction, Verdict};
 use crate::hibernate::QUIET_TICKS;
 use crate::membership::{Change, Membership, Target};
 use crate::message::{Body, Known, Message, StepError, entry_to_raft};
@@ -52,8 +54,9 @@ pub struct Group {
     /// safe, as who lacks that entry is not elected by those who have it, and a majority of these members has.
     membership_index: u64,
     leadership: Leadership,
-    /// Number of Raft's newest ready.
+    /// Number of Raft's newest ready, above those of the Raft before it that was given up.
     ready_number: u64,
+    number_base: u64,
     /// Outputs that carry something to store and are not reported stored, oldest first.
     unpersisted: VecDeque<u64>,
     persisted: u64,
@@ -76,6 +79,10 @@ pub struct Group {
     asleep: bool,
     /// A group of one that must store its log before it may lead.
     campaign_later: bool,
+    contradiction: Option<Contradiction>,
+    over: Option<over::Over>,
+    abstains_below: u64,
+    abstained: over::Abstained,
     /// Leaves it to the others to stand for election first.
     reluctant: bool,
 }
@@ -135,6 +142,7 @@ impl Group {
             },
             node,
             ready_number: 0,
+            number_base: 0,
             unpersisted: VecDeque::new(),
             persisted: 0,
             last_stored: 0,
@@ -150,6 +158,10 @@ impl Group {
             quiet_ticks: 0,
             asleep: false,
             campaign_later: false,
+            contradiction: None,
+            over: None,
+            abstains_below: start.abstains_below,
+            abstained: over::Abstained::default(),
             reluctant: false,
         };
         group.tame_randomness();
@@ -159,6 +171,9 @@ impl Group {
     /// Stands for election at once. A group of one leads after this call (its outputs must still be stored).
     pub fn campaign(&mut self) -> Result<(), StartError> {
         self.wake();
+        if self.abstains() {
+            return Ok(());
+        }
         if self.must_store_before_leading() {
             self.campaign_later = true;
             return Ok(());
@@ -185,6 +200,10 @@ impl Group {
             return true;
         }
         self.quiet_ticks = self.quiet_ticks.saturating_add(1);
+        if self.abstains() {
+            self.tick_without_standing();
+            return true;
+        }
         self.node.tick();
         self.look_after_snapshots();
         self.after_step();
@@ -305,6 +324,10 @@ impl Group {
             }
             // Not work, but a sign that the other is awake: the leader tells it again to sleep, at its next tick.
             Body::Heartbeat { .. } | Body::HeartbeatAnswer { .. } => self.asleep = false,
+            Body::TimeoutNow if self.abstains() => return Ok(()),
+            Body::VoteRequest { last_term, .. } if !self.may_vote_for(message.from, *last_term) => {
+                return Ok(());
+            }
             Body::TimeoutNow if self.must_store_before_leading() => {
                 self.campaign_later = true;
                 return Ok(());
@@ -314,8 +337,30 @@ impl Group {
             }
             _ => self.wake(),
         }
+        let verdict = self.judge(&message);
+        let prev = match &message.body {
+            Body::Append { prev_index, .. } => *prev_index,
+            Body::AppendRejected { index, hint_index, .. } if message.term == self.node.raft.term => {
+                self.forget_what_it_had(message.from, *index, *hint_index);
+                0
+            }
+            _ => 0,
+        };
+        if let Verdict::Contradicts { first, agreed_index } = verdict {
+            self.contradicts(&message, first, agreed_index);
+            return Ok(());
+        }
+        let (from, said) = (message.from, self.node.raft.msgs.len());
         let last_index = self.node.raft.raft_log.last_index();
+        let lost_up_to = match &message.body {
+            Body::Heartbeat { commit, .. } if *commit > last_index => Some((message.term, *commit)),
+            _ => None,
+        };
         let outcome = self.node.step(message.into_raft(last_index));
+        self.answer_truly(from, prev, said, &verdict);
+        if let Some((term, index)) = lost_up_to {
+            self.tell_what_is_lost(from, term, index);
+        }
         self.after_step();
         match outcome {
             Err(raft::Error::StepPeerNotFound) => Err(StepError::UnknownPeer),

@@ -20,6 +20,7 @@
 //!   (seed, node, term) after each step, so that one seed gives one run.
 #![forbid(unsafe_code)]
 
+mod contradiction;
 mod group;
 mod hibernate;
 mod membership;
@@ -29,6 +30,7 @@ mod tail;
 
 use bytes::Bytes;
 
+pub use contradiction::Contradiction;
 pub use group::Group;
 pub use hibernate::AwakeSet;
 pub use membership::{Change, MEMBERS_MAX, Membership, MembershipError, Target};
@@ -79,6 +81,8 @@ pub struct Outputs {
     pub snapshot_wanted_for: Vec<u64>,
     /// Reads that may be answered from what is committed now; everything up to the index is.
     pub confirmed_reads: Vec<ConfirmedRead>,
+    /// The leader has committed others in the place of entries that are committed here; it is not answered.
+    pub contradiction: Option<Contradiction>,
     /// What no correct group ever says; the replica must not go on.
     pub fault: Option<String>,
 }
@@ -90,7 +94,8 @@ impl Outputs {
     }
 }
 
-/// The log of this replica begins anew after `index`: what came before is gone from the leader's log, too.
+/// The log of this replica begins anew after `index`: what came before is gone from the leader's log, too. With index 0 it
+/// begins at nothing, and its leader sends it all that it has (`Group::begin_over`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Install {
     pub index: u64,
@@ -183,6 +188,8 @@ pub struct GroupStart {
     pub last_term: u64,
     /// Makes election time-outs differ between groups and repeat between runs.
     pub seed: u64,
+    /// As stored with the membership (`Membership::encode_stored`); 0 for a replica that never lost anything.
+    pub abstains_below: u64,
 }
 
 impl GroupStart {
@@ -205,6 +212,7 @@ impl GroupStart {
             last_index,
             last_term,
             seed,
+            abstains_below: 0,
         }
     }
 }

@@ -11,6 +11,8 @@ use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState};
 pub const MEMBERS_MAX: usize = 32;
 
 const VERSION: u8 = 1;
+/// Of what a replica stores that begins at nothing.
+const STORED_WITH_TERM: u8 = 2;
 const LEAVE: u8 = 0;
 const TARGET: u8 = 1;
 
@@ -137,6 +139,26 @@ impl Membership {
             put_ids(&mut out, ids);
         }
         out.freeze()
+    }
+
+    /// As a replica stores it: with the term below which it abstains (`GroupStart::abstains_below`), if there is one.
+    /// Version 2: version u8, term u64 little endian, then as `encode`.
+    pub fn encode_stored(&self, abstains_below: u64) -> Bytes {
+        if abstains_below == 0 {
+            return self.encode();
+        }
+        let mut out = BytesMut::new();
+        out.put_u8(STORED_WITH_TERM);
+        out.put_u64_le(abstains_below);
+        out.put_slice(&self.encode());
+        out.freeze()
+    }
+
+    /// The membership, and the term below which the replica abstains (0: it does not).
+    pub fn decode_stored(bytes: &[u8]) -> Result<(Membership, u64), MembershipError> {
+        let [STORED_WITH_TERM, rest @ ..] = bytes else { return Ok((Membership::decode(bytes)?, 0)) };
+        let (term, rest) = rest.split_first_chunk::<8>().ok_or(MembershipError::Malformed)?;
+        Ok((Membership::decode(rest)?, u64::from_le_bytes(*term)))
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Membership, MembershipError> {
@@ -275,6 +297,12 @@ mod tests {
             learners_next: vec![5],
             auto_leave: true,
         };
+        for term in [0, 7] {
+            let stored = membership.encode_stored(term);
+            assert_eq!(Membership::decode_stored(&stored), Ok((membership.clone(), term)));
+            assert!((0..stored.len()).all(|end| Membership::decode_stored(&stored[..end]).is_err()));
+        }
+        assert!(Membership::decode(&membership.encode_stored(7)).is_err());
         assert_eq!(Membership::decode(&membership.encode()), Ok(membership));
         let target = Target { voters: vec![7], learners: vec![] };
         assert_eq!(&target.encode()[..], [1, 1, 1, 7, 0, 0, 0, 0, 0, 0, 0, 0]);

@@ -148,8 +148,8 @@ impl Message {
         self.check_against_log(known)
     }
 
-    /// Raft would go on with numbers that cannot be. (Entries that would replace committed ones it never looks at: it answers
-    /// with its commit index, and the answer is refused here, by the leader that has less.)
+    /// Raft would go on with numbers that cannot be. (Entries that would replace committed ones: see `contradiction`. This is
+    /// the answer of a follower of an older version, which did not look at them.)
     fn check_against_log(&self, known: &Known) -> Result<(), StepError> {
         match &self.body {
             Body::AppendAccepted { index, .. }

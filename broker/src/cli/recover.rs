@@ -197,7 +197,7 @@ fn held_of(group: u64, name: &str, log: &GroupLog) -> Result<Option<Held>, Strin
     let found = log.raft_start();
     // One without a membership never had others.
     let Some((membership_index, bytes)) = &found.membership else { return Ok(None) };
-    let members = Membership::decode(bytes).map_err(|error| format!("{name}: {error}"))?;
+    let (members, _) = Membership::decode_stored(bytes).map_err(|error| format!("{name}: {error}"))?;
     Ok(Some(Held {
         group,
         name: name.to_string(),

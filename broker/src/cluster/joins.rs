@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_protocol::error_code::ErrorCode;
-use flumen_raft::Membership;
+use flumen_raft::{Contradiction, Membership};
 
+use super::node_id_of;
 use super::requests::{self, Answered};
 use crate::node::Node;
 use crate::partition::Partition;
@@ -40,6 +41,31 @@ pub async fn join(shard: Rc<Shard>, partition: Rc<Partition>) {
     }
 }
 
+/// A replica that contradicts its leader asks that leader, until it may begin over, or another leads. The members need not be
+/// confirmed: it is one of them already, what the leader has applied no later leader undoes, and without this replica there may
+/// be nobody to confirm anything.
+pub async fn ask_to_begin_over(shard: Rc<Shard>, partition: Rc<Partition>, found: Contradiction) {
+    let group_id = partition.group_id;
+    let mut question = BytesMut::with_capacity(16);
+    question.put_u64(group_id);
+    question.put_u64(found.term);
+    let question = question.freeze();
+    while partition.still_contradicts(&found) && !shard.is_stopping() {
+        if shard.partition(group_id).is_none_or(|now| !Rc::ptr_eq(&now, &partition)) {
+            return;
+        }
+        if let Some(leader) = node_id_of(found.leader_id)
+            && let Ok(answered) = shard.links.ask(leader, requests::MEMBERS, question.clone()).await
+            && let Some((index, membership)) = decode(answered)
+            && partition.still_contradicts(&found)
+            && partition.begin_over(&found, index, &membership)
+        {
+            return;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
 fn decode(answered: Answered) -> Option<(u64, Membership)> {
     let mut body = answered.body;
     if answered.code != 0 || body.len() < 8 {
@@ -50,17 +76,26 @@ fn decode(answered: Answered) -> Option<(u64, Membership)> {
 }
 
 pub(super) async fn answer(node: &Node, mut body: Bytes) -> Answered {
-    if body.len() != 8 {
+    if body.len() != 8 && body.len() != 16 {
         return Answered { code: ErrorCode::INVALID_REQUEST.0, body: Bytes::new() };
     }
     let group_id = body.get_u64();
+    let of_term = (body.len() == 8).then(|| body.get_u64());
     let members = node.shards[node.shard_of(group_id)]
         .run(move |shard| async move {
             let partition = shard.partition(group_id)?;
-            // A leader that was deposed without knowing it would name members of before, and the new replica would take part
-            // in a group that is no more.
-            partition.confirm_leads().await.ok()?;
-            Some(partition.members())
+            match of_term {
+                Some(term) => {
+                    let now = partition.raft_status().leadership;
+                    (partition.is_leader() && now.term == term).then(|| partition.members())
+                }
+                // A leader that was deposed without knowing it would name members of before, and the new replica would take
+                // part in a group that is no more.
+                None => {
+                    partition.confirm_leads().await.ok()?;
+                    Some(partition.members())
+                }
+            }
         })
         .await;
     match members {

@@ -25,7 +25,8 @@ pub const READ: u16 = 8;
 pub const LET_GO: u16 = 9;
 /// Where logs begin, and below which offsets all replicas have them; see `floors`.
 pub const FLOORS: u16 = 10;
-/// Who the members of a group are: group id u64; the answer is the index of the entry that made it so, u64, and they.
+/// Who the members of a group are: group id u64; the answer is the index of the entry that made it so, u64, and they. With a
+/// term u64 behind the group id the leader of that term is asked, which need not have been confirmed.
 pub const MEMBERS: u16 = 11;
 
 /// What a leader cannot send as entries: group id u64, offset i64, and the index of the entry before the first that it can

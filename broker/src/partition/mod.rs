@@ -15,6 +15,7 @@ mod catch_up;
 mod fetch;
 mod in_sync;
 mod outputs;
+mod over;
 mod pending;
 mod replica;
 #[cfg(test)]
@@ -30,7 +31,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use flumen_metadata::{Durability, TopicConfig};
-use flumen_raft::{Group, GroupStart, Membership};
+use flumen_raft::{Contradiction, Group, GroupStart, Membership};
 use flumen_storage::{CompactError, CompactionConfig, GroupLog, RaftStart};
 use tokio::sync::oneshot;
 
@@ -59,6 +60,8 @@ pub struct PartitionGauges {
     /// A replica that fetches what its leader cannot send as entries has it up to the first, of all up to the second; 0, 0:
     /// none does.
     pub fetched: (AtomicI64, AtomicI64),
+    /// How often this replica gave up committed records that its leader did not have.
+    pub begun_over: AtomicU64,
     /// Of a move that this broker drives.
     pub progress: Mutex<Option<MoveProgress>>,
     /// 1 when the log is damaged and the partition refuses to serve.
@@ -112,6 +115,8 @@ pub struct Partition {
     /// Retention never passes this offset: what an enabled export has not settled yet.
     hold_offset: Cell<i64>,
     turned_away: RefCell<TurnedAway>,
+    /// What its leader has in place of what is committed here, while it is asked who the members are.
+    contradiction: Cell<Option<Contradiction>>,
     in_sync: RefCell<InSync>,
     /// What is here must stay as it is, whatever others have: an operator decides.
     keeps_its_log: Cell<bool>,
@@ -232,6 +237,7 @@ impl Partition {
             forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
             turned_away: RefCell::default(),
+            contradiction: Cell::default(),
             in_sync: RefCell::default(),
             keeps_its_log: Cell::new(false),
             catch_ups: CatchUps::default(),
@@ -437,18 +443,18 @@ fn start_group(spec: &PartitionSpec, log: &GroupLog, found: RaftStart, node_id: 
         return (alone(), false);
     }
     let (membership_index, membership) = match &found.membership {
-        Some((index, bytes)) => (*index, Membership::decode(bytes)),
+        Some((index, bytes)) => (*index, Membership::decode_stored(bytes)),
         None if fresh && !spec.replicas.is_empty() => {
             let voters: Vec<u64> = spec.replicas.iter().map(|id| raft_id(*id)).collect();
-            (0, Ok(Membership::of_voters(voters)))
+            (0, Ok((Membership::of_voters(voters), 0)))
         }
         // Written before it could have had other members.
-        None => (0, Ok(Membership::of_voters([node_id]))),
+        None => (0, Ok((Membership::of_voters([node_id]), 0))),
     };
     let is_change =
         |(index, data): &(u64, Bytes)| *index > membership_index && outputs::decode_log_start(data).is_none();
     let changes = found.controls.into_iter().filter(is_change).collect();
-    let started = membership.map_err(|error| error.to_string()).and_then(|membership| {
+    let started = membership.map_err(|error| error.to_string()).and_then(|(membership, abstains_below)| {
         let start = GroupStart {
             node_id,
             membership: membership.clone(),
@@ -460,6 +466,7 @@ fn start_group(spec: &PartitionSpec, log: &GroupLog, found: RaftStart, node_id: 
             last_index,
             last_term,
             seed: spec.group_id,
+            abstains_below,
         };
         let group = Group::start(&start).map_err(|error| error.to_string())?;
         if fresh && membership.contains(node_id) && !membership.is_alone(node_id) {
@@ -500,6 +507,7 @@ fn group_that_joins(
         last_index: found.last_index,
         last_term: found.last_term,
         seed: group_id,
+        abstains_below: 0,
     })
     .map_err(|error| error.to_string())
 }

@@ -163,6 +163,11 @@ impl Partition {
             self.refuse(&format!("its replicas contradict each other: {fault}"));
             return false;
         }
+        if let Some(found) = outputs.contradiction.take()
+            && !self.contradicted(found)
+        {
+            return false;
+        }
         if !outputs.messages.is_empty()
             && let Some(shard) = self.shard.upgrade()
         {
@@ -218,22 +223,28 @@ impl Partition {
         let hard_state =
             outputs.hard_state.map(|hs| HardState { term: hs.term, vote: hs.vote, commit: hs.commit });
         let entries: Vec<flumen_storage::Entry> = outputs.entries.into_iter().map(to_storage).collect();
-        let from_memory = outputs.install.is_none()
-            && (self.acknowledges_from_memory(hard_state) || mutant::is(Mutant::ReportsBeforeStored));
         let votes = hard_state.is_some_and(|new| {
             let known = self.log.hard_state();
             (new.term, new.vote) != (known.term, known.vote)
         });
         // Whoever is alone cannot contradict anybody. With the first other member comes all that was before.
-        let matters = (votes && !self.alone.get()) || membership.is_some();
+        let over = outputs.install.as_ref().is_some_and(|install| install.index == 0);
+        let matters = (votes && !self.alone.get()) || membership.is_some() || over;
+        let from_memory = outputs.install.is_none()
+            && ((!matters && self.acknowledges_from_memory(hard_state))
+                || mutant::is(Mutant::ReportsBeforeStored));
         let must_force = matters && self.config.borrow().acknowledges() != Durability::Durable;
         let begun = match &outputs.install {
+            Some(install) if install.index == 0 => {
+                self.store_begin_over(install, hard_state.unwrap_or_default()).map(Some)
+            }
             Some(install) => self.begin_anew(install, hard_state),
             None => Ok(None),
         };
         let staged = begun.and_then(|begun| {
             let rest = begun.is_none() || !entries.is_empty();
-            let membership = membership.map(|(index, members)| (*index, members.encode()));
+            let abstains = self.state.borrow().raft.abstains_below();
+            let membership = membership.map(|(index, members)| (*index, members.encode_stored(abstains)));
             // The beginning has the hard state already.
             let hard_state = if begun.is_some() { None } else { hard_state };
             match rest {
@@ -293,12 +304,13 @@ impl Partition {
             });
         }
         let hard_state = hard_state.unwrap_or_else(|| self.log.hard_state());
+        let abstains = self.state.borrow().raft.abstains_below();
         let beginning = Beginning {
             hard_state: HardState { commit: install.index, ..hard_state },
             index: install.index,
             term: install.term,
             offset,
-            membership: (install.membership_index, install.membership.encode()),
+            membership: (install.membership_index, install.membership.encode_stored(abstains)),
             producers,
         };
         let staged = match received {

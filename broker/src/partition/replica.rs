@@ -138,7 +138,10 @@ impl Partition {
     }
 
     pub fn raft_status(&self) -> Status {
-        self.state.borrow().raft.status()
+        let mut status = self.state.borrow().raft.status();
+        // Members that a loss of power could still take back are not to be relied on: others drop their logs then.
+        status.change_pending |= !self.unforced.borrow().is_empty();
+        status
     }
 
     pub(crate) fn is_joining(&self) -> bool {

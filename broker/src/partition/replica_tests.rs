@@ -1,5 +1,7 @@
 //! One partition on three brokers, each a shard on a thread of its own with a real log; the wires between them are this test's.
 
+mod over;
+
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use flumen_metadata::{BrokerConfig, MetadataImage, NodeInfo, TopicConfig};
+use flumen_metadata::{BrokerConfig, Durability, MetadataImage, NodeInfo, TopicConfig};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::produce::ProducePartitionResult;
 use flumen_protocol::record::BatchBuilder;
@@ -42,7 +44,7 @@ struct Broker {
     thread: JoinHandle<()>,
 }
 
-fn start(id: i32, path: &Path, replicas: &[i32]) -> Broker {
+fn start(id: i32, path: &Path, replicas: &[i32], durability: Durability) -> Broker {
     let config = BrokerConfig { node_id: id, ..BrokerConfig::default() };
     let info = NodeInfo { id, host: "localhost".to_owned(), port: 9092, rack: None };
     let (handle, mailbox) = ShardHandle::new();
@@ -50,7 +52,8 @@ fn start(id: i32, path: &Path, replicas: &[i32]) -> Broker {
     let node = Node::new(config, path.to_owned(), MetadataImage::empty(info), vec![handle], exports, None);
     let node = Arc::new(node);
     let (stop, stopped) = oneshot::channel();
-    let (for_thread, path, spec) = (node.clone(), path.to_owned(), spec(replicas));
+    let (for_thread, path, mut spec) = (node.clone(), path.to_owned(), spec(replicas));
+    spec.config.durability = durability;
     let thread = std::thread::spawn(move || {
         let dir = DataDir::open(&path).unwrap();
         let recovered = dir.recover(1 << 20).unwrap();
@@ -92,6 +95,7 @@ struct Three {
     brokers: RefCell<Vec<Option<Rc<Broker>>>>,
     /// As the metadata says.
     replicas: RefCell<Vec<i32>>,
+    durability: Durability,
     /// Nothing gets in or out.
     cut_off: RefCell<BTreeSet<usize>>,
     /// What they send gets through but for entries of the log.
@@ -99,12 +103,13 @@ struct Three {
 }
 
 impl Three {
-    fn new(replicas: &[i32]) -> Rc<Three> {
+    fn new(replicas: &[i32], durability: Durability) -> Rc<Three> {
         let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
         let three = Three {
             dirs,
             brokers: RefCell::new(vec![None, None, None]),
             replicas: RefCell::new(replicas.to_vec()),
+            durability,
             cut_off: RefCell::default(),
             mute: RefCell::default(),
         };
@@ -113,7 +118,7 @@ impl Three {
     }
 
     fn start(&self, at: usize) {
-        let broker = start(at as i32, self.dirs[at].path(), &self.replicas.borrow());
+        let broker = start(at as i32, self.dirs[at].path(), &self.replicas.borrow(), self.durability);
         self.brokers.borrow_mut()[at] = Some(Rc::new(broker));
     }
 
@@ -321,10 +326,18 @@ fn with_three<Fut: Future<Output = ()>>(test: impl FnOnce(Rc<Three>) -> Fut) {
 }
 
 fn with_replicas<Fut: Future<Output = ()>>(replicas: &[i32], test: impl FnOnce(Rc<Three>) -> Fut) {
+    with_durability(Durability::Durable, replicas, test);
+}
+
+fn with_durability<Fut: Future<Output = ()>>(
+    durability: Durability,
+    replicas: &[i32],
+    test: impl FnOnce(Rc<Three>) -> Fut,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
-        let three = Three::new(replicas);
+        let three = Three::new(replicas, durability);
         tokio::task::spawn_local(three.clone().wires());
         test(three.clone()).await;
         for at in 0..3 {

@@ -51,6 +51,8 @@ pub struct Report {
     pub staged: u64,
     pub compactions: u64,
     pub begun: u64,
+    /// Of those, at nothing.
+    pub over: u64,
     /// Of those, with segments of another replica.
     pub received: u64,
     pub counters: Counters,
@@ -67,6 +69,7 @@ impl Report {
         self.staged += other.staged;
         self.compactions += other.compactions;
         self.begun += other.begun;
+        self.over += other.over;
         self.received += other.received;
         self.counters.add(&other.counters);
     }
@@ -273,6 +276,7 @@ impl Life {
             stage_count: self.report.staged,
             compactions: 0,
             begun: 0,
+            over: 0,
             received: 0,
         }));
         let seen = Rc::clone(&world);
@@ -289,6 +293,7 @@ impl Life {
         self.report.staged = world.stage_count;
         self.report.compactions += world.compactions;
         self.report.begun += world.begun;
+        self.report.over += world.over;
         self.report.received += world.received;
         for slot in self.slots.values_mut() {
             slot.log = None;

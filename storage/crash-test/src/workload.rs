@@ -47,6 +47,8 @@ pub struct Slot {
     /// Compactions that are under way, and up to where one may have taken records out.
     pub compacting: u32,
     pub compacted_to: i64,
+    /// How often it began at nothing.
+    pub over: u64,
     /// It was told to go.
     pub deleting: bool,
     /// The store reported it damaged; only where the disk did damage.
@@ -75,6 +77,8 @@ pub struct World {
     /// Passes of compaction that changed something or found that there was nothing to change.
     pub compactions: u64,
     pub begun: u64,
+    /// Of those, at nothing.
+    pub over: u64,
     pub received: u64,
 }
 
@@ -421,10 +425,17 @@ fn begin(world: &mut World, id: GroupId, received: Option<(Received, Vec<model::
         }
         offset = received.end();
     }
-    let term = term + world.random.below(2);
+    let mut term = term + world.random.below(2);
+    // Others lost what is committed here.
+    let over = received.is_none() && world.random.below(4) == 0;
+    let (mut index, hard_term) = (index, term);
+    if over {
+        (index, term, offset) = (0, 0, 0);
+    }
     let mut producers = ProducerState::new();
     let mut brought = BTreeMap::new();
-    for producer in (100..).take(usize::try_from(world.random.below(PRODUCERS + 1)).unwrap_or(0)) {
+    let elsewhere = usize::try_from(world.random.below(PRODUCERS + 1)).unwrap_or(0);
+    for producer in (100..).take(if over { 0 } else { elsewhere }) {
         let sequence = i32::try_from(world.random.below(1000)).unwrap_or(0);
         let mut builder = BatchBuilder::new();
         builder.append(world.machine.now_ms(), None, Some(b"elsewhere"), &[]);
@@ -436,7 +447,7 @@ fn begin(world: &mut World, id: GroupId, received: Option<(Received, Vec<model::
     }
     let members = (index, Bytes::from(vec![world.random.below(250) as u8; 20]));
     let membership = if world.random.below(2) == 0 { members } else { membership.unwrap_or(members) };
-    let hard = HardState { term, vote: world.random.below(4), commit: index };
+    let hard = HardState { term: hard_term, vote: world.random.below(4), commit: index };
     let beginning = Beginning {
         hard_state: hard,
         index,
@@ -460,6 +471,7 @@ fn begin(world: &mut World, id: GroupId, received: Option<(Received, Vec<model::
                 brought.iter().map(|(producer, (_, sequence, _))| (*producer, sequence + 1)).collect();
             (slot.commit, slot.settled) = (index, index);
             slot.elected = false;
+            slot.over += u64::from(over);
             let state = model::Log {
                 below,
                 entries: Vec::new(),
@@ -471,6 +483,7 @@ fn begin(world: &mut World, id: GroupId, received: Option<(Received, Vec<model::
             };
             slot.model.stage(Change::Begin(Box::new(state)), Some(commit), durable);
             world.begun += 1;
+            world.over += u64::from(over);
             world.received += u64::from(with);
             world
                 .machine
@@ -492,7 +505,7 @@ async fn read_entries(world: &Shared, id: GroupId) {
         let Some(slot) = world.slots.get(&id) else { return };
         let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
         let (first, last, before, commit) =
-            (log.before().0 + 1, state.last_index(), state.before, slot.commit);
+            (log.before().0 + 1, state.last_index(), (state.before, slot.over), slot.commit);
         if first > last {
             return;
         }
@@ -503,7 +516,7 @@ async fn read_entries(world: &Shared, id: GroupId) {
     let found = log.read_entries(low, high, max_bytes).await;
     let mut world = world.borrow_mut();
     let Some(slot) = world.slots.get(&id) else { return };
-    let Some(state) = slot.model.log().filter(|state| state.before == before) else { return };
+    let Some(state) = slot.model.log().filter(|state| (state.before, slot.over) == before) else { return };
     let verdict = match found {
         // They were replaced meanwhile, by fewer.
         Ok(found) if found.is_empty() && low > commit => Ok(()),
@@ -685,6 +698,7 @@ pub fn create_as(world: &mut World, id: GroupId, dir_name: String, config: Group
                 sequences: BTreeMap::new(),
                 compacting: 0,
                 compacted_to: 0,
+                over: 0,
                 deleting: false,
                 refused: false,
             };
@@ -754,7 +768,7 @@ async fn read(world: &Shared, id: GroupId) {
             return;
         }
         let from = start + i64::try_from(world.random.below((end - start) as u64)).unwrap_or(0);
-        let before = world.slots.get(&id).and_then(|slot| slot.model.log()).map(|state| state.before);
+        let before = world.slots.get(&id).and_then(|slot| Some((slot.model.log()?.before, slot.over)));
         (log, from, end, 1 + world.random.below(20_000) as usize, before)
     };
     let found = match log.read_cached(from, upper, max_bytes) {
@@ -764,7 +778,7 @@ async fn read(world: &Shared, id: GroupId) {
     let mut world = world.borrow_mut();
     let Some(slot) = world.slots.get(&id) else { return };
     let Some(state) = slot.model.log() else { return };
-    if Some(state.before) != before {
+    if Some((state.before, slot.over)) != before {
         // What it read is of a log that is no more.
         return;
     }

@@ -14,40 +14,41 @@ const THREADS: usize = 2;
 
 /// Each of these failed once, for what the line says.
 const REGRESSIONS: &[u64] = &[
-    132,  // a cut whose place in the segment could not be read was made all the same
-    316,  // the same, met at the next start
-    302,  // a failed sync of the os lane, and a clean stop that took it for done
-    365,  // a file of the os lane retired ahead of what the durable lane still had to write
-    530,  // a directory without content, called damaged because an os ring was
-    938,  // a marker of damage that could not be written, and was forgotten
-    1018, // the name of a WAL file that a run before had made and not synced
-    2042, // the same, of an os ring
-    942,  // a log start that found no room, and a commit that waited for one that was never staged
-    3573, // the same
-    1236, // entries replaced in the os lane, which lost that with the machine's power
-    1957, // a file of the os lane retired before what replaced its entries was in the durable one
-    2374, // a read error while cutting, taken for damage
-    2490, // a producer snapshot of a log that had lost its end
-    3398, // a segment begun on a full disk, left among the others
-    3927, // a producer made of a rotten batch
-    313,  // a reader that a cut overtook found its segment short, and the partition refused from then on
-    13,   // a deleted partition that the states file had, in a new directory of its name
-    40,   // its producers, found beside the clean stop of another of that name
-    1290, // damaged rings put aside by a recovery that did not get to the end
-    2717, // a producer of which a cut had left nothing in memory, compacted away
-    1427, // a directory made with the name of one whose deletion was not sure
-    5633, // a torn block whose checksum did not see states that had changed places
-    352,  // a producer whose newest batch was lost, after compaction had taken the one before it
-    123,  // index entries of a run that was cut off, and other entries behind them
-    1244, // a compacted segment whose name only the kernel knew, and what it replaced removed
-    32,   // a state written while the store stopped, older than the one it stopped with
-    217,  // a commit that nobody woke the writer for, on a full disk
-    153,  // a log start that was acknowledged and stood in no record
-    746,  // a failed sync of one shard that took what another's, under way with it, called safe
-    6000, // a read of entries that retention overtook
-    6070, // producers that a log began with, gone with a later snapshot that Raft cut
-    6186, // entries counted by marks that had gone meanwhile
-    7133, // a state of one lane that knew of a beginning in the other, without its producers
+    132,   // a cut whose place in the segment could not be read was made all the same
+    316,   // the same, met at the next start
+    302,   // a failed sync of the os lane, and a clean stop that took it for done
+    365,   // a file of the os lane retired ahead of what the durable lane still had to write
+    530,   // a directory without content, called damaged because an os ring was
+    938,   // a marker of damage that could not be written, and was forgotten
+    1018,  // the name of a WAL file that a run before had made and not synced
+    2042,  // the same, of an os ring
+    942,   // a log start that found no room, and a commit that waited for one that was never staged
+    3573,  // the same
+    1236,  // entries replaced in the os lane, which lost that with the machine's power
+    1957,  // a file of the os lane retired before what replaced its entries was in the durable one
+    2374,  // a read error while cutting, taken for damage
+    2490,  // a producer snapshot of a log that had lost its end
+    3398,  // a segment begun on a full disk, left among the others
+    3927,  // a producer made of a rotten batch
+    313,   // a reader that a cut overtook found its segment short, and the partition refused from then on
+    13,    // a deleted partition that the states file had, in a new directory of its name
+    40,    // its producers, found beside the clean stop of another of that name
+    1290,  // damaged rings put aside by a recovery that did not get to the end
+    2717,  // a producer of which a cut had left nothing in memory, compacted away
+    1427,  // a directory made with the name of one whose deletion was not sure
+    5633,  // a torn block whose checksum did not see states that had changed places
+    352,   // a producer whose newest batch was lost, after compaction had taken the one before it
+    123,   // index entries of a run that was cut off, and other entries behind them
+    1244,  // a compacted segment whose name only the kernel knew, and what it replaced removed
+    32,    // a state written while the store stopped, older than the one it stopped with
+    217,   // a commit that nobody woke the writer for, on a full disk
+    153,   // a log start that was acknowledged and stood in no record
+    746,   // a failed sync of one shard that took what another's, under way with it, called safe
+    6000,  // a read of entries that retention overtook
+    6070,  // producers that a log began with, gone with a later snapshot that Raft cut
+    6186,  // entries counted by marks that had gone meanwhile
+    7133,  // a state of one lane that knew of a beginning in the other, without its producers
+    40212, // a partition that received segments before its creation was sure
 ];
 
 fn live(seed: u64) -> Report {
@@ -62,7 +63,7 @@ fn live(seed: u64) -> Report {
 #[test]
 fn ten_thousand_crashes_keep_every_promise() {
     let (next, points, compactions) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-    let (begun, received) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (begun, received, over) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
@@ -73,6 +74,7 @@ fn ten_thousand_crashes_keep_every_promise() {
                     let report = live(number / 3 + from);
                     received.fetch_add(report.received, Ordering::Relaxed);
                     begun.fetch_add(report.begun, Ordering::Relaxed);
+                    over.fetch_add(report.over, Ordering::Relaxed);
                     let lived = report.crash_points();
                     compactions.fetch_add(report.compactions, Ordering::Relaxed);
                     let before = points.fetch_add(lived, Ordering::Relaxed);
@@ -86,8 +88,9 @@ fn ten_thousand_crashes_keep_every_promise() {
     let (seeds, compactions) = (next.into_inner(), compactions.into_inner());
     println!("{compactions} passes of compaction");
     assert!(compactions > CRASH_POINTS / 20, "compaction hardly ever ran");
-    let (begun, received) = (begun.into_inner(), received.into_inner());
-    println!("{begun} logs began anew, {received} with what they received");
+    let (begun, received, over) = (begun.into_inner(), received.into_inner(), over.into_inner());
+    println!("{begun} logs began anew, {received} with what they received, {over} at nothing");
+    assert!(over > CRASH_POINTS / 100, "hardly any log began at nothing");
     assert!(received > CRASH_POINTS / 100, "hardly any log began with what it received");
     assert!(begun > CRASH_POINTS / 20, "hardly any log ever began anew");
     println!("{seeds} seeds, {} crash points", points.into_inner());

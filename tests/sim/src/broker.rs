@@ -143,6 +143,10 @@ impl World {
             if let Some(fault) = &outputs.fault {
                 self.oracle.fail(format!("broker {id} group {slot}: {fault}"));
             }
+            if let Some(found) = outputs.contradiction {
+                self.oracle
+                    .fail(format!("broker {id} group {slot}: its leader has others committed: {found:?}"));
+            }
             for message in outputs.messages.drain(..) {
                 self.oracle.sends(slot as u64, &message);
                 process.outbox.entry(message.to).or_default().push((slot as u64, message));

@@ -109,6 +109,8 @@ impl Disk {
             last_index,
             last_term,
             seed,
+            // Groups of this world keep what they promise.
+            abstains_below: 0,
         }
     }
 }

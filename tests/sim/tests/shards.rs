@@ -8,9 +8,15 @@ const SEEDS: u64 = 300;
 
 /// Seeds that failed once, and what was wrong. What a seed does changes with what brokers do; these were kept as they are
 /// cheap, not as proofs.
-const FAILED_ONCE: [(u64, &str); 3] = [
+const FAILED_ONCE: [(u64, &str); 6] = [
     (4, "a group with one voter did not replicate to its learners"),
     (23, "votes of topics that acknowledge from the kernel's memory were lost with the power"),
+    (593, "members of topics that acknowledge from memory were lost with the power: two leaders of one term"),
+    (1157, "a replica that began over abstained for ever in a group of two voters"),
+    (
+        1595,
+        "members of topics that acknowledge from memory were lost with the power: a group without its voters",
+    ),
     (82, "a move was called done while a change of members was on its way"),
 ];
 

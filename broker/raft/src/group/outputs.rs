@@ -12,10 +12,16 @@ use crate::{ConfirmedRead, HardState, Install, Outputs, Role};
 impl Group {
     /// The next outputs, or `None` when there is nothing to do.
     pub fn take_outputs(&mut self) -> Option<Outputs> {
-        let mut outputs = Outputs::default();
+        let mut outputs = Outputs { contradiction: self.contradiction.take(), ..Outputs::default() };
+        if self.take_over(&mut outputs) {
+            return Some(outputs);
+        }
         let applied = self.node.raft.raft_log.applied;
         let confirmed = self.confirmed.iter().any(|read| read.index <= applied);
-        let idle = self.released.is_empty() && !confirmed && !self.node.store().asks();
+        let idle = self.released.is_empty()
+            && !confirmed
+            && outputs.contradiction.is_none()
+            && !self.node.store().asks();
         if !self.node.has_ready() {
             if idle {
                 return None;
@@ -45,7 +51,7 @@ impl Group {
     }
 
     fn take_ready(&mut self, mut ready: Ready, outputs: &mut Outputs) {
-        self.ready_number = ready.number();
+        self.ready_number = self.number_base + ready.number();
         let applied = self.node.raft.raft_log.applied;
         if let Some(hs) = ready.hs()
             && (hs.term, hs.vote) != (self.known_term, self.known_vote)
@@ -108,7 +114,7 @@ impl Group {
                 self.on_persisted(self.ready_number);
             }
         } else if self.unpersisted.is_empty() {
-            self.node.on_persist_ready(self.ready_number);
+            self.node.on_persist_ready(self.ready_number - self.number_base);
         }
         self.keep_back_until_stored(messages);
     }
@@ -203,7 +209,7 @@ impl Group {
         }
         // Raft counts outputs without anything to store, too, and keeps a record of each until it is told.
         let told = if self.unpersisted.is_empty() { self.ready_number.max(number) } else { number };
-        self.node.on_persist_ready(told);
+        self.node.on_persist_ready(told.saturating_sub(self.number_base));
         if let Some(index) = self.installing
             && self.node.raft.raft_log.persisted >= index
         {

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use flumen_raft::{
-    Body, ConfirmedRead, Entry, Group, GroupStart, HardState, Leadership, Membership, Message, Outputs, Role,
-    StepError,
+    Body, ConfirmedRead, Contradiction, Entry, Group, GroupStart, HardState, Leadership, Membership, Message,
+    Outputs, Role, StepError,
 };
 
 #[derive(Clone, Default)]
@@ -15,6 +15,7 @@ pub struct Disk {
     pub hard_state: HardState,
     pub membership: Membership,
     pub membership_index: u64,
+    pub abstains_below: u64,
     /// Index and term before the first entry.
     pub before: (u64, u64),
     pub entries: Vec<Entry>,
@@ -45,6 +46,7 @@ impl Disk {
             last_index,
             last_term,
             seed: 1,
+            abstains_below: self.abstains_below,
         }
     }
 
@@ -54,6 +56,9 @@ impl Disk {
             self.entries.clear();
             self.membership = install.membership.clone();
             self.membership_index = install.membership_index;
+        }
+        if outputs.install.as_ref().is_some_and(|install| install.index == 0) {
+            self.abstains_below = outputs.hard_state.map_or(0, |hard| hard.term);
         }
         if let Some(first) = outputs.entries.first() {
             let kept = self.entries.iter().position(|e| e.index >= first.index);
@@ -80,6 +85,7 @@ pub struct Node {
     pub refused: Vec<StepError>,
     pub snapshots_made: usize,
     pub entries_read: usize,
+    pub contradiction: Option<Contradiction>,
 }
 
 #[derive(Default)]
@@ -135,6 +141,7 @@ impl Net {
             refused: Vec::new(),
             snapshots_made: 0,
             entries_read: 0,
+            contradiction: None,
         };
         self.nodes.insert(id, node);
     }
@@ -160,6 +167,10 @@ impl Net {
                 self.queue.push_back(message);
             }
             node.leadership = outputs.leadership.or(node.leadership);
+            node.contradiction = outputs.contradiction.or(node.contradiction);
+            if outputs.install.as_ref().is_some_and(|install| install.index == 0) {
+                node.committed = 0;
+            }
             if let Some(index) = outputs.committed_index {
                 assert!(index > node.committed, "the commit index never goes back");
                 node.committed = index;

@@ -186,6 +186,7 @@ impl Broker {
                 self.comes_up(&world);
             }
             self.machine.down().await;
+            self.count_begun_over(&world);
             self.kill();
             let delay = match world.faults.get() {
                 true if world.below(6) == 0 => world.between(1_000, 4_000),
@@ -194,6 +195,17 @@ impl Broker {
             };
             tokio::time::sleep(Duration::from_millis(delay)).await;
             self.comes_up(&world);
+        }
+    }
+
+    /// What its replicas had to give up since it started.
+    fn count_begun_over(&self, world: &World) {
+        let process = self.process.borrow();
+        for group in world.groups() {
+            let begun = process.as_ref().map(|process| process.node.gauges_of(group));
+            for _ in 0..begun.map_or(0, |gauges| gauges.begun_over.load(Ordering::Relaxed)) {
+                world.count("replica begins over");
+            }
         }
     }
 
@@ -278,6 +290,7 @@ impl Broker {
 
     /// The run is over: what a clean stop left on the disk is looked at as it lies there.
     pub fn ends(&self, world: &World, stopped: bool) {
+        self.count_begun_over(world);
         self.kill();
         self.machine.restart();
         self.machine.set_rates(quiet());

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
+use flumen_broker::partition::Partition;
 use flumen_checker::{Event, History, Options, Record, check};
 
 use super::broker::Broker;
@@ -21,6 +22,8 @@ struct Seen {
     high_watermark: i64,
     end: i64,
     serves: bool,
+    /// Id, epoch, last sequence.
+    producers: Vec<(i64, i16, i32)>,
     status: String,
 }
 
@@ -39,6 +42,7 @@ async fn look(world: &World, group: u64) -> Vec<Seen> {
                 high_watermark: partition.high_watermark(),
                 end: partition.log_end_offset(),
                 serves: partition.serves(),
+                producers: producers_of(&partition),
                 status: match partition.damage() {
                     Some(damage) => format!("refuses: {damage}"),
                     None => format!(
@@ -57,6 +61,13 @@ async fn look(world: &World, group: u64) -> Vec<Seen> {
     seen
 }
 
+fn producers_of(partition: &Partition) -> Vec<(i64, i16, i32)> {
+    let known = partition.producers().into_iter();
+    let mut known: Vec<_> = known.map(|(id, epoch, sequence, _)| (id, epoch, sequence)).collect();
+    known.sort_unstable();
+    known
+}
+
 fn agree(seen: &[Seen]) -> bool {
     let same = |one: &Seen| one.high_watermark == seen[0].high_watermark && one.end == one.high_watermark;
     seen.iter().filter(|one| one.serves).count() == 1 && seen.iter().all(same)
@@ -66,10 +77,6 @@ pub(super) async fn judge(world: &Rc<World>) {
     for group in world.groups() {
         let until = world.now_ms() + SETTLE_MS;
         let mut seen = look(world, group).await;
-        // A replica that kept what the others lost never follows them: a known lack, of topics that do not promise to keep it.
-        if world.is_voided(group) {
-            continue;
-        }
         while world.is_sound() && !agree(&seen) && world.now_ms() < until {
             tokio::time::sleep(Duration::from_millis(100)).await;
             seen = look(world, group).await;
@@ -80,6 +87,20 @@ pub(super) async fn judge(world: &Rc<World>) {
         }
         if !world.is_sound() {
             return;
+        }
+        // Whoever leads next must know the producers as this one does.
+        if let Some(other) = seen.iter().find(|one| one.producers != seen[0].producers)
+            && !world.is_voided(group)
+        {
+            let (a, b) = (&seen[0], other);
+            world.fail(format!(
+                "{}: brokers {} and {} know different producers: {:?}, {:?}",
+                name_of(group),
+                a.broker,
+                b.broker,
+                a.producers.iter().filter(|known| !b.producers.contains(known)).collect::<Vec<_>>(),
+                b.producers.iter().filter(|known| !a.producers.contains(known)).collect::<Vec<_>>()
+            ));
         }
         // What retention took of one replica is no matter of the others.
         let from = seen.iter().map(|one| one.start).max().unwrap_or(0);
@@ -175,7 +196,7 @@ fn digest(bytes: &[bytes::Bytes], from: i64) -> u64 {
 }
 
 /// What the checker finds in what clients saw. Of groups that lost what their durability does not promise nothing is judged
-/// here; that brokers live with them is.
+/// here; that brokers live with them is, and that their replicas are the same in the end.
 pub(super) fn anomalies(world: &World) -> Option<String> {
     let found = check(&judged(world), Options::default());
     found.first().map(|a| format!("{}: {} ({} anomalies)", a.check, a.what, found.len()))

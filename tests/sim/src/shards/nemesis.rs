@@ -17,7 +17,7 @@ use super::plan::quiet;
 use super::world::World;
 
 /// Every kind of fault, and everything else that must have happened in a set of runs for them to be worth anything.
-pub const FAULTS: [&str; 35] = [
+pub const FAULTS: [&str; 36] = [
     "isolate one",
     "split in two",
     "one way",
@@ -40,6 +40,7 @@ pub const FAULTS: [&str; 35] = [
     "move reached",
     "move given up",
     "replica deleted",
+    "replica begins over",
     "records deleted",
     "snapshot",
     "batch sent again",

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::broker::Broker;
-use super::world::World;
+use super::world::{World, name_of};
 
 /// An answer that takes longer was lost with its connection.
 const ANSWER_TIME_MAX: Duration = Duration::from_millis(800);
@@ -211,12 +211,30 @@ pub(super) async fn tell_leads(world: Rc<World>, broker: Rc<Broker>, shard: Rc<S
     }
 }
 
+/// The high watermark of a replica is where its committed entries end.
+fn look_at_own(world: &World, broker: &Broker, shard: &Shard) {
+    for group in world.groups() {
+        let Some(partition) = shard.partition(group) else { continue };
+        let committed = partition.raft_status().applied_index;
+        let Some(end) = partition.end_of_entry(committed) else { continue };
+        let (watermark, start) = (partition.high_watermark(), partition.log_start_offset());
+        if partition.damage().is_none() && !partition.serves() && watermark != end.max(start) {
+            world.fail(format!(
+                "broker {}: {} is committed to entry {committed}, which ends at {end}; the high watermark is {watermark}",
+                broker.id,
+                name_of(group)
+            ));
+        }
+    }
+}
+
 /// Notices that others are gone: their process is another one, or nothing of them has come for long.
 pub(super) async fn watch_others(world: Rc<World>, broker: Rc<Broker>, shard: Rc<Shard>) {
     let mut boots: BTreeMap<i32, u64> = BTreeMap::new();
     let mut silent_since: BTreeMap<i32, (u64, bool)> = BTreeMap::new();
     loop {
         tokio::time::sleep(LOOK_INTERVAL).await;
+        look_at_own(&world, &broker, &shard);
         for other in world.brokers.iter().filter(|other| other.id != broker.id) {
             let reaches = world.network.borrow().reaches(other.raft_id(), broker.raft_id());
             let boot = other.boot().filter(|_| reaches);
