@@ -675,7 +675,8 @@ fn a_leadership_that_is_lost_and_won_again_leaves_no_gap() {
 #[test]
 fn a_deposed_leader_answers_nothing_that_another_contradicts() {
     with_three(|three| async move {
-        produce(&three, b"old", None).await;
+        // Sent again where the answer is lost, and stored once.
+        produce(&three, b"old", Some((7, 0))).await;
         let (at, old) = three.agreed_leader().await;
         three.cut_off.borrow_mut().insert(at);
         let asked = [-1, -2, 0].map(|timestamp| {
@@ -688,7 +689,7 @@ fn a_deposed_leader_answers_nothing_that_another_contradicts() {
         for answer in futures_util::future::join_all(asked).await {
             assert_eq!(answer.unwrap(), Err(ErrorCode::NOT_LEADER_OR_FOLLOWER));
         }
-        assert_eq!(produce(&three, b"new", None).await, 1);
+        assert_eq!(produce(&three, b"new", Some((7, 1))).await, 1);
         let end = three.at(three.leader().await).node.shards[0]
             .run(|shard| async move { shard.partition(GROUP).unwrap().offset_at(-1).await.unwrap().unwrap() })
             .await
