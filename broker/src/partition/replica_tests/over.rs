@@ -89,7 +89,7 @@ fn count(log: &[u8], value: &[u8]) -> usize {
 fn what_only_one_replica_has_left_goes_where_memory_acknowledges() {
     with_durability(Durability::Os, &[0, 1, 2], |three| async move {
         contradicting(&three).await;
-        let begun = || three.at(0).run(|p| p.gauges.begun_over.load(Ordering::Relaxed));
+        let begun = || async { three.at(0).run(|p| p.gauges.begun_over.load(Ordering::Relaxed)).await };
         // Until then it may take itself for the leader.
         until(|| async { begun().await > 0 }).await;
         let log = three.agree(0).await;
