@@ -1,7 +1,5 @@
 //! What operators see of the cluster: the admin API and `flumen cluster`, of a broker that is well and of one that is not.
 
-use std::path::{Path, PathBuf};
-
 use flumen_tests::flumen::Flumen;
 use flumen_tests::kafka::Sender;
 use flumen_tests::segment_file;

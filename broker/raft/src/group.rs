@@ -79,8 +79,8 @@ pub struct Group {
     asleep: bool,
     /// A group of one that must store its log before it may lead.
     campaign_later: bool,
-    contradiction: Option<Contradiction>,
-    over: Option<over::Over>,
+    contradiction: Option<Box<Contradiction>>,
+    over: Option<Box<over::Over>>,
     abstains_below: u64,
     abstained: over::Abstained,
     /// Leaves it to the others to stand for election first.

@@ -12,7 +12,8 @@ use crate::{ConfirmedRead, HardState, Install, Outputs, Role};
 impl Group {
     /// The next outputs, or `None` when there is nothing to do.
     pub fn take_outputs(&mut self) -> Option<Outputs> {
-        let mut outputs = Outputs { contradiction: self.contradiction.take(), ..Outputs::default() };
+        let mut outputs =
+            Outputs { contradiction: self.contradiction.take().map(|found| *found), ..Outputs::default() };
         if self.take_over(&mut outputs) {
             return Some(outputs);
         }

@@ -75,12 +75,12 @@ impl Group {
             _ => 0,
         };
         if leader_commit >= first {
-            self.contradiction = Some(Contradiction {
+            self.contradiction = Some(Box::new(Contradiction {
                 leader_id: message.from,
                 term: message.term,
                 agreed_index,
                 committed_index: self.node.raft.raft_log.committed,
-            });
+            }));
         }
     }
 
@@ -172,7 +172,8 @@ impl Group {
         (anew.leadership, anew.next_read) = (self.leadership, self.next_read);
         let (membership, data) = (membership.clone(), Bytes::new());
         let install = Install { index: 0, term: 0, membership, membership_index, data };
-        anew.over = Some(Over { hard_state, install });
+        // Rare, and there are many groups.
+        anew.over = Some(Box::new(Over { hard_state, install }));
         anew.after_step();
         *self = anew;
         Ok(true)
