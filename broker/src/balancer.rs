@@ -16,7 +16,7 @@ use flumen_metadata::balance;
 use flumen_metadata::reassignment::{GroupView, Step, Waiting, next_step};
 use flumen_metadata::{MetadataImage, NodeState, PartitionInfo};
 use flumen_protocol::error_code::ErrorCode;
-use flumen_raft::{PeerStatus, ProposeError, Status, Target};
+use flumen_raft::{PeerStatus, ProposeError, Target};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -155,13 +155,12 @@ async fn take_step(
 
 /// What the leader of a partition that is on its way does next.
 pub fn step_of(info: &PartitionInfo, partition: &Partition) -> Step {
-    let mut view = view_of(&partition.raft_status());
-    view.lagging = partition.not_keeping_up().into_iter().collect();
-    next_step(info, &view)
+    next_step(info, &view_of(partition))
 }
 
 /// What the leader sees of its group.
-pub(crate) fn view_of(status: &Status) -> GroupView {
+pub(crate) fn view_of(partition: &Partition) -> GroupView {
+    let status = partition.raft_status();
     let ids = |ids: &[u64]| ids.iter().filter_map(|id| node_id_of(*id)).collect();
     let own = status.leadership.leader_id;
     // Raft takes a new member for active before it has heard of it; one that has nothing has not joined yet.
@@ -178,7 +177,7 @@ pub(crate) fn view_of(status: &Status) -> GroupView {
         // What is on its way would come after whatever is concluded from the members of now.
         is_joint: status.membership.is_joint() || status.change_pending,
         behind: behind.collect(),
-        lagging: BTreeSet::new(),
+        lagging: partition.not_keeping_up().into_iter().collect(),
     }
 }
 

@@ -232,6 +232,11 @@ mod tests {
         // Damaged again before it votes again.
         assert_eq!(mending_step(&info, &view, 3, true), Mending::Begin);
         view.behind.push((3, 2));
+        // Regression: few entries may be many bytes, here as in a move.
+        view.lagging = set(&[3]);
+        let waiting = Waiting::CatchingUp { id: 3, entries: 2 };
+        assert_eq!(mending_step(&info, &view, 3, false), Mending::Wait(waiting));
+        view.lagging.clear();
         let step = mending_step(&info, &view, 3, false);
         assert_eq!(step, Mending::Change { voters: set(&[1, 2, 3]), learners: set(&[]) });
         view = GroupView { voters: set(&[1, 2, 3]), learners: set(&[]), ..view };

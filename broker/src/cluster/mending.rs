@@ -156,7 +156,7 @@ async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damage
     if info.target.is_some() || !info.replicas.contains(&from) {
         return Some(WAIT);
     }
-    match mending_step(&info, &view_of(&partition.raft_status()), from, is_damaged) {
+    match mending_step(&info, &view_of(partition), from, is_damaged) {
         Mending::Begin => Some(BEGIN),
         Mending::Wait(reason) => {
             tracing::debug!(topic = %partition.topic, partition = partition.index, node = from, %reason, "a replica waits for its log");
