@@ -89,14 +89,12 @@ pub async fn keep_moving(shard: Rc<Shard>) {
             }
         }
         // Those that this broker no longer drives are not its to speak of.
-        let gone: Vec<u64> = shown.iter().copied().filter(|group| !show.contains_key(group)).collect();
-        for group_id in gone {
-            shard.node.show_progress(group_id, None);
-            shown.remove(&group_id);
+        for group_id in shown.iter().filter(|group| !show.contains_key(group)) {
+            shard.node.show_progress(*group_id, None);
         }
+        shown = show.keys().copied().collect();
         for (group_id, progress) in show {
             shard.node.show_progress(group_id, Some(progress));
-            shown.insert(group_id);
         }
     }
 }

@@ -295,11 +295,7 @@ fn consumer_groups(families: &Families, node: &Node, groups: &[GroupOffset]) {
     let max = families.gauge("flumen_kafka_consumer_group_lag_max", "Largest lag of a partition", &["group"]);
     let image = node.image.load_full();
     for g in groups {
-        let Some(info) = image
-            .topics
-            .get(&g.topic)
-            .and_then(|t| usize::try_from(g.partition).ok().and_then(|p| t.partitions.get(p)))
-        else {
+        let Some(info) = image.topics.get(&g.topic).and_then(|t| t.partition(g.partition)) else {
             continue;
         };
         let end = node.gauges_of(info.group_id).high_watermark.load(Ordering::Relaxed);

@@ -166,13 +166,17 @@ impl Shard {
         if let Some(existing) = self.partition(spec.group_id) {
             return Ok(existing);
         }
+        let log = self.create_log(&spec)?;
+        Ok(self.insert(spec, log))
+    }
+
+    fn create_log(&self, spec: &PartitionSpec) -> Result<GroupLog, flumen_storage::CreateError> {
         // A replica that comes to a group that exists may have been here before, and the store never takes a number again.
         let returns = !spec.replicas.contains(&self.node.config.node_id);
         let id =
             if returns { number_of_its_own(spec.group_id, self.node.host.draw()) } else { spec.group_id };
         let dir_name = dir_name(&spec.topic, spec.index, id);
-        let log = self.store.create(id, &dir_name, group_config(&spec.config, self.is_alone(&spec)))?;
-        Ok(self.insert(spec, log))
+        self.store.create(id, &dir_name, group_config(&spec.config, self.is_alone(spec)))
     }
 
     fn is_alone(&self, spec: &PartitionSpec) -> bool {
@@ -209,12 +213,7 @@ impl Shard {
     pub async fn renew(self: &Rc<Self>, mut spec: PartitionSpec) -> Result<(), flumen_storage::CreateError> {
         let own = self.node.config.node_id;
         spec.replicas.retain(|id| *id != own);
-        let id = number_of_its_own(spec.group_id, self.node.host.draw());
-        let log = self.store.create(
-            id,
-            &dir_name(&spec.topic, spec.index, id),
-            group_config(&spec.config, false),
-        )?;
+        let log = self.create_log(&spec)?;
         let old = self.remove(spec.group_id);
         self.insert(spec, log);
         if let Some(old) = old {

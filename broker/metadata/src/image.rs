@@ -47,6 +47,13 @@ pub struct Topic {
     pub internal: bool,
 }
 
+impl Topic {
+    /// `None`: there is no such partition; clients send any number.
+    pub fn partition(&self, index: i32) -> Option<&PartitionInfo> {
+        self.partitions.get(usize::try_from(index).ok()?)
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct MetadataImage {
     pub cluster_id: String,

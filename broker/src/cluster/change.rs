@@ -165,8 +165,7 @@ impl Intent {
                 })?;
                 // Two leaders may have seen it, one after the other.
                 let moving = image.topic_by_id(&topic_id).is_some_and(|topic| {
-                    let info = usize::try_from(*partition).ok().and_then(|at| topic.partitions.get(at));
-                    info.is_some_and(|info| info.target.as_ref() == Some(replicas))
+                    topic.partition(*partition).is_some_and(|info| info.target.as_ref() == Some(replicas))
                 });
                 let reached =
                     Command::ReplicasReached { topic_id, partition: *partition, replicas: replicas.clone() };

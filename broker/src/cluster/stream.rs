@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -20,7 +20,7 @@ use tokio_rustls::TlsStream;
 
 use super::tls::RpcTls;
 use super::wire::{LinkError, STALL_MAX};
-use crate::net::connection::write_ready;
+use crate::net::connection::{advance, write_ready};
 
 /// Slices encrypted in one go; a frame of Raft has two for each entry.
 const TLS_SLICES_MAX: usize = 64;
@@ -96,17 +96,6 @@ impl Writes {
                 Ok(())
             }
         }
-    }
-}
-
-fn advance(batch: &mut VecDeque<Bytes>, mut taken: usize) {
-    while let Some(front) = batch.front_mut().filter(|_| taken > 0) {
-        if taken < front.len() {
-            front.advance(taken);
-            return;
-        }
-        taken -= front.len();
-        batch.pop_front();
     }
 }
 

@@ -19,11 +19,11 @@ fn is_exported(topic: &Topic) -> bool {
     topic.configs.get("flumen.clickhouse.enable").is_some_and(|v| v == "true")
 }
 
-fn spec_of(topic: &Topic, name: &Arc<str>, index: usize) -> Option<PartitionSpec> {
-    let info = topic.partitions.get(index)?;
+fn spec_of(topic: &Topic, name: &Arc<str>, index: i32) -> Option<PartitionSpec> {
+    let info = topic.partition(index)?;
     Some(PartitionSpec {
         topic: name.clone(),
-        index: i32::try_from(index).ok()?,
+        index,
         group_id: info.group_id,
         config: topic.effective.clone(),
         replicas: info.replicas.clone(),
@@ -49,7 +49,7 @@ fn open_on(shard: &Rc<Shard>, image: &MetadataImage, recovered: &RecoveredGroups
     let own = shard.node.config.node_id;
     for topic in image.topics.values() {
         let name: Arc<str> = topic.name.as_str().into();
-        for (index, info) in topic.partitions.iter().enumerate() {
+        for (index, info) in (0i32..).zip(&topic.partitions) {
             if shard.node.shard_of(info.group_id) == shard.id
                 && info.is_held_by(own)
                 && let Some(spec) = spec_of(topic, &name, index)
@@ -158,14 +158,15 @@ impl Controller {
         }
     }
 
+    fn spec(&self, topic: &str, index: i32) -> Option<PartitionSpec> {
+        let image = self.image.borrow();
+        let topic = image.topics.get(topic)?;
+        spec_of(topic, &topic.name.as_str().into(), index)
+    }
+
     async fn open_one(&self, topic: &str, index: i32) {
         let node = &self.shard.node;
-        let spec = {
-            let image = self.image.borrow();
-            let at = usize::try_from(index).ok();
-            image.topics.get(topic).zip(at).and_then(|(t, at)| spec_of(t, &t.name.as_str().into(), at))
-        };
-        let Some(spec) = spec else { return };
+        let Some(spec) = self.spec(topic, index) else { return };
         let recovered = self.recovered.clone();
         let made = node.shards[node.shard_of(spec.group_id)]
             .run(move |s| async move { open(&s, spec, &recovered) })
@@ -180,12 +181,10 @@ impl Controller {
     pub async fn renew(&self, topic: &str, index: i32) {
         let _hands_on = self.hands_on.lock().await;
         let node = &self.shard.node;
-        let spec = {
-            let image = self.image.borrow();
-            let at = usize::try_from(index).ok();
-            image.topics.get(topic).zip(at).and_then(|(t, at)| spec_of(t, &t.name.as_str().into(), at))
+        let Some(spec) = self.spec(topic, index).filter(|spec| spec.replicas.contains(&node.config.node_id))
+        else {
+            return;
         };
-        let Some(spec) = spec.filter(|spec| spec.replicas.contains(&node.config.node_id)) else { return };
         let home = &node.shards[node.shard_of(spec.group_id)];
         let renewed = home
             .run(move |s| async move {

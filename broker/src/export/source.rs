@@ -34,9 +34,10 @@ impl TopicSource {
     fn group_of(&self, partition: i32) -> Result<u64, SourceError> {
         let image = self.node.image.load();
         let topic = image.topic_by_id(&self.topic_id).ok_or(SourceError::TopicDeleted)?;
-        usize::try_from(partition).ok().and_then(|p| topic.partitions.get(p)).map(|p| p.group_id).ok_or_else(
-            || SourceError::NotAvailable { partition, reason: "there is no such partition".to_string() },
-        )
+        topic.partition(partition).map(|p| p.group_id).ok_or_else(|| SourceError::NotAvailable {
+            partition,
+            reason: "there is no such partition".to_string(),
+        })
     }
 }
 
@@ -44,7 +45,7 @@ impl TopicSource {
     fn holders(&self, partition: i32) -> Vec<i32> {
         let image = self.node.image.load();
         let topic = image.topic_by_id(&self.topic_id);
-        let info = topic.zip(usize::try_from(partition).ok()).and_then(|(t, at)| t.partitions.get(at));
+        let info = topic.and_then(|t| t.partition(partition));
         info.map(PartitionInfo::holders).unwrap_or_default()
     }
 

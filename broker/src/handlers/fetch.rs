@@ -106,7 +106,7 @@ pub async fn handle(request: &Request<'_>) -> Result<Answer, RequestError> {
                 && found.is_some_and(|t| t.effective.compression_type == CompressionType::Zstd);
             let mut partitions = Vec::with_capacity(topic.partitions.len());
             for p in &topic.partitions {
-                let info = found.map(|t| usize::try_from(p.partition).ok().and_then(|i| t.partitions.get(i)));
+                let info = found.map(|t| t.partition(p.partition));
                 let error = match info {
                     Some(Some(_)) if withheld => ErrorCode::UNSUPPORTED_COMPRESSION_TYPE,
                     Some(Some(info)) => {

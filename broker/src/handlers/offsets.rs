@@ -45,7 +45,7 @@ where
         image
             .topics
             .get(topic)
-            .and_then(|t| usize::try_from(index).ok().and_then(|i| t.partitions.get(i)))
+            .and_then(|t| t.partition(index))
             .map(|p| p.group_id)
             .ok_or(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION)?
     };

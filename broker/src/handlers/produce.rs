@@ -109,8 +109,7 @@ pub async fn handle(
                     continue;
                 }
             };
-            let Some(info) = usize::try_from(partition.partition).ok().and_then(|p| topic.partitions.get(p))
-            else {
+            let Some(info) = topic.partition(partition.partition) else {
                 refuse(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, None);
                 continue;
             };
@@ -212,9 +211,8 @@ fn name_leaders(
     let image = node.image.load();
     for result in results.iter_mut().filter(|result| tells_leader(result.error)) {
         let topic = resolve(&image, &topics[result.topic as usize]);
-        let index = usize::try_from(result.partition);
-        if let (Ok(topic), Ok(index)) = (topic, index)
-            && let Some(info) = topic.partitions.get(index)
+        if let Ok(topic) = topic
+            && let Some(info) = topic.partition(result.partition)
         {
             result.current_leader = hints.leader_of(node, info.group_id);
         }

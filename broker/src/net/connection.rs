@@ -251,20 +251,22 @@ pub(crate) fn write_ready(stream: &OwnedWriteHalf, batch: &mut VecDeque<Bytes>) 
             *slot = IoSlice::new(bytes);
             count += 1;
         }
-        let mut n = match stream.try_write_vectored(&slices[..count])? {
+        match stream.try_write_vectored(&slices[..count])? {
             0 => return Err(io::ErrorKind::WriteZero.into()),
-            n => n,
-        };
-        while n > 0 {
-            let Some(front) = batch.front_mut() else { break };
-            if n >= front.len() {
-                n -= front.len();
-                batch.pop_front();
-            } else {
-                front.advance(n);
-                n = 0;
-            }
+            taken => advance(batch, taken),
         }
     }
     Ok(())
+}
+
+/// Takes from the front what was written.
+pub(crate) fn advance(batch: &mut VecDeque<Bytes>, mut taken: usize) {
+    while let Some(front) = batch.front_mut().filter(|_| taken > 0) {
+        if taken < front.len() {
+            front.advance(taken);
+            return;
+        }
+        taken -= front.len();
+        batch.pop_front();
+    }
 }

@@ -332,16 +332,14 @@ impl Partition {
     /// Replicas of the metadata that have lost their vote (`cluster::mending`); none while a move changes who votes.
     fn voteless(&self, image: &MetadataImage) -> Vec<i32> {
         let at_rest = self.info_in(image).filter(|info| info.target.is_none());
-        let replicas = at_rest.map(|info| info.replicas.clone()).unwrap_or_default();
+        let replicas = at_rest.into_iter().flat_map(|info| &info.replicas).copied();
         let raft = &self.state.borrow().raft;
-        let votes = |id: &i32| raft.membership().is_voter(raft_id(*id));
-        replicas.into_iter().filter(|id| !votes(id)).collect()
+        replicas.filter(|id| !raft.membership().is_voter(raft_id(*id))).collect()
     }
 
     /// What the metadata says of this partition.
     pub(crate) fn info_in<'a>(&self, image: &'a MetadataImage) -> Option<&'a PartitionInfo> {
-        let at = usize::try_from(self.index).ok()?;
-        let info = image.topics.get(&*self.topic)?.partitions.get(at)?;
+        let info = image.topics.get(&*self.topic)?.partition(self.index)?;
         (info.group_id == self.group_id).then_some(info)
     }
 

@@ -176,10 +176,7 @@ fn partition_of<'a>(image: &'a MetadataImage, topic: &str, index: i32) -> Result
     let unknown = |message| Refused::new(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, message);
     let found =
         image.topics.get(topic).ok_or_else(|| unknown(format!("Unable to find a topic named {topic}.")))?;
-    usize::try_from(index)
-        .ok()
-        .and_then(|at| found.partitions.get(at))
-        .ok_or_else(|| unknown(format!("Unable to find partition {topic}:{index}.")))
+    found.partition(index).ok_or_else(|| unknown(format!("Unable to find partition {topic}:{index}.")))
 }
 
 fn text(value: &str) -> StrBytes {
