@@ -48,6 +48,16 @@ impl ProducerContext for Delivery {
     }
 }
 
+/// The configuration of an idempotent producer; of two settings with one name the later one holds.
+pub(crate) fn idempotent(kafka: &str, settings: &[(&str, &str)]) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", kafka).set("enable.idempotence", "true");
+    for (key, value) in settings {
+        config.set(*key, *value);
+    }
+    config
+}
+
 /// An idempotent producer for one topic, whose retries outlast whatever a test does to the broker.
 pub struct Sender {
     producer: ThreadedProducer<Delivery>,
@@ -58,18 +68,14 @@ pub struct Sender {
 impl Sender {
     pub fn new(kafka: &str, settings: &[(&str, &str)]) -> anyhow::Result<Sender> {
         let reports = Delivery::default();
-        let mut config = ClientConfig::new();
-        config
-            .set("bootstrap.servers", kafka)
-            .set("enable.idempotence", "true")
-            .set("linger.ms", "5")
-            .set("message.timeout.ms", "600000")
-            .set("reconnect.backoff.max.ms", "200")
-            .set("retry.backoff.max.ms", "200")
-            .set("queue.buffering.max.messages", "1000000");
-        for (key, value) in settings {
-            config.set(*key, *value);
-        }
+        let usual = [
+            ("linger.ms", "5"),
+            ("message.timeout.ms", "600000"),
+            ("reconnect.backoff.max.ms", "200"),
+            ("retry.backoff.max.ms", "200"),
+            ("queue.buffering.max.messages", "1000000"),
+        ];
+        let config = idempotent(kafka, &[&usual, settings].concat());
         Ok(Sender { producer: config.create_with_context(reports.clone())?, reports, sent: 0 })
     }
 

@@ -11,6 +11,8 @@ use rdkafka::message::{DeliveryResult, Message};
 use rdkafka::producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer};
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
+use crate::kafka::idempotent;
+
 /// Keys that records have in turn.
 const KEYS: u64 = 211;
 
@@ -41,16 +43,8 @@ fn alive(records: &BTreeMap<i64, Stored>) -> BTreeMap<String, Vec<u8>> {
 impl Acknowledged {
     /// An idempotent producer that writes down here what becomes of its records.
     pub fn producer(&self, kafka: &str, settings: &[(&str, &str)]) -> ThreadedProducer<Acknowledged> {
-        let mut config = ClientConfig::new();
-        config
-            .set("bootstrap.servers", kafka)
-            .set("enable.idempotence", "true")
-            .set("linger.ms", "2")
-            .set("batch.size", "20000")
-            .set("message.timeout.ms", "300000");
-        for (key, value) in settings {
-            config.set(*key, *value);
-        }
+        let usual = [("linger.ms", "2"), ("batch.size", "20000"), ("message.timeout.ms", "300000")];
+        let config = idempotent(kafka, &[&usual, settings].concat());
         config.create_with_context(self.clone()).expect("a producer with these settings")
     }
 

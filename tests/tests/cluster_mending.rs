@@ -16,7 +16,7 @@ const PARTITIONS: i32 = 3;
 /// Of a partition, as node `at` sees it: its health, and who is in sync.
 fn seen(cluster: &Cluster, at: usize, partition: usize) -> Option<(String, usize)> {
     let seen = cluster.nodes[at].get(&format!("/v1/cluster/partitions?topic={TOPIC}")).ok()?;
-    let found = seen.as_array().or_else(|| seen["partitions"].as_array())?.get(partition)?.clone();
+    let found = seen["partitions"].get(partition)?;
     Some((found["health"].as_str()?.to_string(), found["in_sync_replicas"].as_array()?.len()))
 }
 
@@ -26,12 +26,8 @@ fn await_mended(cluster: &Cluster, partition: usize) {
     cluster.until("the replica to be mended", || mended().then_some(())).unwrap();
 }
 
-fn log_of(cluster: &Cluster, at: usize) -> String {
-    std::fs::read_to_string(cluster.nodes[at].data_dir.join("broker.log")).unwrap()
-}
-
 fn await_logged(cluster: &Cluster, at: usize, line: &str) {
-    cluster.until(line, || log_of(cluster, at).contains(line).then_some(())).unwrap();
+    cluster.until(line, || cluster.nodes[at].log().contains(line).then_some(())).unwrap();
 }
 
 #[test]

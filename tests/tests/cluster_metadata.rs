@@ -24,7 +24,7 @@ fn oldest_segment(node: &Flumen) -> Option<PathBuf> {
 }
 
 fn took_it_from_another(node: &Flumen) -> bool {
-    let log = std::fs::read_to_string(node.data_dir.join("broker.log")).unwrap();
+    let log = node.log();
     log.contains("metadata taken from another node")
 }
 

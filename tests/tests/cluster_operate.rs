@@ -115,7 +115,7 @@ fn a_lost_node_is_replaced() {
     // Under its old id it would vote again for what it has forgotten.
     let early = cluster.nodes[2].restart_or_end().unwrap();
     assert!(early.is_some_and(|status| !status.success()), "{early:?}");
-    let log = std::fs::read_to_string(lost.join("broker.log")).unwrap();
+    let log = cluster.nodes[2].log();
     assert!(log.contains("never used"), "{log}");
 
     cluster.add().unwrap();

@@ -156,8 +156,7 @@ fn a_node_that_was_down_is_in_sync_when_it_has_everything() {
     let id = json!(away + 1);
     let in_sync = |cluster: &Cluster, at: usize| {
         let seen = cluster.nodes[at].get("/v1/cluster/partitions?topic=t").unwrap();
-        let partition = seen.as_array().or_else(|| seen["partitions"].as_array()).unwrap()[0].clone();
-        partition["in_sync_replicas"].as_array().unwrap().contains(&id)
+        seen["partitions"][0]["in_sync_replicas"].as_array().unwrap().contains(&id)
     };
     add(&cluster, leader, &["a"]);
     cluster.until("all in sync", || in_sync(&cluster, leader).then_some(())).unwrap();

@@ -29,7 +29,7 @@ fn next_snapshot(flumen: &Flumen, than: Option<&PathBuf>) -> PathBuf {
 
 /// Commands that the last start replayed, as it said itself.
 fn replayed(flumen: &Flumen) -> i64 {
-    let log = std::fs::read_to_string(flumen.data_dir.join("broker.log")).unwrap();
+    let log = flumen.log();
     let line = log.lines().filter(|l| l.contains("metadata loaded")).next_back().unwrap();
     line.rsplit_once("replayed=").unwrap().1.trim().parse().unwrap()
 }

@@ -6,8 +6,8 @@ mod support;
 use flumen_raft::{Contradiction, HardState, Membership, Target};
 use support::{Net, is_append};
 
-/// Node 1 has four entries and knows that all are committed; the others kept two, elected node 2, and it has committed more.
-fn contradicting() -> (Net, u64) {
+/// Node 1 has four entries and knows that all are committed; the others kept two, and node 2 stands for election.
+fn led_without_the_first() -> Net {
     let mut net = Net::with_logs(&[(1, &[1, 1, 1, 1]), (2, &[1, 1]), (3, &[1, 1])]);
     let mut disk = net.node(1).disk.clone();
     disk.hard_state.commit = 4;
@@ -15,6 +15,12 @@ fn contradicting() -> (Net, u64) {
     net.add(1, disk);
     net.isolate(1);
     net.campaign(2);
+    net
+}
+
+/// Node 1 has four entries and knows that all are committed; the others kept two, elected node 2, and it has committed more.
+fn contradicting() -> (Net, u64) {
+    let mut net = led_without_the_first();
     assert_eq!(net.leaders(), [2]);
     net.propose(2, "another");
     net.propose(2, "and another");
@@ -77,13 +83,7 @@ fn a_leader_does_not_count_a_replica_that_contradicts_it() {
 
 #[test]
 fn what_the_leader_has_not_committed_itself_contradicts_nobody() {
-    let mut net = Net::with_logs(&[(1, &[1, 1, 1, 1]), (2, &[1, 1]), (3, &[1, 1])]);
-    let mut disk = net.node(1).disk.clone();
-    disk.hard_state.commit = 4;
-    net.nodes.remove(&1);
-    net.add(1, disk);
-    net.isolate(1);
-    net.campaign(2);
+    let mut net = led_without_the_first();
     // Its first entry is committed by node 3, and it has not heard of that.
     let disk = net.node(2).disk.clone();
     net.crash(2);

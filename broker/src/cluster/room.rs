@@ -140,9 +140,10 @@ fn successor(status: &Status, group_id: u64, able: &BTreeSet<u64>, behind: &[u64
 
 #[cfg(test)]
 mod tests {
-    use flumen_raft::{Leadership, Membership, Role};
+    use flumen_raft::Membership;
 
     use super::*;
+    use crate::partition::leading;
 
     #[test]
     fn who_says_nothing_any_more_has_room() {
@@ -159,20 +160,8 @@ mod tests {
 
     #[test]
     fn whoever_is_in_sync_and_has_room_takes_over() {
-        let leadership = Leadership { role: Role::Leader, leader_id: 1, term: 3, may_serve: true };
-        let mut status = Status {
-            leadership,
-            last_index: 9,
-            persisted_index: 9,
-            committed_index: 9,
-            applied_index: 9,
-            membership: Membership { learners: vec![4], ..Membership::of_voters([1, 2, 3]) },
-            change_pending: false,
-            transfer_to: None,
-            asleep: false,
-            tail_bytes: 0,
-            peers: Vec::new(),
-        };
+        let membership = Membership { learners: vec![4], ..Membership::of_voters([1, 2, 3]) };
+        let mut status = leading(1, 9, membership, Vec::new());
         let successor = |status: &Status, group_id, able: &[u64], behind: &[u64]| {
             successor(status, group_id, &able.iter().copied().collect(), behind)
         };

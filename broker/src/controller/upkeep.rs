@@ -141,34 +141,22 @@ fn members_wanted(status: &Status, nodes: &BTreeSet<u64>, young: bool) -> Option
 
 #[cfg(test)]
 mod tests {
-    use flumen_raft::{Leadership, Membership, PeerStatus, Role};
+    use flumen_raft::{Membership, PeerStatus};
 
     use super::*;
+    use crate::partition::leading;
 
     fn status(voters: &[u64], learners: &[u64], behind: &[u64]) -> Status {
         let membership = Membership { learners: learners.to_vec(), ..Membership::of_voters(voters) };
         let all = voters.iter().chain(learners);
-        Status {
-            leadership: Leadership { role: Role::Leader, leader_id: voters[0], term: 3, may_serve: true },
-            last_index: 5000,
-            persisted_index: 5000,
-            committed_index: 5000,
-            applied_index: 5000,
-            membership,
-            change_pending: false,
-            transfer_to: None,
-            asleep: false,
-            tail_bytes: 0,
-            peers: all
-                .map(|id| PeerStatus {
-                    id: *id,
-                    matched_index: if behind.contains(id) { 10 } else { 4990 },
-                    next_index: 5001,
-                    is_active: true,
-                    is_learner: learners.contains(id),
-                })
-                .collect(),
-        }
+        let peer = |id: &u64| PeerStatus {
+            id: *id,
+            matched_index: if behind.contains(id) { 10 } else { 4990 },
+            next_index: 5001,
+            is_active: true,
+            is_learner: learners.contains(id),
+        };
+        leading(voters[0], 5000, membership, all.map(peer).collect())
     }
 
     fn wanted(status: &Status, nodes: &[u64], young: bool) -> Option<(Vec<u64>, Vec<u64>)> {

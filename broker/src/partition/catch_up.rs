@@ -217,9 +217,10 @@ impl Partition {
 
 #[cfg(test)]
 mod tests {
-    use flumen_raft::{Leadership, Membership, PeerStatus, Role};
+    use flumen_raft::{Membership, PeerStatus};
 
     use super::*;
+    use crate::partition::leading;
 
     fn status(voters: &[u64], outgoing: &[u64], learners: &[u64]) -> Status {
         let membership = Membership {
@@ -236,19 +237,7 @@ mod tests {
             is_active: true,
             is_learner: !voters.contains(&id),
         };
-        Status {
-            leadership: Leadership { role: Role::Leader, leader_id: 1, term: 3, may_serve: true },
-            last_index: 5000,
-            persisted_index: 5000,
-            committed_index: 5000,
-            applied_index: 5000,
-            membership,
-            change_pending: false,
-            transfer_to: None,
-            asleep: false,
-            tail_bytes: 0,
-            peers: all.into_iter().map(peer).collect(),
-        }
+        leading(1, 5000, membership, all.into_iter().map(peer).collect())
     }
 
     fn only(mut status: Status, id: u64) -> Status {

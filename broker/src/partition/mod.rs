@@ -544,3 +544,27 @@ pub fn group_config(config: &TopicConfig, alone: bool) -> flumen_storage::GroupC
         }),
     }
 }
+
+/// For tests of what looks at a group: its leader, with all entries committed and nothing under way.
+#[cfg(test)]
+pub(crate) fn leading(
+    leader_id: u64,
+    last_index: u64,
+    membership: Membership,
+    peers: Vec<flumen_raft::PeerStatus>,
+) -> flumen_raft::Status {
+    use flumen_raft::{Leadership, Role};
+    flumen_raft::Status {
+        leadership: Leadership { role: Role::Leader, leader_id, term: 3, may_serve: true },
+        last_index,
+        persisted_index: last_index,
+        committed_index: last_index,
+        applied_index: last_index,
+        membership,
+        change_pending: false,
+        transfer_to: None,
+        asleep: false,
+        tail_bytes: 0,
+        peers,
+    }
+}
