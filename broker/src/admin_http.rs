@@ -202,23 +202,7 @@ async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Resul
         Problem::not_found(format!("topic '{topic}' does not exist"))
             .with_fix(format!("flumen topic create {topic}"))
     })?;
-    let partitions: Vec<Value> = found
-        .partitions
-        .iter()
-        .enumerate()
-        .map(|(index, p)| {
-            let g = node.gauges_of(p.group_id);
-            let status = topic_admin::status_of(&node, p.group_id);
-            json!({
-                "partition": index, "leader": status.leader_id, "replicas": p.replicas,
-                "leader_epoch": status.leader_epoch,
-                "log_start_offset": g.log_start_offset.load(Ordering::Relaxed),
-                "high_watermark": g.high_watermark.load(Ordering::Relaxed),
-                "size_bytes": g.size_bytes.load(Ordering::Relaxed),
-                "health": if status.damaged { "damaged" } else { "ok" },
-            })
-        })
-        .collect();
+    let partitions = crate::cluster_view::partitions(&node, Some(&topic), false).await;
     let configs: Map<String, Value> = topic_admin::described_configs(&node, &topic)
         .into_iter()
         .map(|(name, value, source)| (name, json!({ "value": value, "source": source })))

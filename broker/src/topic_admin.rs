@@ -137,15 +137,14 @@ pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
 
 /// What answers need to know of the cluster beside the metadata.
 ///
-/// A node that hears no majority of the others is the one that is cut off, and so is most likely one that had to give up what it led.
-/// It must not tell clients that there is nobody else, or that nobody leads: librdkafka asks whom it is connected to, and would stay
-/// with it. So all nodes are named then, and whoever led last, or else some other replica, is named as the leader: a client that goes
-/// there hears what is true.
+/// A node that hears no majority of those who decide about the metadata is the one that is cut off, and so is most likely one that had
+/// to give up what it led. It must not tell clients that there is nobody else, or that nobody leads: librdkafka asks whom it is
+/// connected to, and would stay with it. So all nodes are named then, and whoever led last, or else some other replica, is named as
+/// the leader: a client that goes there hears what is true.
 pub fn with_live<R>(node: &Node, answer: impl FnOnce(Live<'_>) -> R) -> R {
-    let (heard, reachable) = (node.is_up(), node.is_reachable());
+    let reachable = node.is_reachable();
     let (image, own) = (node.image.load(), node.config.node_id);
-    let registered: Vec<i32> = image.brokers().iter().map(|broker| broker.id).collect();
-    let is_cut_off = 2 * registered.iter().filter(|id| heard(**id)).count() <= registered.len();
+    let is_cut_off = node.cluster.as_ref().is_some_and(|cluster| cluster.members.is_cut_off(own));
     let up = |id: i32| is_cut_off || reachable(id);
     let controller_id = match &node.cluster {
         None => node.config.node_id,

@@ -228,14 +228,14 @@ impl Flumen {
         self.call("POST", "/v1/topics", Some(&body)).map(drop)
     }
 
-    /// High watermark of every partition of a topic.
+    /// High watermark of every partition of a topic; 0 of those that the node has no replica of.
     pub fn end_offsets(&self, topic: &str) -> anyhow::Result<Vec<i64>> {
         let described = self.get(&format!("/v1/topics/{topic}"))?;
         Ok(described["partition_list"]
             .as_array()
             .into_iter()
             .flatten()
-            .filter_map(|p| p["high_watermark"].as_i64())
+            .map(|p| p["high_watermark"].as_i64().unwrap_or(0))
             .collect())
     }
 }

@@ -120,6 +120,10 @@ fn is_unreachable(code: rdkafka::types::RDKafkaErrorCode) -> bool {
     matches!(code, AllBrokersDown | BrokerTransportFailure)
 }
 
+fn is_timed_out(error: &rdkafka::error::KafkaError) -> bool {
+    error.rdkafka_error_code() == Some(rdkafka::types::RDKafkaErrorCode::OperationTimedOut)
+}
+
 /// What librdkafka says where no leader is named, or one that it cannot reach or that leads no more.
 fn is_leaderless(code: rdkafka::types::RDKafkaErrorCode) -> bool {
     use rdkafka::types::RDKafkaErrorCode::{LeaderNotAvailable, NotLeaderForPartition, UnknownPartition};
@@ -148,8 +152,12 @@ fn watermarks(kafka: &str, topic: &str, partition: i32) -> anyhow::Result<(i64, 
         // A client that once heard of no leader answers this question from memory.
         let client: BaseConsumer = ClientConfig::new().set("bootstrap.servers", kafka).create()?;
         asked += 1;
-        match client.fetch_watermarks(topic, partition, Duration::from_secs(60)) {
+        match client.fetch_watermarks(topic, partition, Duration::from_secs(10)) {
             Err(error) if asked < QUESTIONS_MAX && error.rdkafka_error_code().is_some_and(is_leaderless) => {}
+            // It stays with a leader that it was told of, however long that one has been gone.
+            Err(error) if asked < QUESTIONS_MAX && is_timed_out(&error) => {
+                println!("   still waiting for the leader of {topic}/{partition}");
+            }
             outcome => return Ok(outcome?),
         }
         std::thread::sleep(QUESTION_INTERVAL);

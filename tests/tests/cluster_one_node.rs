@@ -13,7 +13,9 @@ use kafka_protocol::messages::offset_commit_request::{
     OffsetCommitRequestPartition, OffsetCommitRequestTopic,
 };
 use kafka_protocol::messages::offset_fetch_request::OffsetFetchRequestTopic;
-use kafka_protocol::messages::{FindCoordinatorRequest, OffsetCommitRequest, OffsetFetchRequest};
+use kafka_protocol::messages::{
+    FindCoordinatorRequest, MetadataRequest, OffsetCommitRequest, OffsetFetchRequest,
+};
 use serde_json::json;
 
 const TOPIC: &str = "orders";
@@ -222,6 +224,12 @@ fn two_of_five_go_on_when_three_are_lost_for_good() {
     });
     cluster.await_leaders(TOPIC).unwrap();
     cluster.await_leaders(PAIRS).unwrap();
+    // Regression: as they were two of five they took themselves for cut off, and sent clients to those that are lost.
+    for node in &cluster.nodes[..2] {
+        let metadata = Wire::connect(&node.kafka).unwrap().ask(12, &MetadataRequest::default()).unwrap();
+        let named: Vec<i32> = metadata.brokers.iter().map(|broker| broker.node_id.0).collect();
+        assert_eq!(named, [1, 2]);
+    }
     assert_eq!(committed(&all(&cluster)), 17);
     let kafka = cluster.nodes[..2].iter().map(|node| node.kafka.as_str()).collect::<Vec<_>>().join(",");
     for (topic, acknowledged) in [(TOPIC, load.acknowledged()), (PAIRS, pairs.acknowledged())] {

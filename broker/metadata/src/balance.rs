@@ -74,6 +74,9 @@ fn transfer(topic: &Topic, at: usize, info: &PartitionInfo, from: i32, to: i32) 
 }
 
 /// Partitions that are to leave nodes next. What cannot go anywhere stays, see [`decommission_progress`].
+///
+/// A move to a node that began to leave later is changed where it stands: that node may be one that is lost, and the move
+/// would wait for it for ever.
 pub fn evacuations(image: &MetadataImage, is_up: &dyn Fn(i32) -> bool) -> Vec<Command> {
     let leaving: Vec<i32> = image
         .brokers()
@@ -86,25 +89,22 @@ pub fn evacuations(image: &MetadataImage, is_up: &dyn Fn(i32) -> bool) -> Vec<Co
     }
     let partitions = || image.topics.values().flat_map(|topic| &topic.partitions);
     let under_way = partitions().filter(|info| info.target.is_some()).count();
-    let room = MOVES_AT_ONCE_MAX.saturating_sub(under_way);
+    let mut begun_max = MOVES_AT_ONCE_MAX.saturating_sub(under_way);
+    let mut changed_max = MOVES_AT_ONCE_MAX;
     let mut placer = Placer::new(image, is_up);
     let mut commands = Vec::new();
     for topic in image.topics.values() {
         for (partition, info) in (0i32..).zip(&topic.partitions) {
-            if commands.len() == room {
-                return commands;
-            }
-            // A move that goes to a node which began to leave later is changed once it is through.
-            if info.target.is_some() || !info.replicas.iter().any(|id| leaving.contains(id)) {
+            let left = if info.target.is_some() { &mut changed_max } else { &mut begun_max };
+            if *left == 0 || !info.goal().iter().any(|id| leaving.contains(id)) {
                 continue;
             }
-            let kept: Vec<i32> = info.replicas.iter().copied().filter(|id| !leaving.contains(id)).collect();
-            let placed = placer.place_again(&topic.partitions, &kept, info.replicas.len());
-            commands.extend(placed.map(|target| Command::SetReplicas {
-                topic_id: topic.id,
-                partition,
-                target: Some(target),
-            }));
+            let kept: Vec<i32> = info.goal().iter().copied().filter(|id| !leaving.contains(id)).collect();
+            let Some(target) = placer.place_again(&topic.partitions, &kept, info.goal().len()) else {
+                continue;
+            };
+            *left -= 1;
+            commands.push(Command::SetReplicas { topic_id: topic.id, partition, target: Some(target) });
         }
     }
     commands

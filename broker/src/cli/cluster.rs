@@ -143,7 +143,9 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
             let topic = topic.map_or_else(String::new, |name| format!("&topic={}", segment(&name)));
             let partitions = admin.get(&format!("/v1/cluster/partitions?unhealthy={unhealthy}{topic}"))?;
             let named = !topic.is_empty();
-            show(admin, &partitions, || print_partitions(&partitions, internal || unhealthy || named));
+            show(admin, &partitions, || {
+                print_partitions(&partitions["partitions"], internal || unhealthy || named);
+            });
             Ok(())
         }
     }
@@ -190,9 +192,9 @@ fn problems(health: &Value) {
     }
 }
 
-fn print_partitions(partitions: &Value, internal: bool) {
+pub fn print_partitions(partitions: &Value, internal: bool) {
     let ids = |value: &Value| list(value).map(text).collect::<Vec<_>>().join(",");
-    let rows: Vec<Vec<String>> = list(&partitions["partitions"])
+    let rows: Vec<Vec<String>> = list(partitions)
         .filter(|p| internal || p["internal"] != Value::Bool(true))
         .map(|p| {
             let mut row: Vec<String> =
@@ -217,7 +219,7 @@ fn print_partitions(partitions: &Value, internal: bool) {
         "HEALTH",
     ];
     table::print(&headers, &rows);
-    for moving in list(&partitions["partitions"]).filter(|p| !p["target_replicas"].is_null()) {
+    for moving in list(partitions).filter(|p| !p["target_replicas"].is_null()) {
         print_move(moving);
     }
 }

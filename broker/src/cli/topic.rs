@@ -132,29 +132,7 @@ fn describe(topic: &Value) {
     out!("DURABILITY  {}", text(&topic["durability"]));
     out!("GUARANTEE   {}", text(&topic["durability_meaning"]));
     out!();
-    let rows: Vec<Vec<String>> = topic["partition_list"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|p| {
-            [
-                "partition",
-                "leader",
-                "leader_epoch",
-                "log_start_offset",
-                "high_watermark",
-                "size_bytes",
-                "health",
-            ]
-            .iter()
-            .map(|k| text(&p[*k]))
-            .collect()
-        })
-        .collect();
-    table::print(
-        &["PARTITION", "LEADER", "EPOCH", "LOG-START-OFFSET", "HIGH-WATERMARK", "BYTES", "HEALTH"],
-        &rows,
-    );
+    super::cluster::print_partitions(&topic["partition_list"], true);
     out!();
     let rows: Vec<Vec<String>> = topic["configs"]
         .as_object()

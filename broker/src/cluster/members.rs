@@ -18,6 +18,8 @@ pub struct Members {
     up: Mutex<BTreeMap<i32, Member>>,
     /// Which nodes others hear: who says so, and which.
     told: Mutex<BTreeSet<(i32, i32)>>,
+    /// Who decides about the metadata, as far as this node has its log.
+    metadata_voters: Mutex<Vec<i32>>,
 }
 
 impl Members {
@@ -46,6 +48,18 @@ impl Members {
 
     pub fn is_up(&self, node_id: i32) -> bool {
         self.up.lock().expect("no panic under this lock").contains_key(&node_id)
+    }
+
+    pub fn set_metadata_voters(&self, voters: Vec<i32>) {
+        *self.metadata_voters.lock().expect("no panic under this lock") = voters;
+    }
+
+    /// This node hears no majority of those who decide about the metadata, itself among them: what it knows of the cluster may be
+    /// old. That others are down is no matter: a cluster may go on without most of its nodes.
+    pub fn is_cut_off(&self, own_id: i32) -> bool {
+        let voters = self.metadata_voters.lock().expect("no panic under this lock");
+        let heard = voters.iter().filter(|id| **id == own_id || self.is_up(**id)).count();
+        2 * heard <= voters.len()
     }
 
     /// One that is heard says whether it hears a node that is not.
@@ -86,6 +100,24 @@ mod tests {
         members.leave(2, 20);
         assert!(!members.is_up(2));
         assert_eq!(members.arrive(2, 21), Ok(()), "started again");
+    }
+
+    #[test]
+    fn who_hears_those_who_decide_is_not_cut_off() {
+        let members = Members::default();
+        assert!(members.is_cut_off(1), "it does not know who decides");
+        members.set_metadata_voters(vec![1, 2, 3]);
+        assert!(members.is_cut_off(1));
+        members.arrive(4, 40).unwrap();
+        assert!(members.is_cut_off(1), "another that decides nothing");
+        members.arrive(3, 30).unwrap();
+        assert!(!members.is_cut_off(1));
+        assert!(members.is_cut_off(5), "one of three, and it has no vote itself");
+        // Regression: two that went on without the other three of five took themselves for cut off, and named those as leaders.
+        members.set_metadata_voters(vec![1, 3]);
+        assert!(!members.is_cut_off(1));
+        members.set_metadata_voters(vec![1]);
+        assert!(!members.is_cut_off(1));
     }
 
     #[test]

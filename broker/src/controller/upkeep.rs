@@ -24,6 +24,7 @@ impl Controller {
     pub(super) async fn keep_up(self: Rc<Self>) {
         let mut home = tokio::time::Instant::now();
         while !self.shard.is_stopping() {
+            self.say_who_votes();
             tokio::time::sleep(TURN_INTERVAL).await;
             if !self.leads() {
                 continue;
@@ -33,6 +34,12 @@ impl Controller {
             self.look_after_members();
             balancer::balance(&self.shard, &mut home).await;
         }
+    }
+
+    fn say_who_votes(&self) {
+        let Some(cluster) = &self.shard.node.cluster else { return };
+        let voters = self.log.raft_status().membership.voters;
+        cluster.members.set_metadata_voters(voters.into_iter().filter_map(node_id_of).collect());
     }
 
     async fn name_cluster(self: &Rc<Self>) {
