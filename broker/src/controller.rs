@@ -256,9 +256,12 @@ impl Controller {
                 format!("node {id} leads the metadata; it hands over after flumen cluster decommission {id}");
             return Err(TopicError { code: ErrorCode::NOT_CONTROLLER, message });
         }
-        let up = self.shard.node.is_up();
+        let node = &self.shard.node;
+        let plan = |image: &MetadataImage, config: &BrokerConfig| {
+            node.with_health(|health| intent.plan(image, config, health, Uuid::new_v4()))
+        };
         let (refused, outcome) = self
-            .change(|image, config| match intent.plan(image, config, &up, Uuid::new_v4()) {
+            .change(|image, config| match plan(image, config) {
                 Ok(commands) => (None, commands),
                 Err(refused) => (Some(refused), Vec::new()),
             })
