@@ -330,11 +330,18 @@ pub async fn answer(node: &Node, body: &[u8], known: bool) -> Answered {
     }
 }
 
-/// The metadata as this node has applied it, in the form of a snapshot file.
-pub async fn answer_metadata(node: &Node) -> Answered {
-    let file = node.controller().run(|shard| async move { shard.controller().snapshot_file() }).await;
-    match file {
-        Ok(file) => Answered { code: 0, body: file },
+/// The metadata as this node has applied it, in the form of a snapshot file; or, if `current`, as nobody has more of it.
+pub async fn answer_metadata(node: &Node, current: bool) -> Answered {
+    let run = node.controller().run(move |shard| async move {
+        let controller = shard.controller();
+        match current {
+            true => controller.current_snapshot_file().await,
+            false => Ok(controller.snapshot_file()),
+        }
+    });
+    match run.await {
+        Ok(Ok(file)) => Answered { code: 0, body: file },
+        Ok(Err(error)) => Answered { code: error.code().0, body: Bytes::new() },
         Err(_) => Answered { code: ErrorCode::BROKER_NOT_AVAILABLE.0, body: Bytes::new() },
     }
 }

@@ -3,7 +3,7 @@
 //! A partition is opened when the image names this node as a holder, from what recovery found or anew, and deleted when the
 //! image says that this node holds it no longer. Nothing is deleted because the image does not name it: it may be old.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use flumen_metadata::{Applied, MetadataImage, Topic};
 use flumen_storage::RecoveredGroup;
 
 use super::{Controller, METADATA_GROUP, RecoveredGroups};
+use crate::cluster::Cluster;
 use crate::partition::PartitionSpec;
 use crate::shard::Shard;
 
@@ -206,11 +207,20 @@ impl Controller {
             node.shards[node.shard_of(group_id)].run(move |s| async move { s.delete(group_id).await }).await;
     }
 
+    /// Where the other nodes are.
+    pub(super) fn addresses(&self, cluster: &Cluster) -> BTreeMap<i32, String> {
+        let mut addresses = cluster.addresses(&self.image.borrow());
+        if self.applied.get() < 0 {
+            addresses.extend(self.lately_at.clone());
+        }
+        addresses
+    }
+
     /// Every shard speaks to the nodes that the image names.
     async fn set_links(&self) {
         let node = &self.shard.node;
         let Some(cluster) = &node.cluster else { return };
-        let addresses = Arc::new(cluster.addresses(&node.image.load()));
+        let addresses = Arc::new(self.addresses(cluster));
         for shard in &node.shards {
             let addresses = addresses.clone();
             let _ = shard.post(move |shard| shard.links.set(shard, &addresses)).await;
