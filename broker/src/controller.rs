@@ -14,12 +14,13 @@
 //!   below a snapshot that is not the newest, so a damaged newest one loses nothing.
 
 mod apply;
+mod held;
 mod mend;
 mod partitions;
 mod upkeep;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -94,6 +95,9 @@ pub struct Controller {
     /// Held while partitions are created and deleted.
     hands_on: tokio::sync::Mutex<()>,
     recovered: RecoveredGroups,
+    /// Groups that have a log here, or had one, as `held` has written down; of a broker in a cluster.
+    held: RefCell<Arc<BTreeSet<u64>>>,
+    noting_held: tokio::sync::Mutex<()>,
     snapshots: MetadataSnapshots,
     /// Where the newest snapshot ends.
     snapshot_end: Cell<i64>,
@@ -135,6 +139,12 @@ impl Controller {
             None => shard.create(spec).map_err(|e| format!("cannot create the metadata log: {e}"))?,
         };
         let snapshots = MetadataSnapshots::open(&node.data_dir).map_err(|e| e.to_string())?;
+        let held = match &node.cluster {
+            Some(_) => {
+                held::load(&node.data_dir).map_err(|e| format!("what logs were here cannot be read: {e}"))?
+            }
+            None => BTreeSet::new(),
+        };
         let empty = (**node.image.load()).clone();
         let newest = snapshots.newest(&empty.node).map_err(|e| e.to_string())?;
         let lately_at = match (&node.cluster, &newest) {
@@ -173,6 +183,8 @@ impl Controller {
             one_at_a_time: tokio::sync::Mutex::default(),
             hands_on: tokio::sync::Mutex::default(),
             recovered: recovered.clone(),
+            held: RefCell::new(Arc::new(held)),
+            noting_held: tokio::sync::Mutex::default(),
             snapshots,
             snapshot_end: Cell::new(applied.max(0)),
             snapshot_under_way: Cell::new(false),
@@ -199,6 +211,7 @@ impl Controller {
         if node.cluster.is_some() {
             tokio::task::spawn_local(controller.clone().keep_up());
             tokio::task::spawn_local(controller.clone().keep_log_whole());
+            tokio::task::spawn_local(controller.clone().keep_held_noted());
         } else if fresh {
             let cluster_id = ClusterId::random().to_string();
             controller

@@ -12,6 +12,7 @@ use serde_json::json;
 
 const TOPIC: &str = "orders";
 const PARTITIONS: i32 = 3;
+const QUIET: &str = "quiet";
 
 /// Of a partition, as node `at` sees it: its health, and who is in sync.
 fn seen(cluster: &Cluster, at: usize, partition: usize) -> Option<(String, usize)> {
@@ -206,4 +207,65 @@ fn a_node_that_dies_while_its_metadata_log_is_mended_goes_on_with_it() {
     let end = await_all_vote(&cluster, 0);
     cluster.stop_all().unwrap();
     assert!(cluster.compare_replicas(METADATA_TOPIC, &[end], 4).unwrap() > 10);
+}
+
+/// Of a topic, as node `at` sees it: the health of its partitions.
+fn health(cluster: &Cluster, at: usize, topic: &str) -> Option<Vec<String>> {
+    let seen = cluster.nodes[at].get(&format!("/v1/cluster/partitions?topic={topic}")).ok()?;
+    seen["partitions"].as_array()?.iter().map(|found| Some(found["health"].as_str()?.to_string())).collect()
+}
+
+/// A replica whose directory somebody removed may have said what made a record acknowledged: it does not vote as if it were new.
+#[test]
+fn a_log_that_is_gone_at_a_start_does_not_vote_before_it_came_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &["group.initial.rebalance.delay.ms=0"]).unwrap();
+    cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();
+    cluster.create_topic(QUIET, 1, 3, &json!({})).unwrap();
+    let kafka = cluster.kafka();
+    let mut load = Load::start_at(&kafka, QUIET, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "what is written once").unwrap();
+    load.finish().unwrap();
+    let mut load = Load::start_at(&kafka, TOPIC, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "all whole").unwrap();
+    // The log of the shard that begins now does not have what was before.
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    cluster.nodes[1].restart().unwrap();
+    cluster.progress(&load, "node 2 was restarted").unwrap();
+    // What comes now is acknowledged by nodes 1 and 2.
+    cluster.nodes[2].kill_9();
+    cluster.progress(&load, "node 3 is down").unwrap();
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    cluster.nodes[0].kill_9();
+    let data = cluster.nodes[1].data_dir.join("data");
+    for name in [format!("{TOPIC}-0"), format!("{QUIET}-0")] {
+        std::fs::remove_dir_all(segment_file::first_of(&data, &name).parent().unwrap()).unwrap();
+    }
+
+    for at in [1, 2] {
+        cluster.nodes[at].begin().unwrap();
+    }
+    let others_lead = || {
+        let health = health(&cluster, 1, TOPIC)?;
+        (health[1] != "leaderless" && health[2] != "leaderless").then_some(())
+    };
+    cluster.until("the other partitions to have leaders", others_lead).unwrap();
+    std::thread::sleep(Duration::from_secs(5));
+    for topic in [TOPIC, QUIET] {
+        assert_eq!(health(&cluster, 2, topic).unwrap()[0], "leaderless", "{topic}");
+    }
+    await_logged(&cluster, 1, "the log of this replica is gone");
+
+    cluster.nodes[0].restart().unwrap();
+    cluster.progress(&load, "node 1 is back").unwrap();
+    let begun = || cluster.nodes[1].log().matches("the replica joins its group with an empty one").count();
+    cluster.until("both to begin again", || (begun() == 2).then_some(())).unwrap();
+    await_mended(&cluster, 0);
+    let whole = || health(&cluster, 0, QUIET).is_some_and(|health| health == ["ok"]);
+    cluster.until("the other to be mended", || whole().then_some(())).unwrap();
+    cluster.nodes[0].kill_9();
+    cluster.progress(&load, "mended, and node 1 is down").unwrap();
+    cluster.await_leaders(QUIET).unwrap();
+    cluster.nodes[0].restart().unwrap();
+    cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut []).unwrap();
 }

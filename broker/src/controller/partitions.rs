@@ -32,21 +32,40 @@ fn spec_of(topic: &Topic, name: &Arc<str>, index: i32) -> Option<PartitionSpec> 
     })
 }
 
-/// From what recovery found, or anew: a crash may have come between the metadata and the log.
-fn open(shard: &Rc<Shard>, spec: PartitionSpec, recovered: &RecoveredGroups) -> Result<(), String> {
+/// What is known of the logs that are on this disk, or were.
+#[derive(Clone)]
+struct Logs {
+    recovered: RecoveredGroups,
+    held: Arc<BTreeSet<u64>>,
+}
+
+/// From what recovery found, or anew: a crash may have come between the metadata and the log. One that was here and is gone
+/// comes as a new replica.
+fn open(shard: &Rc<Shard>, mut spec: PartitionSpec, logs: &Logs) -> Result<(), String> {
     if shard.partition(spec.group_id).is_some() {
         return Ok(());
     }
-    let found = recovered.lock().expect("no panic under this lock").remove(&spec.group_id);
-    match found {
-        Some(group) => drop(shard.attach(spec, group)),
-        None => drop(shard.create(spec).map_err(|e| e.to_string())?),
+    let found = logs.recovered.lock().expect("no panic under this lock").remove(&spec.group_id);
+    if let Some(group) = found {
+        shard.attach(spec, group);
+        return Ok(());
     }
+    let own = shard.node.config.node_id;
+    if logs.held.contains(&spec.group_id) {
+        let (topic, partition) = (&spec.topic, spec.index);
+        if spec.replicas.iter().any(|id| *id != own) {
+            tracing::error!(%topic, partition, "the log of this replica is gone; it does not vote before it has it again from the others");
+            spec.replicas.retain(|id| *id != own);
+        } else {
+            tracing::error!(%topic, partition, "the log of this partition is gone, and there is no other replica; it begins empty");
+        }
+    }
+    shard.create(spec).map_err(|e| e.to_string())?;
     Ok(())
 }
 
 /// Opens every partition of the image that this node holds and that lives on this shard.
-fn open_on(shard: &Rc<Shard>, image: &MetadataImage, recovered: &RecoveredGroups) -> Result<(), String> {
+fn open_on(shard: &Rc<Shard>, image: &MetadataImage, logs: &Logs) -> Result<(), String> {
     let own = shard.node.config.node_id;
     for topic in image.topics.values() {
         let name: Arc<str> = topic.name.as_str().into();
@@ -55,7 +74,7 @@ fn open_on(shard: &Rc<Shard>, image: &MetadataImage, recovered: &RecoveredGroups
                 && info.is_held_by(own)
                 && let Some(spec) = spec_of(topic, &name, index)
             {
-                open(shard, spec, recovered)?;
+                open(shard, spec, logs)?;
             }
         }
     }
@@ -63,10 +82,14 @@ fn open_on(shard: &Rc<Shard>, image: &MetadataImage, recovered: &RecoveredGroups
 }
 
 impl Controller {
+    fn logs(&self) -> Logs {
+        Logs { recovered: self.recovered.clone(), held: self.held.borrow().clone() }
+    }
+
     pub(super) async fn open_all(&self) -> Result<(), String> {
         for shard in &self.shard.node.shards {
-            let (image, recovered) = (self.shard.node.image.load_full(), self.recovered.clone());
-            let opened = shard.run(move |s| async move { open_on(&s, &image, &recovered) }).await;
+            let (image, logs) = (self.shard.node.image.load_full(), self.logs());
+            let opened = shard.run(move |s| async move { open_on(&s, &image, &logs) }).await;
             opened.map_err(|e| e.to_string())??;
         }
         self.set_links().await;
@@ -168,9 +191,9 @@ impl Controller {
     async fn open_one(&self, topic: &str, index: i32) {
         let node = &self.shard.node;
         let Some(spec) = self.spec(topic, index) else { return };
-        let recovered = self.recovered.clone();
+        let logs = self.logs();
         let made = node.shards[node.shard_of(spec.group_id)]
-            .run(move |s| async move { open(&s, spec, &recovered) })
+            .run(move |s| async move { open(&s, spec, &logs) })
             .await;
         if let Ok(Err(error)) = made {
             // The metadata says that the partition is here; the next start creates it.
