@@ -116,7 +116,7 @@ impl Controller {
             topic: METADATA_TOPIC.into(),
             index: 0,
             group_id: METADATA_GROUP,
-            config,
+            config: config.into(),
             replicas: voters,
             exported: false,
         };
