@@ -116,7 +116,7 @@ fn spec_of_metadata(node: &Node) -> PartitionSpec {
         topic: METADATA_TOPIC.into(),
         index: 0,
         group_id: METADATA_GROUP,
-        config,
+        config: config.into(),
         replicas: match &node.cluster {
             None => vec![node.config.node_id],
             Some(cluster) => cluster.identity.founders.iter().map(|f| f.node_id).collect(),

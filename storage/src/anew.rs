@@ -131,7 +131,7 @@ impl GroupLog {
             committed_index: index,
             membership: Some(membership.clone()),
             marks: Marks::beginning(before),
-            ..GroupState::new(self.group.id, &self.group.dir_name)
+            ..GroupState::new(self.group.id, self.group.dir_name())
         };
         let payload = encode(&state, with.then_some(&segments[..]), &snapshot);
         let limit = shard.wal(lane).largest_record();

@@ -180,7 +180,6 @@ pub(crate) struct Inner {
 
 pub(crate) struct Group {
     pub id: GroupId,
-    pub dir_name: String,
     pub dir: PathBuf,
     /// It is older than this run.
     pub was_recovered: bool,
@@ -203,10 +202,13 @@ pub(crate) struct Group {
 }
 
 impl Group {
+    pub fn dir_name(&self) -> &str {
+        self.dir.file_name().and_then(|name| name.to_str()).expect("made of a name that was checked")
+    }
+
     fn new(shard: &Shard, id: GroupId, dir_name: &str, config: GroupConfig) -> Self {
         Self {
             id,
-            dir_name: dir_name.to_owned(),
             dir: shard.segments_root().join(dir_name),
             was_recovered: false,
             damage: OnceCell::new(),
@@ -411,7 +413,7 @@ impl Group {
         }
         GroupState {
             group: self.id,
-            dir_name: self.dir_name.clone(),
+            dir_name: self.dir_name().to_owned(),
             os: inner.lane == Lane::Os,
             wal_id,
             lsn,
@@ -543,7 +545,7 @@ pub struct GroupLog {
 
 impl std::fmt::Debug for GroupLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "GroupLog({} {})", self.group.id, self.group.dir_name)
+        write!(f, "GroupLog({} {})", self.group.id, self.group.dir_name())
     }
 }
 
@@ -557,7 +559,7 @@ impl GroupLog {
     }
 
     pub fn dir_name(&self) -> &str {
-        &self.group.dir_name
+        self.group.dir_name()
     }
 
     /// Puts entries and hard state into the commit that is filling, and entries into the tail. They are safe once

@@ -60,6 +60,16 @@ impl Marks {
         self.marks.iter()
     }
 
+    fn add(&mut self, mark: Mark) {
+        self.payload_bytes += payload_len(&mark);
+        // Most groups have one for as long as one node leads them, and there are thousands of groups; a deque would make places for
+        // four.
+        if self.marks.capacity() == 0 {
+            self.marks.reserve_exact(1);
+        }
+        self.marks.push_back(mark);
+    }
+
     /// An entry that follows what is there; it gets a mark if it needs one. `committed`: entries up to there stay.
     pub fn note(&mut self, index: u64, term: u64, offset: i64, control: Option<&Bytes>, committed: u64) {
         if control.is_none() && term == self.last_term() {
@@ -68,8 +78,7 @@ impl Marks {
         // A copy: the payload may be a piece of a whole WAL file, and lives as long as the log.
         let control = control.map(|bytes| Bytes::copy_from_slice(bytes));
         let mark = Mark { index, term, offset, control };
-        self.payload_bytes += payload_len(&mark);
-        self.marks.push_back(mark);
+        self.add(mark);
         while self.marks.len() > MARKS_MAX || self.payload_bytes > PAYLOAD_BYTES_MAX {
             match self.marks.get(1) {
                 Some(second) if second.index <= committed => {
@@ -209,8 +218,7 @@ impl Marks {
                 length => Some(Bytes::copy_from_slice(cursor.take(usize::try_from(length - 1).ok()?)?)),
             };
             let mark = Mark { index, term, offset, control };
-            marks.payload_bytes += payload_len(&mark);
-            marks.marks.push_back(mark);
+            marks.add(mark);
         }
         Some(marks)
     }

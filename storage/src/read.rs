@@ -153,7 +153,7 @@ fn is_gone(error: &ReadError) -> bool {
 pub(crate) fn damaged(group: &Group, name: SegmentName, reason: String) -> ReadError {
     tracing::error!(
         group = group.id,
-        directory = group.dir_name,
+        directory = group.dir_name(),
         segment = %name,
         reason,
         "damaged segment; the partition refuses to serve"

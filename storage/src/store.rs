@@ -689,13 +689,13 @@ impl ShardStore {
         // restart would find the partition, and all of its records with it.
         let alone = (shard.flush_lock.lock().await, shard.removing.lock().await);
         let root = shard.segments_root();
-        let from = root.join(&group.dir_name);
-        let to = root.join(format!("{}.{group_id}.deleted", group.dir_name));
+        let from = root.join(group.dir_name());
+        let to = root.join(format!("{}.{group_id}.deleted", group.dir_name()));
         let (files, renamed) = (shard.files.clone(), to.clone());
-        shard.leaves(&group.dir_name);
+        shard.leaves(group.dir_name());
         let rename = shard.disk.off_thread(move || files.rename(&from, &renamed)).await;
         if let Err(source) = rename.and_then(|result| result) {
-            shard.has_left(&group.dir_name);
+            shard.has_left(group.dir_name());
             group.deleting.set(false);
             return Err(DeleteError::Io { path: to.display().to_string(), source });
         }
@@ -721,7 +721,7 @@ impl ShardStore {
         let lsn = shard.record_deletion(group_id).ok_or(StageError::NoSpace)?;
         shard.wal(Lane::Durable).wake_writer();
         shard.wait_durable(Lane::Durable, lsn).await?;
-        shard.has_left(&group.dir_name);
+        shard.has_left(group.dir_name());
         failpoint::pass(Failpoint::DeletionRecorded);
         shard.throw_away(to, (Lane::Durable, lsn), None);
         Ok(())

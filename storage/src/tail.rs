@@ -64,13 +64,21 @@ impl Tail {
     pub fn push(&mut self, entry: TailEntry) {
         debug_assert!(self.entries.back().is_none_or(|last| last.index + 1 == entry.index));
         self.unflushed_bytes += entry.bytes.len() as u64;
+        self.add(entry);
+    }
+
+    fn add(&mut self, entry: TailEntry) {
+        // An idle group holds one, and there are thousands of them; a deque would make places for four.
+        if self.entries.capacity() == 0 {
+            self.entries.reserve_exact(1);
+        }
         self.entries.push_back(entry);
     }
 
     /// An entry that is in a segment already, to warm the cache at start.
     pub fn push_flushed(&mut self, entry: TailEntry) {
         debug_assert_eq!(self.flushed, self.entries.len());
-        self.entries.push_back(entry);
+        self.add(entry);
         self.flushed += 1;
     }
 

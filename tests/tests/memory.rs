@@ -1,8 +1,7 @@
 //! What partitions cost that nobody uses: little memory each, and no open file.
 //!
 //! 2,000 of them in `make test`, 10,000 in `make test-full` (`PARTITIONS` chooses another number), against one bound per
-//! partition: 64 MiB above an empty broker for 10,000. It is missed now: 10,000 take 71 MiB, so `make test-full` fails here
-//! (docs/ARCHITECTURE.md, what is not there yet), and the run with 2,000 has room for that much.
+//! partition: 64 MiB above an empty broker for 10,000.
 
 use flumen_tests::flumen::Flumen;
 use serde_json::json;
@@ -10,7 +9,7 @@ use serde_json::json;
 const BYTES_EACH: u64 = (64 << 20) / 10_000;
 
 /// What the allocator keeps of a start, however few partitions there are.
-const START_BYTES: u64 = 12 << 20;
+const START_BYTES: u64 = 10 << 20;
 
 fn bound(count: u64) -> u64 {
     if count >= 10_000 { count * BYTES_EACH } else { count * BYTES_EACH + START_BYTES }

@@ -43,7 +43,7 @@ pub struct Topic {
     /// Overrides only, as committed.
     pub configs: BTreeMap<String, String>,
     /// What holds once overrides and broker defaults are put together.
-    pub effective: TopicConfig,
+    pub effective: Arc<TopicConfig>,
     pub internal: bool,
 }
 
@@ -217,8 +217,8 @@ impl MetadataImage {
         }
     }
 
-    fn effective(&self, configs: &BTreeMap<String, String>) -> TopicConfig {
-        TopicConfig::resolve(configs, &self.layers())
+    fn effective(&self, configs: &BTreeMap<String, String>) -> Arc<TopicConfig> {
+        Arc::new(TopicConfig::resolve(configs, &self.layers()))
     }
 
     /// Deterministic: the outcome depends on the image and the command only. On error nothing has changed.
@@ -428,7 +428,7 @@ impl MetadataImage {
 
     /// Recomputes what derives from broker-level values; returns the topics for which it matters.
     pub(crate) fn reconfigure_all(&mut self) -> Vec<String> {
-        let changed: Vec<(String, TopicConfig)> = self
+        let changed: Vec<(String, Arc<TopicConfig>)> = self
             .topics
             .values()
             .map(|topic| (topic, self.effective(&topic.configs)))

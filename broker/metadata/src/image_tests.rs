@@ -428,7 +428,7 @@ fn check_invariants(image: &MetadataImage) {
     let mut groups = std::collections::BTreeSet::new();
     for (name, topic) in image.topics.iter() {
         assert_eq!(image.topic_ids.get(&topic.id), Some(name));
-        assert_eq!(topic.effective, TopicConfig::resolve(&topic.configs, &image.layers()));
+        assert_eq!(*topic.effective, TopicConfig::resolve(&topic.configs, &image.layers()));
         for partition in &topic.partitions {
             assert!(partition.group_id > 0 && partition.group_id < image.next_group_id);
             assert!(groups.insert(partition.group_id));

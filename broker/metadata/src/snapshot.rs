@@ -191,7 +191,7 @@ fn read_topic(
         partitions.push(info);
     }
     let configs = input.map("topic configs")?;
-    let effective = TopicConfig::resolve(&configs, &image.layers());
+    let effective = Arc::new(TopicConfig::resolve(&configs, &image.layers()));
     let internal = topic_name::is_internal(&name);
     Ok(Topic { name, id, partitions, configs, effective, internal })
 }

@@ -58,6 +58,14 @@ pub(crate) struct Tail {
     outside: RefCell<Outside>,
 }
 
+/// A group that nobody writes to holds one entry of its leader, and there are thousands of them: the first place is made for one
+/// alone, where four would be.
+fn reserve_one<T>(places: &mut VecDeque<T>) {
+    if places.capacity() == 0 {
+        places.reserve_exact(1);
+    }
+}
+
 impl Tail {
     pub(crate) fn new(start: &GroupStart, commit: u64) -> Tail {
         let hard_state = RaftHardState {
@@ -72,7 +80,7 @@ impl Tail {
             initial: RaftState::new(hard_state, conf_state),
             before_index,
             before_term,
-            terms: start.terms.iter().copied().collect(),
+            terms: VecDeque::from(start.terms.clone()),
             last: start.last_index,
             loaded_from: start.last_index + 1,
             bodies: VecDeque::new(),
@@ -96,10 +104,12 @@ impl Tail {
             let newest = self.terms.back().copied().unwrap_or((self.before_index, self.before_term));
             let keeps = mutant::is(Mutant::KeepsReplacedTerms) && newest.0 >= entry.index;
             if newest.1 != entry.term && !keeps {
+                reserve_one(&mut self.terms);
                 self.terms.push_back((entry.index, entry.term));
             }
             self.bytes += entry.data.len();
             self.last = entry.index;
+            reserve_one(&mut self.bodies);
             self.bodies.push_back(entry);
         }
         if self.terms.len() > RUNS_MAX && self.terms[1].0 <= applied + 1 {

@@ -80,7 +80,8 @@ pub struct Partition {
     shard: Weak<Shard>,
     disk: Arc<DiskSpace>,
     log: GroupLog,
-    config: RefCell<TopicConfig>,
+    /// Shared by the partitions of a topic.
+    config: RefCell<Arc<TopicConfig>>,
     state: RefCell<State>,
     /// The only member: all that is on this disk is committed, and nobody else is told of it.
     alone: Cell<bool>,
@@ -94,7 +95,7 @@ pub struct Partition {
     /// Where Raft believes that the log begins.
     told_before: Cell<u64>,
     /// What it fetches from its leader, which cannot send it as entries.
-    shipment: RefCell<Option<shipping::Shipment>>,
+    shipment: RefCell<Option<Box<shipping::Shipment>>>,
     /// As the leader said: all replicas have everything below.
     everywhere_known: Cell<i64>,
     /// What followers were told last.
@@ -116,7 +117,7 @@ pub struct Partition {
     hold_offset: Cell<i64>,
     turned_away: RefCell<TurnedAway>,
     /// What its leader has in place of what is committed here, while it is asked who the members are.
-    contradiction: Cell<Option<Contradiction>>,
+    contradiction: RefCell<Option<Box<Contradiction>>>,
     in_sync: RefCell<InSync>,
     /// What is here must stay as it is, whatever others have: an operator decides.
     keeps_its_log: Cell<bool>,
@@ -153,7 +154,7 @@ pub struct PartitionSpec {
     pub topic: Arc<str>,
     pub index: i32,
     pub group_id: u64,
-    pub config: TopicConfig,
+    pub config: Arc<TopicConfig>,
     /// Kafka ids of the brokers that have it as the metadata says: who votes as long as its log is empty. After that the
     /// log itself says who does.
     pub replicas: Vec<i32>,
@@ -237,7 +238,7 @@ impl Partition {
             forced: Cell::new((end, 0)),
             hold_offset: Cell::new(hold),
             turned_away: RefCell::default(),
-            contradiction: Cell::default(),
+            contradiction: RefCell::default(),
             in_sync: RefCell::default(),
             keeps_its_log: Cell::new(false),
             catch_ups: CatchUps::default(),
@@ -290,7 +291,7 @@ impl Partition {
         }
     }
 
-    pub fn set_config(&self, config: TopicConfig, exported: bool) {
+    pub fn set_config(&self, config: Arc<TopicConfig>, exported: bool) {
         match (exported, self.hold_offset.get()) {
             (false, _) => self.hold_offset.set(i64::MAX),
             (true, i64::MAX) => self.hold_offset.set(self.log_start_offset()),

@@ -44,12 +44,16 @@ impl Partition {
         }
         let shard = self.shard.upgrade();
         let partition = shard.as_ref().and_then(|shard| shard.partition(self.group_id));
-        if let (Some(shard), Some(partition), None) = (shard, partition, self.contradiction.get()) {
-            self.contradiction.set(Some(found));
+        if let (Some(shard), Some(partition), None) = (shard, partition, self.known_contradiction()) {
+            *self.contradiction.borrow_mut() = Some(Box::new(found));
             tracing::info!(topic = %self.topic, partition = self.index, leader, "contradicts its leader, and asks who the members are");
             tokio::task::spawn_local(joins::ask_to_begin_over(shard, partition, found));
         }
         true
+    }
+
+    fn known_contradiction(&self) -> Option<Contradiction> {
+        self.contradiction.borrow().as_deref().copied()
     }
 
     /// Committed offsets of this replica that its leader does not have: from the first, to the end.
@@ -65,9 +69,9 @@ impl Partition {
         // It may not have heard of that leader otherwise yet, or not lately.
         let of_this_term = now.term < found.term
             || (now.term == found.term && [0, found.leader_id].contains(&now.leader_id));
-        let goes_on = of_this_term && self.damage().is_none() && self.contradiction.get() == Some(*found);
+        let goes_on = of_this_term && self.damage().is_none() && self.known_contradiction() == Some(*found);
         if !goes_on {
-            self.contradiction.set(None);
+            *self.contradiction.borrow_mut() = None;
         }
         goes_on
     }
@@ -96,7 +100,7 @@ impl Partition {
              Topics of this durability acknowledge what lies in the memory of a majority of brokers; several of them lost \
              theirs (power, or a kill for `memory`), or some while this one was down"
         );
-        self.contradiction.set(None);
+        *self.contradiction.borrow_mut() = None;
         self.advance();
         self.stay_awake();
         true

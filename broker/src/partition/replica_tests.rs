@@ -32,7 +32,7 @@ fn spec(replicas: &[i32]) -> PartitionSpec {
         topic: "orders".into(),
         index: 0,
         group_id: GROUP,
-        config: TopicConfig { segment_bytes: 1 << 20, retention_ms: -1, ..TopicConfig::default() },
+        config: TopicConfig { segment_bytes: 1 << 20, retention_ms: -1, ..TopicConfig::default() }.into(),
         replicas: replicas.to_vec(),
         exported: false,
     }
@@ -53,7 +53,7 @@ fn start(id: i32, path: &Path, replicas: &[i32], durability: Durability) -> Brok
     let node = Arc::new(node);
     let (stop, stopped) = oneshot::channel();
     let (for_thread, path, mut spec) = (node.clone(), path.to_owned(), spec(replicas));
-    spec.config.durability = durability;
+    Arc::make_mut(&mut spec.config).durability = durability;
     let thread = std::thread::spawn(move || {
         let dir = DataDir::open(&path).unwrap();
         let recovered = dir.recover(1 << 20).unwrap();

@@ -81,7 +81,7 @@ impl Partition {
             }
             None => {}
         }
-        *shipment = Some(Shipment { offer, message, received: None });
+        *shipment = Some(Box::new(Shipment { offer, message, received: None }));
         drop(shipment);
         if let Some(shard) = self.shard.upgrade()
             && let Some(partition) = shard.partition(self.group_id)

@@ -45,6 +45,11 @@ impl Group {
                 self.proposed_bytes = 0;
                 self.confirmed.clear();
             }
+            // Raft keeps the places of what it handed over; a group that nobody writes to had one entry, and there are thousands.
+            let unstable = &mut self.node.raft.raft_log.unstable.entries;
+            if unstable.is_empty() {
+                unstable.shrink_to_fit();
+            }
             self.leadership = leadership;
             outputs.leadership = Some(leadership);
         }

@@ -383,7 +383,7 @@ pub(super) fn open(world: &World, shard: &Rc<Shard>, info: &PartitionInfo, found
         topic: "t".into(),
         index: info.group_id as i32,
         group_id: info.group_id,
-        config: world.plan.partitions[info.group_id as usize - 1].config.clone(),
+        config: world.plan.partitions[info.group_id as usize - 1].config.clone().into(),
         replicas: info.replicas.clone(),
         exported: false,
     };
