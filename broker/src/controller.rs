@@ -153,7 +153,9 @@ impl Controller {
         };
         let (start, end) = (log.log_start_offset(), log.log_end_offset());
         let (applied, image) = match newest {
-            _ if log.damage().is_some() => (-1, empty.clone()),
+            _ if log.damage().is_some() || snapshots.is_anew().map_err(|e| e.to_string())? => {
+                (-1, empty.clone())
+            }
             Some((offset, image)) if (start..=end).contains(&offset) => {
                 (offset, image.with_static_configs(&node.config))
             }

@@ -1,7 +1,8 @@
 //! The metadata log of this node is damaged, and the others have it: it is replaced, under the id that the node has.
 //!
 //! Found at start, before anything is opened, or by a reader later. The others are told until the leader of the metadata has taken
-//! this node's vote away (`cluster::mending`); then the log goes, a new one joins, and the image comes from that leader. A node
+//! this node's vote away (`cluster::mending`); then the log goes, a new one joins, and the image comes from that leader, also when
+//! the node dies before it has come (`MetadataSnapshots::begin_anew`). A node
 //! whose log is being replaced serves its partitions if it did before, and decides nothing about the metadata. Without a majority
 //! of the others nothing goes, and it waits. A broker that runs alone has nobody to ask, and does not start.
 
@@ -53,6 +54,9 @@ impl Controller {
             }
             tokio::time::sleep(INTERVAL).await;
         }
+        let snapshots = self.snapshots.clone();
+        let noted = tokio::task::spawn_blocking(move || snapshots.begin_anew()).await;
+        noted.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
         tracing::warn!(
             reason,
             "the damaged metadata log goes; this node joins the metadata with an empty one"
