@@ -209,6 +209,19 @@ fn a_node_that_dies_while_its_metadata_log_is_mended_goes_on_with_it() {
     cluster.nodes[1].restart().unwrap();
     assert_eq!(renewals(&cluster, 1), 1);
     await_all_vote(&cluster, 1);
+
+    // Once more, and it dies with a new log and without the metadata, and when that has just come.
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    ruin_metadata(&cluster, 1);
+    for place in ["metadata-written", "metadata-renamed"] {
+        cluster.nodes[1].environment = vec![("FLUMEN_FAILPOINT", place.to_string())];
+        let ended = cluster.nodes[1].restart_or_end().unwrap();
+        assert!(ended.is_some_and(|status| !status.success()), "{place}: {ended:?}");
+    }
+    cluster.nodes[1].environment.clear();
+    cluster.nodes[1].restart().unwrap();
+    assert_eq!(renewals(&cluster, 1), 2);
+    await_all_vote(&cluster, 1);
     let ends = ends_of(&cluster.kafka(), QUIET, 1).unwrap();
     assert_eq!(read_all(&cluster.kafka(), QUIET, &ends).unwrap().len(), acknowledged);
 
