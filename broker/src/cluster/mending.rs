@@ -6,7 +6,8 @@
 //! back once it has everything. Where a majority of the others is missing nothing happens, and what is on the disk stays.
 //!
 //! The rules are `flumen_metadata::reassignment::mending_step`. Each side asks again and remembers nothing: every step shows in
-//! the members of the group. A partition that is being moved is left to the move. Runs on every shard of a broker in a cluster.
+//! the members of the group. A partition that is being moved is left to the move, which gives votes; but that waits for a member whose
+//! log is damaged. Runs on every shard of a broker in a cluster.
 //!
 //! Not mended: the metadata itself, whose log has to be whole before a broker starts; groups with two voters, of which no majority
 //! is left without the one that is damaged; what nobody has read since it was ruined.
@@ -42,8 +43,8 @@ const BEGIN: u8 = 1;
 /// The leader has done what there was to do, or there is something to wait for.
 const WAIT: u8 = 0;
 
-/// Runs for as long as the shard.
-pub async fn keep(shard: Rc<Shard>) {
+/// Runs for as long as the shard. `renew`: has a replica begin again, with an empty log.
+pub async fn keep(shard: Rc<Shard>, renew: impl AsyncFn(&Rc<Shard>, &Partition)) {
     let mut told = BTreeSet::new();
     let mut renewed: BTreeMap<u64, Instant> = BTreeMap::new();
     while !shard.is_stopping() {
@@ -59,7 +60,15 @@ pub async fn keep(shard: Rc<Shard>) {
             let lately = renewed.get(&partition.group_id).is_some_and(|at| at.elapsed() < AGAIN_AFTER);
             if may_begin && !lately {
                 renewed.insert(partition.group_id, Instant::now());
-                begin_again(&shard, &partition).await;
+                let (topic, index) = (&partition.topic, partition.index);
+                let reason = partition.damage().unwrap_or_default().to_string();
+                tracing::warn!(
+                    %topic,
+                    partition = index,
+                    reason,
+                    "the damaged log goes; the replica joins its group with an empty one"
+                );
+                renew(&shard, &partition).await;
             }
         }
     }
@@ -75,8 +84,11 @@ fn in_need(shard: &Shard) -> Vec<(Rc<Partition>, PartitionInfo)> {
         }
         if partition.may_begin_again() || (partition.damage().is_none() && partition.lacks_its_vote()) {
             let info = partition.info_in(&image).cloned();
-            let at_rest = |info: &PartitionInfo| info.target.is_none() && info.replicas.contains(&own);
-            if let Some(info) = info.filter(|info| at_rest(info) && info.replicas.len() > 1) {
+            let counts_on_it = |info: &PartitionInfo| match &info.target {
+                None => info.replicas.contains(&own) && info.replicas.len() > 1,
+                Some(goal) => goal.contains(&own) && partition.damage().is_some(),
+            };
+            if let Some(info) = info.filter(counts_on_it) {
                 partition.cease_if_damaged();
                 found.push((partition, info));
             }
@@ -92,8 +104,8 @@ async fn ask(shard: &Rc<Shard>, partition: &Partition, info: &PartitionInfo) -> 
     question.put_u8(u8::from(partition.damage().is_some()));
     let question = question.freeze();
     let mut answer = WAIT;
-    for node_id in info.replicas.iter().filter(|id| **id != shard.node.config.node_id) {
-        let answered = shard.links.ask(*node_id, requests::MEND, question.clone()).await;
+    for node_id in info.holders().into_iter().filter(|id| *id != shard.node.config.node_id) {
+        let answered = shard.links.ask(node_id, requests::MEND, question.clone()).await;
         if let Ok(Answered { code: 0, body }) = answered
             && body.first() == Some(&BEGIN)
         {
@@ -103,16 +115,9 @@ async fn ask(shard: &Rc<Shard>, partition: &Partition, info: &PartitionInfo) -> 
     answer
 }
 
-/// In place of the damaged log there is an empty one.
-async fn begin_again(shard: &Rc<Shard>, partition: &Partition) {
+/// As `Shard::renew`, alone among all that opens and closes partitions.
+pub async fn renew_by_controller(shard: &Rc<Shard>, partition: &Partition) {
     let (topic, index) = (partition.topic.to_string(), partition.index);
-    let reason = partition.damage().unwrap_or_default().to_string();
-    tracing::warn!(
-        topic,
-        partition = index,
-        reason,
-        "the damaged log goes; the replica joins its group with an empty one"
-    );
     let made = shard.node.controller().run(move |s| async move { s.controller().renew(&topic, index).await });
     if made.await.is_err() {
         tracing::debug!(partition = index, "the broker stops");
@@ -153,10 +158,12 @@ async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damage
     // One that was deposed without knowing it would go by members of before.
     partition.confirm_leads().await.ok()?;
     let info = partition.info_in(&shard.node.image.load()).cloned()?;
-    if info.target.is_some() || !info.replicas.contains(&from) {
+    let view = view_of(partition);
+    let is_left_to_move = info.target.is_some() && !is_damaged;
+    if is_left_to_move || !info.goal().contains(&from) {
         return Some(WAIT);
     }
-    match mending_step(&info, &view_of(partition), from, is_damaged) {
+    match mending_step(&info, &view, from, is_damaged) {
         Mending::Begin => Some(BEGIN),
         Mending::Wait(reason) => {
             tracing::debug!(topic = %partition.topic, partition = partition.index, node = from, %reason, "a replica waits for its log");
