@@ -183,7 +183,7 @@ pub(crate) fn view_of(partition: &Partition) -> GroupView {
 pub async fn balance(shard: &Rc<Shard>, home: &mut Instant) {
     let node = &shard.node;
     let image = node.image.load_full();
-    if !balance::evacuations(&image, &node.is_up()).is_empty()
+    if !node.with_health(|health| balance::evacuations(&image, health)).is_empty()
         && let Err(error) = change(node, Intent::Evacuate).await
     {
         tracing::warn!(%error, "replicas of a node that leaves could not be given to others; it is tried again");

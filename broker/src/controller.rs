@@ -14,11 +14,13 @@
 //!   below a snapshot that is not the newest, so a damaged newest one loses nothing.
 
 mod apply;
+mod held;
+mod mend;
 mod partitions;
 mod upkeep;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -35,7 +37,7 @@ use uuid::Uuid;
 use crate::cluster::change::{Done, Intent};
 use crate::cluster::identity::ClusterId;
 use crate::metadata_snapshots::{MetadataSnapshots, SnapshotError};
-use crate::node::now_ms;
+use crate::node::{Node, now_ms};
 use crate::partition::{Completion, Origin, Partition, PartitionSpec};
 use crate::shard::Shard;
 use crate::topic_admin::TopicError;
@@ -79,8 +81,11 @@ impl ControlError {
 
 pub struct Controller {
     shard: Rc<Shard>,
-    log: Rc<Partition>,
+    /// Another one after it was damaged (`mend`).
+    log: RefCell<Rc<Partition>>,
     image: RefCell<MetadataImage>,
+    /// Where the other nodes were when the newest snapshot was written, for as long as there is no image.
+    lately_at: BTreeMap<i32, String>,
     /// The image holds everything below this offset. -1: nothing, and a snapshot has to come from another node first.
     applied: Cell<i64>,
     applied_more: Notify,
@@ -90,6 +95,9 @@ pub struct Controller {
     /// Held while partitions are created and deleted.
     hands_on: tokio::sync::Mutex<()>,
     recovered: RecoveredGroups,
+    /// Groups that have a log here, or had one, as `held` has written down; of a broker in a cluster.
+    held: RefCell<Arc<BTreeSet<u64>>>,
+    noting_held: tokio::sync::Mutex<()>,
     snapshots: MetadataSnapshots,
     /// Where the newest snapshot ends.
     snapshot_end: Cell<i64>,
@@ -99,49 +107,61 @@ pub struct Controller {
 /// Groups that recovery found, taken out by the shards as the metadata names them.
 pub type RecoveredGroups = Arc<Mutex<HashMap<u64, RecoveredGroup>>>;
 
-impl Controller {
-    /// Opens the metadata group, replays what is known to be committed, and opens the partitions that it names. Fails when
-    /// it is damaged: without metadata nothing can be served, and guessing would lose topics.
-    pub async fn start(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result<(), String> {
-        let node = &shard.node;
-        let voters = match &node.cluster {
+fn spec_of_metadata(node: &Node) -> PartitionSpec {
+    let mut config = TopicConfig::metadata_log();
+    if failpoint::small() {
+        config.segment_bytes = 8 << 10;
+    }
+    PartitionSpec {
+        topic: METADATA_TOPIC.into(),
+        index: 0,
+        group_id: METADATA_GROUP,
+        config: config.into(),
+        replicas: match &node.cluster {
             None => vec![node.config.node_id],
             Some(cluster) => cluster.identity.founders.iter().map(|f| f.node_id).collect(),
-        };
-        let mut config = TopicConfig::metadata_log();
-        if failpoint::small() {
-            config.segment_bytes = 8 << 10;
-        }
-        let spec = PartitionSpec {
-            topic: METADATA_TOPIC.into(),
-            index: 0,
-            group_id: METADATA_GROUP,
-            config: config.into(),
-            replicas: voters,
-            exported: false,
-        };
+        },
+        exported: false,
+    }
+}
+
+impl Controller {
+    /// Opens the metadata group, replays what is known to be committed, and opens the partitions that it names. One that
+    /// is damaged is replaced first by what the others have (`mend`), or it fails: without metadata nothing can be served, and
+    /// guessing would lose topics.
+    pub async fn start(shard: &Rc<Shard>, recovered: &RecoveredGroups) -> Result<(), String> {
+        let node = &shard.node;
+        let spec = spec_of_metadata(node);
         let found = recovered.lock().expect("no panic under this lock").remove(&METADATA_GROUP);
         let fresh = found.is_none();
         let log = match found {
             Some(group) => shard.attach(spec, group),
             None => shard.create(spec).map_err(|e| format!("cannot create the metadata log: {e}"))?,
         };
-        if let Some(reason) = log.damage() {
-            return Err(format!(
-                "the metadata log is damaged ({reason}); restore {METADATA_TOPIC}-0.g0 from a copy before starting"
-            ));
-        }
         let snapshots = MetadataSnapshots::open(&node.data_dir).map_err(|e| e.to_string())?;
+        let held = match &node.cluster {
+            Some(_) => {
+                held::load(&node.data_dir).map_err(|e| format!("what logs were here cannot be read: {e}"))?
+            }
+            None => BTreeSet::new(),
+        };
         let empty = (**node.image.load()).clone();
         let newest = snapshots.newest(&empty.node).map_err(|e| e.to_string())?;
+        let lately_at = match (&node.cluster, &newest) {
+            (Some(cluster), Some((_, image))) => cluster.addresses(image),
+            _ => BTreeMap::new(),
+        };
         let (start, end) = (log.log_start_offset(), log.log_end_offset());
         let (applied, image) = match newest {
+            _ if log.damage().is_some() || snapshots.is_anew().map_err(|e| e.to_string())? => {
+                (-1, empty.clone())
+            }
             Some((offset, image)) if (start..=end).contains(&offset) => {
                 (offset, image.with_static_configs(&node.config))
             }
-            None if start == 0 => (0, empty),
+            None if start == 0 => (0, empty.clone()),
             // The others have what this node lacks: its log began anew, and the snapshot did not come any more.
-            _ if node.cluster.is_some() => (-1, empty),
+            _ if node.cluster.is_some() => (-1, empty.clone()),
             Some((offset, _)) => {
                 return Err(format!(
                     "the newest metadata snapshot ends at {offset}, but the metadata log holds {start} to {end}: one of them is not of this broker, or lost its end"
@@ -156,22 +176,35 @@ impl Controller {
         };
         let controller = Rc::new(Controller {
             shard: shard.clone(),
-            log,
+            log: RefCell::new(log),
             image: RefCell::new(image),
+            lately_at,
             applied: Cell::new(applied),
             applied_more: Notify::new(),
             awaited: RefCell::default(),
             one_at_a_time: tokio::sync::Mutex::default(),
             hands_on: tokio::sync::Mutex::default(),
             recovered: recovered.clone(),
+            held: RefCell::new(Arc::new(held)),
+            noting_held: tokio::sync::Mutex::default(),
             snapshots,
             snapshot_end: Cell::new(applied.max(0)),
             snapshot_under_way: Cell::new(false),
         });
-        if applied >= 0 {
-            controller.replay().await?;
+        if applied >= 0
+            && let Err(error) = controller.replay().await
+            && controller.log().damage().is_none()
+        {
+            return Err(error);
         }
-        let replayed = controller.applied.get() - applied;
+        if controller.log().damage().is_some() {
+            // Nothing that it says is gone by, and nothing is opened before it is replaced.
+            controller.mend_log().await?;
+            controller.image.replace(empty);
+            controller.applied.set(-1);
+            controller.snapshot_end.set(0);
+        }
+        let replayed = (controller.applied.get() - applied).max(0);
         tracing::info!(snapshot_end = applied, replayed, "metadata loaded");
         shard.set_controller(controller.clone());
         controller.publish();
@@ -179,6 +212,8 @@ impl Controller {
         tokio::task::spawn_local(controller.clone().follow());
         if node.cluster.is_some() {
             tokio::task::spawn_local(controller.clone().keep_up());
+            tokio::task::spawn_local(controller.clone().keep_log_whole());
+            tokio::task::spawn_local(controller.clone().keep_held_noted());
         } else if fresh {
             let cluster_id = ClusterId::random().to_string();
             controller
@@ -192,7 +227,12 @@ impl Controller {
 
     /// Leads the metadata, and knows everything that was ever committed to it once it has applied what its log has.
     pub fn leads(&self) -> bool {
-        self.log.serves()
+        let log = self.log();
+        log.damage().is_none() && log.serves()
+    }
+
+    fn log(&self) -> Rc<Partition> {
+        self.log.borrow().clone()
     }
 
     /// Returns when the image has everything below `offset`, or at the deadline.
@@ -215,7 +255,7 @@ impl Controller {
     /// Waits until the image has all that this leader's log has.
     async fn catch_up_with_log(&self) -> Result<(), ControlError> {
         while self.leads() {
-            let end = self.log.log_end_offset();
+            let end = self.log().log_end_offset();
             if self.applied.get() >= end
                 || timeout(LEADERSHIP_LOOK, self.wait_until_applied(end)).await.is_ok()
             {
@@ -256,9 +296,12 @@ impl Controller {
                 format!("node {id} leads the metadata; it hands over after flumen cluster decommission {id}");
             return Err(TopicError { code: ErrorCode::NOT_CONTROLLER, message });
         }
-        let up = self.shard.node.is_up();
+        let node = &self.shard.node;
+        let plan = |image: &MetadataImage, config: &BrokerConfig| {
+            node.with_health(|health| intent.plan(image, config, health, Uuid::new_v4()))
+        };
         let (refused, outcome) = self
-            .change(|image, config| match intent.plan(image, config, &up, Uuid::new_v4()) {
+            .change(|image, config| match plan(image, config) {
                 Ok(commands) => (None, commands),
                 Err(refused) => (Some(refused), Vec::new()),
             })
@@ -290,7 +333,7 @@ impl Controller {
             let _ = done.send(());
         }));
         let appended = self
-            .log
+            .log()
             .append(builder.build(0), Origin::Broker, now, Some(completion))
             .map_err(|(error, _)| ControlError::Append(error.code()))?;
         self.awaited.borrow_mut().insert(appended.base_offset, None);
@@ -317,7 +360,7 @@ impl Controller {
                 Ok(Ok(not_needed_below)) => {
                     controller.snapshot_end.set(end);
                     if let Some(offset) = not_needed_below
-                        && let Err(error) = controller.log.cut_below(offset).await
+                        && let Err(error) = controller.log().cut_below(offset).await
                     {
                         tracing::warn!(%error, "the metadata log could not be cut; it stays longer than it needs to be");
                     }
@@ -336,9 +379,19 @@ impl Controller {
         encode_snapshot_file(self.applied.get(), &self.image.borrow().snapshot()).into()
     }
 
+    /// The same from whoever leads: everything that was committed before the question is in it.
+    pub async fn current_snapshot_file(&self) -> Result<Bytes, ControlError> {
+        if !self.leads() {
+            return Err(ControlError::NotController);
+        }
+        self.log().confirm_leads().await.map_err(|_| ControlError::NotController)?;
+        self.catch_up_with_log().await?;
+        Ok(self.snapshot_file())
+    }
+
     fn publish(&self) {
         let mut image = self.image.borrow().clone();
-        image.controller_epoch = self.log.leader_epoch();
+        image.controller_epoch = self.log().leader_epoch();
         self.shard.node.image.store(Arc::new(image));
     }
 }

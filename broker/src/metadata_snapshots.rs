@@ -16,6 +16,8 @@ use flumen_storage::failpoint::{self, Failpoint};
 /// The newest and one to fall back to.
 const KEPT: usize = 2;
 const SUFFIX: &str = ".snapshot";
+/// There from before the log is replaced by an empty one until the next snapshot is written.
+const ANEW: &str = "anew";
 /// Larger than any metadata that a node can serve (some 100 bytes per partition); a file beyond it is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
@@ -77,6 +79,20 @@ impl MetadataSnapshots {
         Ok(None)
     }
 
+    /// The log is to be replaced. What snapshots hold is older than what this node has done by it, and so is what comes into the
+    /// new log first: gone through once more it would have this node delete what it was given again later.
+    pub fn begin_anew(&self) -> Result<(), SnapshotError> {
+        let path = self.directory.join(ANEW);
+        fs::File::create(&path)
+            .and_then(|_| flumen_io::FileSystem::machine().sync_dir(&self.directory))
+            .map_err(|error| SnapshotError::Io { path, error })
+    }
+
+    /// The log was replaced, and no snapshot was written since.
+    pub fn is_anew(&self) -> Result<bool, SnapshotError> {
+        self.directory.join(ANEW).try_exists().map_err(self.io())
+    }
+
     /// Stores a snapshot and drops those that are no longer needed. Returns below which offset the log is not needed
     /// either.
     pub fn write(&self, next_offset: i64, image: &MetadataImage) -> Result<Option<i64>, SnapshotError> {
@@ -93,6 +109,9 @@ impl MetadataSnapshots {
         fs::rename(&temporary, &path).map_err(self.io())?;
         flumen_io::FileSystem::machine().sync_dir(&self.directory).map_err(sync_failed)?;
         failpoint::pass(Failpoint::MetadataRenamed);
+        if self.is_anew()? {
+            fs::remove_file(self.directory.join(ANEW)).map_err(self.io())?;
+        }
         let offsets = self.offsets().map_err(self.io())?;
         for old in offsets.iter().skip(KEPT) {
             fs::remove_file(self.path(*old)).map_err(self.io())?;
@@ -158,6 +177,11 @@ mod tests {
         assert_eq!(newest(&snapshots), Some((20, 2)));
         assert_eq!(snapshots.offsets().unwrap(), [20], "the damaged one is out of the way");
         assert_eq!(snapshots.write(500, &image(5)).unwrap(), Some(20));
+        assert!(!snapshots.is_anew().unwrap());
+        snapshots.begin_anew().unwrap();
+        assert!(snapshots.is_anew().unwrap() && newest(&snapshots) == Some((500, 5)));
+        snapshots.write(500, &image(5)).unwrap();
+        assert!(!snapshots.is_anew().unwrap());
         // A file that was renamed by hand does not pass for another offset.
         fs::rename(snapshots.path(500), snapshots.path(600)).unwrap();
         assert_eq!(newest(&snapshots), Some((20, 2)));

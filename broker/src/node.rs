@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
+use flumen_metadata::placement::NodeHealth;
 use flumen_metadata::{BrokerConfig, MetadataImage};
 use flumen_protocol::error_code::ErrorCode;
 
@@ -140,6 +141,12 @@ impl Node {
     pub fn has_room(&self) -> impl Fn(i32) -> bool + '_ {
         let (own, now) = (self.config.node_id, tokio::time::Instant::now());
         move |id| if id == own { !self.disk.is_low() } else { !self.room.is_short(id, now) }
+    }
+
+    /// For whoever places replicas.
+    pub fn with_health<R>(&self, plan: impl FnOnce(NodeHealth<'_>) -> R) -> R {
+        let (is_up, has_room) = (self.is_up(), self.has_room());
+        plan(NodeHealth { is_up: &is_up, has_room: &has_room })
     }
 
     /// Whether clients can be sent to a node: it runs as far as this one can tell, or others say so whom this one hears.

@@ -185,6 +185,8 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         node.exports.stop().await;
         if node.cluster.is_some() {
             hand_over_everything(&node).await;
+            // Whatever is removed while it does not run is noticed by the next start.
+            node.controller().run(|shard| async move { shard.controller().note_held().await }).await?;
         }
         for shard in 0..shard_count {
             let stopped = tokio::time::timeout(

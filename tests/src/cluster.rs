@@ -9,8 +9,9 @@ use flumen_protocol::record_batch;
 use kafka_protocol::messages::alter_partition_reassignments_request::{
     ReassignablePartition, ReassignableTopic,
 };
+use kafka_protocol::messages::describe_quorum_request::{PartitionData, TopicData};
 use kafka_protocol::messages::{
-    AlterPartitionReassignmentsRequest, BrokerId, ListPartitionReassignmentsRequest,
+    AlterPartitionReassignmentsRequest, BrokerId, DescribeQuorumRequest, ListPartitionReassignmentsRequest,
 };
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -24,6 +25,7 @@ use crate::process::free_ports;
 use crate::wire::{Wire, topic_name};
 use crate::witness::{Witness, judge};
 
+pub const METADATA_TOPIC: &str = "__cluster_metadata";
 const POLL: Duration = Duration::from_millis(50);
 const NODES_MAX: usize = 8;
 /// What a cluster that serves takes: so many records, and so many in each partition.
@@ -200,6 +202,18 @@ impl Cluster {
         let mut leaders: Vec<_> = found.partitions().iter().map(|p| (p.id(), p.leader())).collect();
         leaders.sort_unstable();
         Ok(leaders.into_iter().map(|(_, leader)| leader).collect())
+    }
+
+    /// Node ids of those who vote about the metadata, and up to where it is committed, as a node sees it.
+    pub fn quorum(&self, at: usize) -> anyhow::Result<(BTreeSet<i32>, i64)> {
+        let partition = PartitionData::default().with_partition_index(0);
+        let topic =
+            TopicData::default().with_topic_name(topic_name(METADATA_TOPIC)).with_partitions(vec![partition]);
+        let request = DescribeQuorumRequest::default().with_topics(vec![topic]);
+        let answer = Wire::connect(&self.nodes[at].kafka)?.ask(0, &request)?;
+        let found = answer.topics.first().and_then(|topic| topic.partitions.first());
+        let found = found.filter(|found| found.error_code == 0).with_context(|| format!("{answer:?}"))?;
+        Ok((found.current_voters.iter().map(|voter| voter.replica_id.0).collect(), found.high_watermark))
     }
 
     /// Waits until every partition of the topic has a leader that runs.

@@ -4,6 +4,8 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use flumen_protocol::record_batch;
+
 /// The first segment of `topic-partition` in a data directory.
 pub fn first_of(data: &Path, partition: &str) -> PathBuf {
     let inside = |dir: &Path| -> Vec<PathBuf> {
@@ -31,6 +33,20 @@ fn open(segment: &Path) -> (File, u64) {
 pub fn cut_in_half(segment: &Path) {
     let (file, length) = open(segment);
     file.set_len(length / 2).unwrap();
+}
+
+/// Another bit in the batch in the middle, which only its checksum tells of.
+pub fn flip_a_bit(segment: &Path) {
+    let (file, _) = open(segment);
+    let bytes = std::fs::read(segment).unwrap();
+    let mut ends = vec![0];
+    // Zeros are room that was taken in advance.
+    while bytes.get(ends[ends.len() - 1] + 8..).is_some_and(|rest| rest.len() > 4 && rest[..4] != [0; 4]) {
+        let at = ends[ends.len() - 1];
+        ends.push(at + record_batch::parse_header(&bytes[at..]).unwrap().total_bytes());
+    }
+    let last = ends[ends.len() / 2] - 1;
+    file.write_all_at(&[bytes[last] ^ 1], last as u64).unwrap();
 }
 
 /// Writes nonsense over the first batch, as a disk may.

@@ -9,11 +9,13 @@ use flumen_tests::cluster::Cluster;
 use flumen_tests::load::Load;
 use flumen_tests::mount::Mount;
 use flumen_tests::witness::Witness;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const TOPIC: &str = "orders";
 const PARTITIONS: i32 = 6;
 const SINGLE: &str = "single";
+/// Made while the disk is full.
+const SPARED: &str = "spared";
 const DISK_MIB: u64 = 512;
 
 /// Takes everything, to the last byte.
@@ -73,6 +75,16 @@ fn a_node_with_a_full_disk_gives_up_what_it_leads() {
     assert!(health.stdout.contains("error[DISK_FULL] broker 1"), "{}", health.stdout);
     // What only it has it still leads, and can be read there.
     assert!(cluster.leaders(SINGLE).unwrap().contains(&1));
+
+    // New topics and partitions go elsewhere, as far as there is an elsewhere.
+    cluster.create_topic(SPARED, 3, 2, &json!({})).unwrap();
+    let grown = cluster.nodes[1].cli(&["topic", "alter", SPARED, "--partitions", "6"]).unwrap();
+    assert!(grown.success, "{}", grown.stderr);
+    let described = cluster.nodes[1].get(&format!("/v1/topics/{SPARED}")).unwrap();
+    let placed: Vec<&Value> =
+        described["partition_list"].as_array().unwrap().iter().map(|p| &p["replicas"]).collect();
+    let on_1 = |replicas: &&&Value| replicas.as_array().unwrap().contains(&json!(1));
+    assert!(placed.len() == 6 && placed.iter().filter(on_1).count() == 0, "{placed:?}");
 
     // A node dies meanwhile: whoever leads after that is again not the full one, as long as there is another.
     let moved = cluster.leaders(TOPIC).unwrap();

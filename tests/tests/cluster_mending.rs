@@ -1,9 +1,9 @@
 //! A replica whose log is damaged gets it again from the others, by itself, while clients go on: whether a start finds the damage or
-//! a reader does, on a follower or on a leader.
+//! a reader does, on a follower or on a leader. And so does a node whose log of the metadata is.
 
 use std::time::Duration;
 
-use flumen_tests::cluster::Cluster;
+use flumen_tests::cluster::{Cluster, METADATA_TOPIC};
 use flumen_tests::kafka::{ends_of, read_all};
 use flumen_tests::load::Load;
 use flumen_tests::segment_file;
@@ -12,6 +12,7 @@ use serde_json::json;
 
 const TOPIC: &str = "orders";
 const PARTITIONS: i32 = 3;
+const QUIET: &str = "quiet";
 
 /// Of a partition, as node `at` sees it: its health, and who is in sync.
 fn seen(cluster: &Cluster, at: usize, partition: usize) -> Option<(String, usize)> {
@@ -80,10 +81,214 @@ fn a_leader_that_reads_nonsense_hands_over_and_is_mended() {
     segment_file::ruin_first_batch(&segment_file::first_of(&data, &format!("{TOPIC}-0")));
 
     // Whoever reads from the beginning gets all of it, from another leader.
-    let ends = ends_of(&kafka, TOPIC, PARTITIONS).unwrap();
-    assert_eq!(read_all(&kafka, TOPIC, &ends).unwrap().len() as i64, ends.iter().sum::<i64>());
+    let found = || cluster.nodes[at].log().contains("this replica is to get its log again");
+    let read = || {
+        let ends = ends_of(&kafka, TOPIC, PARTITIONS).unwrap();
+        assert_eq!(read_all(&kafka, TOPIC, &ends).unwrap().len() as i64, ends.iter().sum::<i64>());
+    };
+    // On a busy machine it may have lost the leadership again before it was asked.
+    let ask = || {
+        if !found() && cluster.leader_of(TOPIC, 0).unwrap() == at {
+            read();
+        }
+        found().then_some(())
+    };
+    cluster.until("it to be asked for what is ruined", ask).unwrap();
     await_logged(&cluster, at, "the damaged log goes; the replica joins its group with an empty one");
     await_mended(&cluster, 0);
     cluster.progress(&load, "mended").unwrap();
+    cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut []).unwrap();
+}
+
+/// Nodes 1 to 3 vote about the metadata, and node `at` knows it.
+fn await_all_vote(cluster: &Cluster, at: usize) -> i64 {
+    let all = [1, 2, 3].into();
+    cluster
+        .until("all to vote about the metadata", || {
+            let (voters, end) = cluster.quorum(at).ok()?;
+            (voters == all).then_some(end)
+        })
+        .unwrap()
+}
+
+/// How often a node has thrown its metadata log away.
+fn renewals(cluster: &Cluster, at: usize) -> usize {
+    cluster.nodes[at].log().matches("the damaged metadata log goes").count()
+}
+
+#[test]
+fn a_damaged_metadata_log_comes_again_from_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &["group.initial.rebalance.delay.ms=0"]).unwrap();
+    cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();
+    for number in 0..20 {
+        cluster.create_topic(&format!("more-{number}"), 1, 3, &json!({})).unwrap();
+    }
+    let kafka = cluster.kafka();
+    let mut load = Load::start_at(&kafka, TOPIC, false, Duration::from_millis(1)).unwrap();
+    let mut witnesses = vec![Witness::start(&kafka, TOPIC, "watchers").unwrap()];
+    cluster.progress(&load, "all whole").unwrap();
+
+    // What a reader finds and what recovery finds; on whoever leads the metadata, and on one that does not.
+    for (turn, ruin) in [segment_file::flip_a_bit, segment_file::cut_in_half].into_iter().enumerate() {
+        let leader = || {
+            let id = cluster.nodes[0].get("/v1/cluster").ok()?["controller_id"].as_u64()?;
+            usize::try_from(id).ok()?.checked_sub(1)
+        };
+        let leader = cluster.until("a leader of the metadata", leader).unwrap();
+        let at = (leader + turn) % 3;
+        let others = [(at + 1) % 3, (at + 2) % 3];
+        assert!(cluster.nodes[at].stop().unwrap().success());
+        let log = format!("{METADATA_TOPIC}-0");
+        ruin(&segment_file::first_of(&cluster.nodes[at].data_dir.join("data"), &log));
+        let before = renewals(&cluster, at);
+        // Alone with one other it waits: what is left of its log may be what makes a majority.
+        cluster.nodes[others[0]].kill_9();
+        cluster.nodes[at].begin().unwrap();
+        await_logged(&cluster, at, "the metadata log of this node is damaged; it waits");
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(renewals(&cluster, at), before);
+        cluster.nodes[at].kill_9();
+        cluster.nodes[others[0]].restart().unwrap();
+        cluster.progress(&load, &format!("the metadata log of node {} is ruined", at + 1)).unwrap();
+        cluster.create_topic(&format!("meanwhile-{turn}"), 3, 2, &json!({})).unwrap();
+
+        cluster.nodes[at].restart().unwrap();
+        assert_eq!(renewals(&cluster, at), before + 1);
+        cluster.progress(&load, "   and comes again").unwrap();
+        await_all_vote(&cluster, at);
+        await_mended(&cluster, 0);
+        // It counts again: with another one down they are a majority, about the metadata too.
+        cluster.nodes[others[1]].kill_9();
+        cluster.progress(&load, &format!("   and node {} is down", others[1] + 1)).unwrap();
+        cluster.create_topic(&format!("afterwards-{turn}"), 3, 2, &json!({})).unwrap();
+        for name in [format!("meanwhile-{turn}"), format!("afterwards-{turn}")] {
+            let found = || cluster.nodes[at].get(&format!("/v1/topics/{name}")).ok().map(drop);
+            cluster.until("the topic", found).unwrap();
+        }
+        cluster.nodes[others[1]].restart().unwrap();
+        await_mended(&cluster, 0);
+    }
+    let end = await_all_vote(&cluster, 0);
+    cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut witnesses).unwrap();
+    assert!(cluster.compare_replicas(METADATA_TOPIC, &[end], 3).unwrap() > 20);
+}
+
+/// Ruins the metadata log of a node that does not run.
+fn ruin_metadata(cluster: &Cluster, at: usize) {
+    let data = cluster.nodes[at].data_dir.join("data");
+    segment_file::cut_in_half(&segment_file::first_of(&data, &format!("{METADATA_TOPIC}-0")));
+}
+
+#[test]
+fn a_node_that_dies_while_its_metadata_log_is_mended_goes_on_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &[]).unwrap();
+    for number in 0..20 {
+        cluster.create_topic(&format!("topic-{number}"), 1, 3, &json!({})).unwrap();
+    }
+    // Only node 2 has it, and it was elsewhere before.
+    cluster.create_topic(QUIET, 1, 1, &json!({})).unwrap();
+    for id in [2, 1, 2] {
+        assert_eq!(cluster.reassign(QUIET, 0, Some(&[id])).unwrap(), 0);
+        cluster.await_no_moves().unwrap();
+    }
+    let mut load = Load::start_at(&cluster.kafka(), QUIET, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "what is written once").unwrap();
+    load.finish().unwrap();
+    let acknowledged = load.acknowledged().len();
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    ruin_metadata(&cluster, 1);
+    // In a second or so it asks, loses its vote, has a new log, is told the members, and gets the rest.
+    for turn in 1..=12u64 {
+        cluster.nodes[1].begin().unwrap();
+        std::thread::sleep(Duration::from_millis(150 * turn));
+        cluster.nodes[1].kill_9();
+        cluster.create_topic(&format!("more-{turn}"), 1, 2, &json!({})).unwrap();
+    }
+    cluster.nodes[1].restart().unwrap();
+    assert_eq!(renewals(&cluster, 1), 1);
+    await_all_vote(&cluster, 1);
+    let ends = ends_of(&cluster.kafka(), QUIET, 1).unwrap();
+    assert_eq!(read_all(&cluster.kafka(), QUIET, &ends).unwrap().len(), acknowledged);
+
+    // One that has no vote about the metadata has none to lose.
+    let added = cluster.add().unwrap();
+    assert!(cluster.nodes[added].stop().unwrap().success());
+    ruin_metadata(&cluster, added);
+    cluster.nodes[added].restart().unwrap();
+    assert_eq!(renewals(&cluster, added), 1);
+
+    cluster.nodes[2].kill_9();
+    await_all_vote(&cluster, added);
+    cluster.create_topic("last", 3, 2, &json!({})).unwrap();
+    for at in [0, 1, added] {
+        let found = || cluster.nodes[at].get("/v1/topics/last").ok().map(drop);
+        cluster.until("the topic", found).unwrap();
+    }
+    cluster.nodes[2].restart().unwrap();
+    let end = await_all_vote(&cluster, 0);
+    cluster.stop_all().unwrap();
+    assert!(cluster.compare_replicas(METADATA_TOPIC, &[end], 4).unwrap() > 10);
+}
+
+/// Of a topic, as node `at` sees it: the health of its partitions.
+fn health(cluster: &Cluster, at: usize, topic: &str) -> Option<Vec<String>> {
+    let seen = cluster.nodes[at].get(&format!("/v1/cluster/partitions?topic={topic}")).ok()?;
+    seen["partitions"].as_array()?.iter().map(|found| Some(found["health"].as_str()?.to_string())).collect()
+}
+
+/// A replica whose directory somebody removed may have said what made a record acknowledged: it does not vote as if it were new.
+#[test]
+fn a_log_that_is_gone_at_a_start_does_not_vote_before_it_came_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &["group.initial.rebalance.delay.ms=0"]).unwrap();
+    cluster.create_topic(TOPIC, PARTITIONS, 3, &json!({})).unwrap();
+    cluster.create_topic(QUIET, 1, 3, &json!({})).unwrap();
+    let kafka = cluster.kafka();
+    let mut load = Load::start_at(&kafka, QUIET, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "what is written once").unwrap();
+    load.finish().unwrap();
+    let mut load = Load::start_at(&kafka, TOPIC, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "all whole").unwrap();
+    // The log of the shard that begins now does not have what was before.
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    cluster.nodes[1].restart().unwrap();
+    cluster.progress(&load, "node 2 was restarted").unwrap();
+    // What comes now is acknowledged by nodes 1 and 2.
+    cluster.nodes[2].kill_9();
+    cluster.progress(&load, "node 3 is down").unwrap();
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    cluster.nodes[0].kill_9();
+    let data = cluster.nodes[1].data_dir.join("data");
+    for name in [format!("{TOPIC}-0"), format!("{QUIET}-0")] {
+        std::fs::remove_dir_all(segment_file::first_of(&data, &name).parent().unwrap()).unwrap();
+    }
+
+    for at in [1, 2] {
+        cluster.nodes[at].begin().unwrap();
+    }
+    let others_lead = || {
+        let health = health(&cluster, 1, TOPIC)?;
+        (health[1] != "leaderless" && health[2] != "leaderless").then_some(())
+    };
+    cluster.until("the other partitions to have leaders", others_lead).unwrap();
+    std::thread::sleep(Duration::from_secs(5));
+    for topic in [TOPIC, QUIET] {
+        assert_eq!(health(&cluster, 2, topic).unwrap()[0], "leaderless", "{topic}");
+    }
+    await_logged(&cluster, 1, "the log of this replica is gone");
+
+    cluster.nodes[0].restart().unwrap();
+    cluster.progress(&load, "node 1 is back").unwrap();
+    let begun = || cluster.nodes[1].log().matches("the replica joins its group with an empty one").count();
+    cluster.until("both to begin again", || (begun() == 2).then_some(())).unwrap();
+    await_mended(&cluster, 0);
+    let whole = || health(&cluster, 0, QUIET).is_some_and(|health| health == ["ok"]);
+    cluster.until("the other to be mended", || whole().then_some(())).unwrap();
+    cluster.nodes[0].kill_9();
+    cluster.progress(&load, "mended, and node 1 is down").unwrap();
+    cluster.await_leaders(QUIET).unwrap();
+    cluster.nodes[0].restart().unwrap();
     cluster.check(TOPIC, PARTITIONS, 3, &mut load, &mut []).unwrap();
 }

@@ -11,7 +11,7 @@ use crate::assignment::PartitionInfo;
 use crate::command::Command;
 use crate::image::{MetadataImage, Topic};
 use crate::nodes::{Broker, NodeState};
-use crate::placement::Placer;
+use crate::placement::{NodeHealth, Placer};
 
 use flumen_protocol::error_code::ErrorCode;
 
@@ -77,7 +77,7 @@ fn transfer(topic: &Topic, at: usize, info: &PartitionInfo, from: i32, to: i32) 
 ///
 /// A move to a node that began to leave later is changed where it stands: that node may be one that is lost, and the move
 /// would wait for it for ever.
-pub fn evacuations(image: &MetadataImage, is_up: &dyn Fn(i32) -> bool) -> Vec<Command> {
+pub fn evacuations(image: &MetadataImage, health: NodeHealth<'_>) -> Vec<Command> {
     let leaving: Vec<i32> = image
         .brokers()
         .iter()
@@ -91,7 +91,7 @@ pub fn evacuations(image: &MetadataImage, is_up: &dyn Fn(i32) -> bool) -> Vec<Co
     let under_way = partitions().filter(|info| info.target.is_some()).count();
     let mut begun_max = MOVES_AT_ONCE_MAX.saturating_sub(under_way);
     let mut changed_max = MOVES_AT_ONCE_MAX;
-    let mut placer = Placer::new(image, is_up);
+    let mut placer = Placer::new(image, health);
     let mut commands = Vec::new();
     for topic in image.topics.values() {
         for (partition, info) in (0i32..).zip(&topic.partitions) {

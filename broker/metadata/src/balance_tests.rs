@@ -95,12 +95,12 @@ fn a_turn_is_bounded() {
     set_state(&mut image, 1, NodeState::Decommissioning);
     let mut turns = 0;
     while image.replicas_on(1) > 0 {
-        let commands = evacuations(&image, &|_| true);
+        let commands = evacuations(&image, NodeHealth::ALL_WELL);
         assert!(!commands.is_empty() && commands.len() <= MOVES_AT_ONCE_MAX);
         for command in &commands {
             image.apply(command).unwrap();
         }
-        assert!(evacuations(&image, &|_| true).is_empty(), "no more at once");
+        assert!(evacuations(&image, NodeHealth::ALL_WELL).is_empty(), "no more at once");
         let progress = decommission_progress(&image, 1);
         assert_eq!((progress.moving, progress.blocked), (commands.len(), None));
         for command in commands {
@@ -124,7 +124,7 @@ fn a_move_to_a_node_that_leaves_goes_elsewhere() {
     set_state(&mut image, 3, NodeState::Decommissioning);
     let up = |id| id == 1 || id > 3;
     let apply = |image: &mut MetadataImage| {
-        let commands = evacuations(image, &up);
+        let commands = evacuations(image, NodeHealth { is_up: &up, ..NodeHealth::ALL_WELL });
         for command in &commands {
             image.apply(command).unwrap();
         }
@@ -157,7 +157,7 @@ fn a_node_that_is_needed_cannot_leave() {
     let refused = plan_decommission(&image, 1).unwrap_err();
     assert!(refused.message.ends_with("add a node first"), "{refused}");
     set_state(&mut image, 1, NodeState::Decommissioning);
-    assert!(evacuations(&image, &|_| true).is_empty());
+    assert!(evacuations(&image, NodeHealth::ALL_WELL).is_empty());
     assert!(decommission_progress(&image, 1).blocked.is_some());
     let mut image = cluster(4, &[&[1, 2, 3]]);
     let leave = Command::SetNodeState { id: 1, state: NodeState::Decommissioning };
@@ -167,5 +167,5 @@ fn a_node_that_is_needed_cannot_leave() {
     assert!(plan_maintenance(&image, 1, true).is_err());
     let target = Some(vec![2, 3, 4]);
     let expected = Command::SetReplicas { topic_id: Uuid::from_u128(1), partition: 0, target };
-    assert_eq!(evacuations(&image, &|_| true), [expected]);
+    assert_eq!(evacuations(&image, NodeHealth::ALL_WELL), [expected]);
 }

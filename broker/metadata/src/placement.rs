@@ -1,6 +1,7 @@
 //! Which nodes get the replicas of a partition, and which of them is to lead.
 //!
-//! Racks first: as many different ones as there are replicas, where the nodes allow it. Then the load: a topic's own
+//! Nodes that run and have room on their disks first; the others only where there are not enough of those. Then racks: as many
+//! different ones as there are replicas, where the nodes allow it. Then the load: a topic's own
 //! replicas are spread evenly, and what does not divide goes to the nodes that hold least of everything. The first replica
 //! leads where it can, so first places are spread in the same way.
 //!
@@ -9,9 +10,34 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use crate::admin::IsUp;
 use crate::assignment::PartitionInfo;
 use crate::image::MetadataImage;
 use crate::nodes::NodeState;
+
+/// What the metadata does not know of the nodes.
+#[derive(Clone, Copy)]
+pub struct NodeHealth<'a> {
+    pub is_up: IsUp<'a>,
+    /// Whether there is room on its disk.
+    pub has_room: &'a dyn Fn(i32) -> bool,
+}
+
+#[cfg(test)]
+impl NodeHealth<'_> {
+    pub const ALL_WELL: NodeHealth<'static> = NodeHealth { is_up: &|_| true, has_room: &|_| true };
+}
+
+/// The less the better.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Trouble {
+    #[default]
+    None,
+    /// It votes, and takes little: a replica there is behind as soon as much is written.
+    IsFull,
+    /// A replica there is behind from its first record on.
+    IsDown,
+}
 
 /// Nodes that may be given replicas, with what they hold already.
 #[derive(Debug, Clone)]
@@ -25,8 +51,7 @@ pub struct Placer {
 struct Candidate {
     id: i32,
     rack: Option<String>,
-    /// Nodes that do not run are taken last: a replica there is behind from its first record on.
-    is_down: bool,
+    trouble: Trouble,
     /// Of the topic that is being placed, and of all.
     of_topic: Load,
     of_all: Load,
@@ -39,12 +64,17 @@ struct Load {
 }
 
 impl Placer {
-    pub fn new(image: &MetadataImage, is_up: &dyn Fn(i32) -> bool) -> Placer {
+    pub fn new(image: &MetadataImage, health: NodeHealth<'_>) -> Placer {
+        let trouble = |id: i32| match ((health.is_up)(id), (health.has_room)(id)) {
+            (false, _) => Trouble::IsDown,
+            (true, false) => Trouble::IsFull,
+            (true, true) => Trouble::None,
+        };
         let active = image.brokers().into_iter().filter(|broker| broker.state == NodeState::Active);
         let nodes = active.map(|broker| Candidate {
             id: broker.id,
             rack: broker.rack.map(str::to_string),
-            is_down: !is_up(broker.id),
+            trouble: trouble(broker.id),
             ..Candidate::default()
         });
         // Those that take no new replicas keep the ones they have, and their racks count.
@@ -110,7 +140,8 @@ impl Placer {
     fn passing(&self, placed: &[Vec<usize>]) -> Option<Vec<(usize, usize)>> {
         let mut next: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); self.nodes.len()];
         for replicas in placed {
-            next[replicas[0]].extend(replicas[1..].iter().filter(|at| !self.nodes[**at].is_down));
+            next[replicas[0]]
+                .extend(replicas[1..].iter().filter(|at| self.nodes[**at].trouble == Trouble::None));
         }
         let first = |at: usize| self.nodes[at].of_topic.first;
         let most = (0..self.nodes.len()).filter(|at| !next[*at].is_empty()).map(first).max()?;
@@ -180,7 +211,7 @@ impl Placer {
         // Each place in the order of those who have it least often, so that the second in line is spread too.
         chosen.sort_by_key(|at| {
             let node = &self.nodes[*at];
-            (node.is_down, node.of_topic.first, node.of_all.first, node.of_topic.replicas, node.id)
+            (node.trouble, node.of_topic.first, node.of_all.first, node.of_topic.replicas, node.id)
         });
         for (place, at) in chosen.iter().enumerate() {
             let node = &mut self.nodes[*at];
@@ -206,7 +237,7 @@ impl Placer {
                 let node = &self.nodes[*at];
                 let load =
                     (node.of_topic.replicas, node.of_all.replicas, node.of_topic.first, node.of_all.first);
-                (node.is_down, in_rack(&node.rack), load, node.id)
+                (node.trouble, in_rack(&node.rack), load, node.id)
             });
             let Some(best) = best else { break };
             chosen.push(best);

@@ -56,7 +56,7 @@ proptest! {
         let of: Vec<Option<usize>> = (0..nodes).map(|at| racks.map(|racks| at % racks)).collect();
         let mut image = cluster(&of);
         for (number, (partitions, replication_factor)) in (1u128..).zip(&topics) {
-            let placed = Placer::new(&image, &|_| true).place(&[], *partitions, *replication_factor);
+            let placed = Placer::new(&image, NodeHealth::ALL_WELL).place(&[], *partitions, *replication_factor);
             if *replication_factor > nodes {
                 prop_assert_eq!(placed, None);
                 continue;
@@ -93,7 +93,7 @@ proptest! {
 fn nodes_that_do_not_run_or_are_leaving_are_avoided() {
     let mut image = cluster(&[None; 4]);
     image.apply(&Command::SetNodeState { id: 3, state: NodeState::Decommissioning }).unwrap();
-    let mut placer = Placer::new(&image, &|id| id != 1);
+    let mut placer = Placer::new(&image, NodeHealth { is_up: &|id| id != 1, ..NodeHealth::ALL_WELL });
     assert_eq!(placer.node_count(), 3);
     let placed = placer.place(&[], 6, 2).unwrap();
     assert!(placed.iter().flatten().all(|id| matches!(id, 0 | 2)), "{placed:?}");
@@ -101,6 +101,38 @@ fn nodes_that_do_not_run_or_are_leaving_are_avoided() {
     let placed = placer.place(&[], 3, 3).unwrap();
     assert!(placed.iter().all(|replicas| replicas[2] == 1), "{placed:?}");
     assert_eq!(placer.place(&[], 1, 4), None);
+}
+
+#[test]
+fn full_nodes_are_taken_only_where_there_are_not_enough_others() {
+    let image = cluster(&[Some(0), Some(0), Some(1), Some(2)]);
+    let full = |ids: &'static [i32]| move |id: i32| !ids.contains(&id);
+    let place = |has_room: &dyn Fn(i32) -> bool, is_up: &dyn Fn(i32) -> bool, count, factor| {
+        Placer::new(&image, NodeHealth { is_up, has_room }).place(&[], count, factor).unwrap()
+    };
+    let holders = |placed: &[Vec<i32>]| placed.iter().flatten().copied().collect::<BTreeSet<i32>>();
+    // Rather in one rack than on a full disk.
+    let placed = place(&full(&[2, 3]), &|_| true, 6, 2);
+    assert_eq!(holders(&placed), [0, 1].into());
+    // As few of them as it takes, and none leads.
+    let placed = place(&full(&[2, 3]), &|_| true, 6, 3);
+    assert!(placed.iter().all(|replicas| replicas[..2].iter().all(|id| *id < 2)), "{placed:?}");
+    assert_eq!(holders(&placed), [0, 1, 2, 3].into());
+    let first = count(placed.iter().map(|replicas| &replicas[0]));
+    assert_eq!(first, [(0, 3), (1, 3)].into());
+    // One that does not run is worse, full or not.
+    let placed = place(&full(&[1, 3]), &|id| id != 3, 1, 4);
+    assert_eq!(placed, [[0, 2, 1, 3]]);
+    let placed = place(&full(&[1, 3]), &|id| id != 2, 1, 3);
+    assert_eq!(holders(&placed), [0, 1, 3].into());
+    // Where all are full it is as if none were.
+    assert_eq!(place(&|_| false, &|_| true, 6, 3), place(&|_| true, &|_| true, 6, 3));
+    // What stays stays, and what comes has room.
+    let topic = [PartitionInfo::at_rest(1, vec![2, 0])];
+    let has_room = full(&[2, 3]);
+    let health = NodeHealth { is_up: &|_| true, has_room: &has_room };
+    assert_eq!(Placer::new(&image, health).place_again(&topic, &[2, 0], 3), Some(vec![2, 0, 1]));
+    assert_eq!(Placer::new(&image, health).place_again(&topic, &[2, 0], 4), Some(vec![2, 0, 1, 3]));
 }
 
 #[test]
@@ -112,11 +144,11 @@ fn a_new_node_does_not_get_a_whole_topic() {
         .apply(&Command::CreateTopic { name: "old".into(), id: Uuid::from_u128(1), assignments, configs })
         .unwrap();
     image.apply(&node(2, None)).unwrap();
-    let placed = Placer::new(&image, &|_| true).place(&[], 4, 1).unwrap();
+    let placed = Placer::new(&image, NodeHealth::ALL_WELL).place(&[], 4, 1).unwrap();
     assert_eq!(placed, [[2], [0], [1], [2]]);
     // More partitions of a topic go where it has fewest.
     let existing = [PartitionInfo::at_rest(1, vec![2]), PartitionInfo::at_rest(2, vec![0])];
-    assert_eq!(Placer::new(&image, &|_| true).place(&existing, 1, 1).unwrap(), [[1]]);
+    assert_eq!(Placer::new(&image, NodeHealth::ALL_WELL).place(&existing, 1, 1).unwrap(), [[1]]);
 }
 
 /// Regression: the rack of a node that takes no new replicas was not counted.
@@ -124,7 +156,7 @@ fn a_new_node_does_not_get_a_whole_topic() {
 fn the_rack_of_a_node_in_maintenance_counts() {
     let mut image = cluster(&[Some(0), Some(0), Some(1)]);
     image.apply(&Command::SetNodeState { id: 0, state: NodeState::Maintenance }).unwrap();
-    let placed = Placer::new(&image, &|_| true).place_again(&[], &[0], 2);
+    let placed = Placer::new(&image, NodeHealth::ALL_WELL).place_again(&[], &[0], 2);
     assert_eq!(placed, Some(vec![0, 2]), "node 1 is in the rack of the one that stays");
 }
 
@@ -132,7 +164,7 @@ fn the_rack_of_a_node_in_maintenance_counts() {
 fn what_stays_stays_and_the_new_one_is_in_another_rack() {
     let image = cluster(&[Some(0), Some(0), Some(1), Some(2)]);
     let topic = [PartitionInfo::at_rest(1, vec![2, 0])];
-    let placed = Placer::new(&image, &|_| true).place_again(&topic, &[2, 0], 3);
+    let placed = Placer::new(&image, NodeHealth::ALL_WELL).place_again(&topic, &[2, 0], 3);
     assert_eq!(placed, Some(vec![2, 0, 3]));
-    assert_eq!(Placer::new(&image, &|_| true).place_again(&topic, &[2, 0], 5), None);
+    assert_eq!(Placer::new(&image, NodeHealth::ALL_WELL).place_again(&topic, &[2, 0], 5), None);
 }

@@ -138,23 +138,13 @@ pub enum Mending {
 /// For a partition that is not being moved, whose replica on node `id` is damaged, or whole and without a vote. Its vote goes before
 /// its log does: a majority that counted on what it had said could otherwise be made without anybody who knows what that was.
 pub fn mending_step(info: &PartitionInfo, view: &GroupView, id: i32, is_damaged: bool) -> Mending {
+    if is_damaged {
+        return without_damaged(view, id);
+    }
     if view.is_joint {
         return Mending::Wait(Waiting::Joint);
     }
-    let votes = view.voters.contains(&id);
-    if is_damaged && votes {
-        let without = |set: &BTreeSet<i32>| set.iter().copied().filter(|member| *member != id).collect();
-        let voters: BTreeSet<i32> = without(&view.voters);
-        // The change itself takes a majority of those who voted before.
-        return match 2 * voters.len() > view.voters.len() {
-            true => Mending::Change { voters, learners: without(&view.learners) },
-            false => Mending::Wait(Waiting::TooFewOthers(id)),
-        };
-    }
-    if is_damaged {
-        return Mending::Begin;
-    }
-    if votes {
+    if view.voters.contains(&id) {
         return Mending::Done;
     }
     match next_step(info, view) {
@@ -162,6 +152,23 @@ pub fn mending_step(info: &PartitionInfo, view: &GroupView, id: i32, is_damaged:
         Step::Wait(reason) => Mending::Wait(reason),
         // It is the goal of another that is missing; whoever leads is of the goal while nothing moves.
         Step::Reached | Step::HandOver { .. } => Mending::Done,
+    }
+}
+
+/// The first half of it, which is the same for the metadata: its nodes get their votes as any that come.
+pub fn without_damaged(view: &GroupView, id: i32) -> Mending {
+    if view.is_joint {
+        return Mending::Wait(Waiting::Joint);
+    }
+    if !view.voters.contains(&id) {
+        return Mending::Begin;
+    }
+    let without = |set: &BTreeSet<i32>| set.iter().copied().filter(|member| *member != id).collect();
+    let voters: BTreeSet<i32> = without(&view.voters);
+    // The change itself takes a majority of those who voted before.
+    match 2 * voters.len() > view.voters.len() {
+        true => Mending::Change { voters, learners: without(&view.learners) },
+        false => Mending::Wait(Waiting::TooFewOthers(id)),
     }
 }
 

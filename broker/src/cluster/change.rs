@@ -13,6 +13,7 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use flumen_metadata::admin::{self, Refused, TopicToCreate};
 use flumen_metadata::balance;
+use flumen_metadata::placement::NodeHealth;
 use flumen_metadata::{BrokerConfig, Command, MetadataImage, NodeRecord, NodeState};
 use flumen_protocol::error_code::ErrorCode;
 use serde::{Deserialize, Serialize};
@@ -127,7 +128,7 @@ impl Intent {
         &self,
         image: &MetadataImage,
         config: &BrokerConfig,
-        up: &dyn Fn(i32) -> bool,
+        health: NodeHealth<'_>,
         id: Uuid,
     ) -> Result<Vec<Command>, Refused> {
         match self {
@@ -138,13 +139,13 @@ impl Intent {
                     replication_factor: *replication_factor,
                     configs,
                 };
-                admin::plan_create_topic(image, config, up, asked, id).map(|command| vec![command])
+                admin::plan_create_topic(image, config, health, asked, id).map(|command| vec![command])
             }
-            Intent::AutoCreate { name } => admin::plan_auto_create(image, config, up, name, id),
-            Intent::CreateOffsetsTopic => Ok(admin::plan_offsets_topic(image, config, up, id)),
+            Intent::AutoCreate { name } => admin::plan_auto_create(image, config, health, name, id),
+            Intent::CreateOffsetsTopic => Ok(admin::plan_offsets_topic(image, config, health, id)),
             Intent::DeleteTopic { topic } => plan_deletion(image, config, topic).map(|command| vec![command]),
             Intent::CreatePartitions { topic, total } => {
-                admin::plan_partitions(image, up, topic, *total).map(|command| vec![command])
+                admin::plan_partitions(image, health, topic, *total).map(|command| vec![command])
             }
             Intent::AlterTopic { topic, changes } => admin::plan_topic_configs(image, config, topic, changes),
             Intent::AlterBrokers { node_id, changes } => {
@@ -158,7 +159,7 @@ impl Intent {
             Intent::Decommission { id } => {
                 balance::plan_decommission(image, *id).map(|command| command.into_iter().collect())
             }
-            Intent::Evacuate => Ok(balance::evacuations(image, up)),
+            Intent::Evacuate => Ok(balance::evacuations(image, health)),
             Intent::ReplicasReached { topic_id, partition, replicas } => {
                 let topic_id = topic_id.parse().map_err(|_| {
                     Refused::new(ErrorCode::INVALID_REQUEST, format!("'{topic_id}' is no topic id"))
@@ -329,11 +330,18 @@ pub async fn answer(node: &Node, body: &[u8], known: bool) -> Answered {
     }
 }
 
-/// The metadata as this node has applied it, in the form of a snapshot file.
-pub async fn answer_metadata(node: &Node) -> Answered {
-    let file = node.controller().run(|shard| async move { shard.controller().snapshot_file() }).await;
-    match file {
-        Ok(file) => Answered { code: 0, body: file },
+/// The metadata as this node has applied it, in the form of a snapshot file; or, if `current`, as nobody has more of it.
+pub async fn answer_metadata(node: &Node, current: bool) -> Answered {
+    let run = node.controller().run(move |shard| async move {
+        let controller = shard.controller();
+        match current {
+            true => controller.current_snapshot_file().await,
+            false => Ok(controller.snapshot_file()),
+        }
+    });
+    match run.await {
+        Ok(Ok(file)) => Answered { code: 0, body: file },
+        Ok(Err(error)) => Answered { code: error.code().0, body: Bytes::new() },
         Err(_) => Answered { code: ErrorCode::BROKER_NOT_AVAILABLE.0, body: Bytes::new() },
     }
 }

@@ -220,7 +220,7 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
                 }
             }
         }
-        requests::METADATA => change::answer_metadata(&shard.node).await,
+        requests::METADATA => change::answer_metadata(&shard.node, !request.body.is_empty()).await,
         requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,

@@ -9,8 +9,11 @@
 //! the members of the group. A partition that is being moved is left to the move, which gives votes; but that waits for a member whose
 //! log is damaged. Runs on every shard of a broker in a cluster.
 //!
-//! Not mended: the metadata itself, whose log has to be whole before a broker starts; groups with two voters, of which no majority
-//! is left without the one that is damaged; what nobody has read since it was ruined.
+//! The metadata goes the same way, but that its controller asks (`controller::mend`), before it starts anything, and that the
+//! vote comes back as that of a new node does (`controller::upkeep`).
+//!
+//! Not mended: groups with two voters, of which no majority is left without the one that is damaged; what nobody has read since it
+//! was ruined.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -18,10 +21,11 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flumen_metadata::PartitionInfo;
-use flumen_metadata::reassignment::{Mending, mending_step};
+use flumen_metadata::reassignment::{Mending, mending_step, without_damaged};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_raft::Target;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::requests::{self, Answered};
 use crate::balancer::view_of;
@@ -80,6 +84,7 @@ fn in_need(shard: &Shard) -> Vec<(Rc<Partition>, PartitionInfo)> {
     let mut found = Vec::new();
     for partition in shard.partitions() {
         if partition.group_id == METADATA_GROUP {
+            // Its controller asks.
             continue;
         }
         if partition.may_begin_again() || (partition.damage().is_none() && partition.lacks_its_vote()) {
@@ -102,9 +107,13 @@ async fn ask(shard: &Rc<Shard>, partition: &Partition, info: &PartitionInfo) -> 
     let mut question = BytesMut::with_capacity(9);
     question.put_u64(partition.group_id);
     question.put_u8(u8::from(partition.damage().is_some()));
-    let question = question.freeze();
+    let others = info.holders().into_iter().filter(|id| *id != shard.node.config.node_id);
+    tell(shard, others.collect(), question.freeze()).await
+}
+
+async fn tell(shard: &Rc<Shard>, others: Vec<i32>, question: Bytes) -> u8 {
     let mut answer = WAIT;
-    for node_id in info.holders().into_iter().filter(|id| *id != shard.node.config.node_id) {
+    for node_id in others {
         let answered = shard.links.ask(node_id, requests::MEND, question.clone()).await;
         if let Ok(Answered { code: 0, body }) = answered
             && body.first() == Some(&BEGIN)
@@ -113,6 +122,15 @@ async fn ask(shard: &Rc<Shard>, partition: &Partition, info: &PartitionInfo) -> 
         }
     }
     answer
+}
+
+/// Tells everybody who is connected that the metadata log of this directory is damaged; true when it may go.
+pub(crate) async fn may_metadata_begin_again(shard: &Rc<Shard>, directory_id: Uuid) -> bool {
+    let mut question = BytesMut::with_capacity(25);
+    question.put_u64(METADATA_GROUP);
+    question.put_u8(1);
+    question.put_u128(directory_id.as_u128());
+    tell(shard, shard.links.connected(), question.freeze()).await == BEGIN
 }
 
 /// As `Shard::renew`, alone among all that opens and closes partitions.
@@ -128,10 +146,19 @@ pub async fn renew_by_controller(shard: &Rc<Shard>, partition: &Partition) {
 /// stands for election.
 pub(super) async fn answer(node: &Node, from: i32, mut body: Bytes) -> Answered {
     let failed = |code: ErrorCode| Answered { code: code.0, body: Bytes::new() };
-    if body.len() != 9 {
+    if body.len() != 9 && body.len() != 25 {
         return failed(ErrorCode::INVALID_REQUEST);
     }
     let (group_id, is_damaged) = (body.get_u64(), body.get_u8() != 0);
+    let directory_id = (body.len() == 16).then(|| Uuid::from_u128(body.get_u128()));
+    if group_id == METADATA_GROUP {
+        // A copy of a node's directory is not that node: whose vote would go while it has its log.
+        let image = node.image.load();
+        let known = image.nodes.get(&from).map(|record| record.directory_id);
+        if !is_damaged || directory_id.is_none() || directory_id != known {
+            return failed(ErrorCode::CLUSTER_AUTHORIZATION_FAILED);
+        }
+    }
     let done = node.shards[node.shard_of(group_id)]
         .run(move |shard| async move {
             let partition = shard.partition(group_id)?;
@@ -157,13 +184,18 @@ async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damage
     }
     // One that was deposed without knowing it would go by members of before.
     partition.confirm_leads().await.ok()?;
-    let info = partition.info_in(&shard.node.image.load()).cloned()?;
     let view = view_of(partition);
-    let is_left_to_move = info.target.is_some() && !is_damaged;
-    if is_left_to_move || !info.goal().contains(&from) {
-        return Some(WAIT);
-    }
-    match mending_step(&info, &view, from, is_damaged) {
+    let step = if partition.group_id == METADATA_GROUP {
+        without_damaged(&view, from)
+    } else {
+        let info = partition.info_in(&shard.node.image.load()).cloned()?;
+        let is_left_to_move = info.target.is_some() && !is_damaged;
+        if is_left_to_move || !info.goal().contains(&from) {
+            return Some(WAIT);
+        }
+        mending_step(&info, &view, from, is_damaged)
+    };
+    match step {
         Mending::Begin => Some(BEGIN),
         Mending::Wait(reason) => {
             tracing::debug!(topic = %partition.topic, partition = partition.index, node = from, %reason, "a replica waits for its log");

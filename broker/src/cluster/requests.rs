@@ -10,7 +10,8 @@ pub const WHO: u16 = 1;
 pub const KAFKA: u16 = 2;
 /// JSON of a `change::Intent`; the answer is a `change::Done`, or a code and a sentence.
 pub const CHANGE: u16 = 3;
-/// The metadata as a snapshot file holds it.
+/// The metadata as a snapshot file holds it. A byte asks whoever leads the metadata: what it gives has everything in it that was
+/// ever committed.
 pub const METADATA: u16 = 4;
 /// What a broker knows of itself, for the admin API.
 pub const STATUS: u16 = 5;
@@ -35,8 +36,8 @@ pub const SHIP: u16 = 12;
 /// What a node leads that the asker does not hear: node id i32; the answer is as `hearsay` has it, or an error code where it is
 /// not heard either.
 pub const HEARSAY: u16 = 13;
-/// A replica is damaged, or lacks its vote: group id u64, whether it is damaged u8; the answer of its leader is one byte, see
-/// `mending`.
+/// A replica is damaged, or lacks its vote: group id u64, whether it is damaged u8, of the metadata the directory id, 16 bytes; the
+/// answer of its leader is one byte, see `mending`.
 pub const MEND: u16 = 14;
 
 /// Whether a replica that lacks much may be sent so many bytes: group id u64, bytes i64 (negative: so many less than was asked

@@ -7,13 +7,14 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use flumen_metadata::{Applied, Command, MetadataImage, decode_snapshot_file};
 use flumen_protocol::record;
 use flumen_protocol::record_batch;
 use tokio::time::timeout;
 
 use super::{Controller, METADATA_GROUP};
-use crate::cluster::requests;
+use crate::cluster::requests::{self, Answered};
 use crate::partition::DataWaiter;
 
 /// One read of the metadata log.
@@ -28,7 +29,7 @@ const SNAPSHOT_RETRY: Duration = Duration::from_millis(200);
 impl Controller {
     /// Applies what is known to be committed, before anything that the image names is opened.
     pub(super) async fn replay(self: &Rc<Self>) -> Result<(), String> {
-        while self.applied.get() < self.log.high_watermark() {
+        while self.applied.get() < self.log().high_watermark() {
             self.apply_next(false).await?;
         }
         Ok(())
@@ -37,18 +38,23 @@ impl Controller {
     pub(super) async fn follow(self: Rc<Self>) {
         while !self.shard.is_stopping() {
             let waiter = Rc::new(DataWaiter::default());
-            self.log.wait_for_data(&waiter);
-            if self.applied.get() < self.log.log_start_offset() {
+            self.log().wait_for_data(&waiter);
+            if self.applied.get() < self.log().log_start_offset() {
                 if let Err(error) = self.begin_from_another().await {
                     tracing::warn!(error, "this node needs the metadata of another; trying again");
                     tokio::time::sleep(SNAPSHOT_RETRY).await;
                 }
                 continue;
             }
-            if self.applied.get() < self.log.high_watermark() {
+            if self.applied.get() < self.log().high_watermark() {
                 if let Err(error) = self.apply_next(true).await {
                     // Deleted under the reader: what replaces it is found in the next round.
-                    if self.applied.get() < self.log.log_start_offset() || self.shard.is_stopping() {
+                    if self.applied.get() < self.log().log_start_offset() || self.shard.is_stopping() {
+                        continue;
+                    }
+                    if self.log().damage().is_some() && self.shard.node.cluster.is_some() {
+                        // It is replaced, and has the same then.
+                        tokio::time::sleep(SNAPSHOT_RETRY).await;
                         continue;
                     }
                     return self.shard.poison(&format!("the metadata cannot be followed: {error}"));
@@ -65,7 +71,7 @@ impl Controller {
 
     async fn apply_next(self: &Rc<Self>, make_so: bool) -> Result<(), String> {
         let from = self.applied.get();
-        let slice = self.log.fetch(from, READ_BYTES).await.map_err(|e| e.to_string())?;
+        let slice = self.log().fetch(from, READ_BYTES).await.map_err(|e| e.to_string())?;
         for bytes in &slice.records {
             for batch in record_batch::batches(bytes) {
                 let (header, batch) = batch.map_err(|e| e.to_string())?;
@@ -114,25 +120,33 @@ impl Controller {
         Ok(applied)
     }
 
-    /// Takes the metadata from a node that has more of it than this one can read.
+    /// Takes the metadata from a node that has more of it than this one can read: from the one that leads it, as partitions that
+    /// older metadata does not have here would be deleted. If that is this one, what another has must reach as far as what is
+    /// committed.
     async fn begin_from_another(self: &Rc<Self>) -> Result<(), String> {
         let node = &self.shard.node;
-        let connected = self.shard.links.connected();
-        let leader = node.leaders.get(METADATA_GROUP).map(|(leader, _)| leader);
-        let from = leader.filter(|id| connected.contains(id)).or_else(|| connected.first().copied());
-        let from = from.ok_or("no other broker is connected")?;
-        let answered = self
-            .shard
-            .links
-            .ask(from, requests::METADATA, bytes::Bytes::new())
-            .await
-            .map_err(|e| e.to_string())?;
-        if answered.code != 0 {
-            return Err(format!("node {from} does not give it"));
+        let is_leader = self.log().is_leader();
+        if is_leader && !self.leads() {
+            return Err("it is not known yet what is committed".to_string());
         }
-        let (offset, body) = decode_snapshot_file(&answered.body).map_err(|e| e.to_string())?;
-        if offset < self.log.log_start_offset() {
-            return Err(format!("what node {from} has ends at {offset}, the log begins behind that"));
+        let question: &'static [u8] = if is_leader { &[] } else { &[1] };
+        let mut others = self.shard.links.connected();
+        let leader = node.leaders.get(METADATA_GROUP).map(|(leader, _)| leader);
+        others.sort_by_key(|id| Some(*id) != leader);
+        let mut given = None;
+        for from in others {
+            let answered = self.shard.links.ask(from, requests::METADATA, Bytes::from_static(question)).await;
+            if let Ok(Answered { code: 0, body }) = answered {
+                given = Some((from, body));
+                break;
+            }
+        }
+        let (from, file) = given.ok_or("no node that is connected leads it")?;
+        let (offset, body) = decode_snapshot_file(&file).map_err(|e| e.to_string())?;
+        let log = self.log();
+        let needed = if is_leader { log.high_watermark() } else { log.log_start_offset() };
+        if offset < needed {
+            return Err(format!("what node {from} has ends at {offset}, and {needed} is needed"));
         }
         let own = self.image.borrow().node.clone();
         let image = MetadataImage::restore(own, body)

@@ -3,7 +3,7 @@
 //! A partition is opened when the image names this node as a holder, from what recovery found or anew, and deleted when the
 //! image says that this node holds it no longer. Nothing is deleted because the image does not name it: it may be old.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use flumen_metadata::{Applied, MetadataImage, Topic};
 use flumen_storage::RecoveredGroup;
 
 use super::{Controller, METADATA_GROUP, RecoveredGroups};
+use crate::cluster::Cluster;
 use crate::partition::PartitionSpec;
 use crate::shard::Shard;
 
@@ -31,21 +32,40 @@ fn spec_of(topic: &Topic, name: &Arc<str>, index: i32) -> Option<PartitionSpec> 
     })
 }
 
-/// From what recovery found, or anew: a crash may have come between the metadata and the log.
-fn open(shard: &Rc<Shard>, spec: PartitionSpec, recovered: &RecoveredGroups) -> Result<(), String> {
+/// What is known of the logs that are on this disk, or were.
+#[derive(Clone)]
+struct Logs {
+    recovered: RecoveredGroups,
+    held: Arc<BTreeSet<u64>>,
+}
+
+/// From what recovery found, or anew: a crash may have come between the metadata and the log. One that was here and is gone
+/// comes as a new replica.
+fn open(shard: &Rc<Shard>, mut spec: PartitionSpec, logs: &Logs) -> Result<(), String> {
     if shard.partition(spec.group_id).is_some() {
         return Ok(());
     }
-    let found = recovered.lock().expect("no panic under this lock").remove(&spec.group_id);
-    match found {
-        Some(group) => drop(shard.attach(spec, group)),
-        None => drop(shard.create(spec).map_err(|e| e.to_string())?),
+    let found = logs.recovered.lock().expect("no panic under this lock").remove(&spec.group_id);
+    if let Some(group) = found {
+        shard.attach(spec, group);
+        return Ok(());
     }
+    let own = shard.node.config.node_id;
+    if logs.held.contains(&spec.group_id) {
+        let (topic, partition) = (&spec.topic, spec.index);
+        if spec.replicas.iter().any(|id| *id != own) {
+            tracing::error!(%topic, partition, "the log of this replica is gone; it does not vote before it has it again from the others");
+            spec.replicas.retain(|id| *id != own);
+        } else {
+            tracing::error!(%topic, partition, "the log of this partition is gone, and there is no other replica; it begins empty");
+        }
+    }
+    shard.create(spec).map_err(|e| e.to_string())?;
     Ok(())
 }
 
 /// Opens every partition of the image that this node holds and that lives on this shard.
-fn open_on(shard: &Rc<Shard>, image: &MetadataImage, recovered: &RecoveredGroups) -> Result<(), String> {
+fn open_on(shard: &Rc<Shard>, image: &MetadataImage, logs: &Logs) -> Result<(), String> {
     let own = shard.node.config.node_id;
     for topic in image.topics.values() {
         let name: Arc<str> = topic.name.as_str().into();
@@ -54,7 +74,7 @@ fn open_on(shard: &Rc<Shard>, image: &MetadataImage, recovered: &RecoveredGroups
                 && info.is_held_by(own)
                 && let Some(spec) = spec_of(topic, &name, index)
             {
-                open(shard, spec, recovered)?;
+                open(shard, spec, logs)?;
             }
         }
     }
@@ -62,10 +82,14 @@ fn open_on(shard: &Rc<Shard>, image: &MetadataImage, recovered: &RecoveredGroups
 }
 
 impl Controller {
+    fn logs(&self) -> Logs {
+        Logs { recovered: self.recovered.clone(), held: self.held.borrow().clone() }
+    }
+
     pub(super) async fn open_all(&self) -> Result<(), String> {
         for shard in &self.shard.node.shards {
-            let (image, recovered) = (self.shard.node.image.load_full(), self.recovered.clone());
-            let opened = shard.run(move |s| async move { open_on(&s, &image, &recovered) }).await;
+            let (image, logs) = (self.shard.node.image.load_full(), self.logs());
+            let opened = shard.run(move |s| async move { open_on(&s, &image, &logs) }).await;
             opened.map_err(|e| e.to_string())??;
         }
         self.set_links().await;
@@ -167,9 +191,9 @@ impl Controller {
     async fn open_one(&self, topic: &str, index: i32) {
         let node = &self.shard.node;
         let Some(spec) = self.spec(topic, index) else { return };
-        let recovered = self.recovered.clone();
+        let logs = self.logs();
         let made = node.shards[node.shard_of(spec.group_id)]
-            .run(move |s| async move { open(&s, spec, &recovered) })
+            .run(move |s| async move { open(&s, spec, &logs) })
             .await;
         if let Ok(Err(error)) = made {
             // The metadata says that the partition is here; the next start creates it.
@@ -200,11 +224,20 @@ impl Controller {
             node.shards[node.shard_of(group_id)].run(move |s| async move { s.delete(group_id).await }).await;
     }
 
+    /// Where the other nodes are.
+    pub(super) fn addresses(&self, cluster: &Cluster) -> BTreeMap<i32, String> {
+        let mut addresses = cluster.addresses(&self.image.borrow());
+        if self.applied.get() < 0 {
+            addresses.extend(self.lately_at.clone());
+        }
+        addresses
+    }
+
     /// Every shard speaks to the nodes that the image names.
     async fn set_links(&self) {
         let node = &self.shard.node;
         let Some(cluster) = &node.cluster else { return };
-        let addresses = Arc::new(cluster.addresses(&node.image.load()));
+        let addresses = Arc::new(self.addresses(cluster));
         for shard in &node.shards {
             let addresses = addresses.clone();
             let _ = shard.post(move |shard| shard.links.set(shard, &addresses)).await;

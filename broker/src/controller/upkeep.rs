@@ -38,7 +38,11 @@ impl Controller {
 
     fn say_who_votes(&self) {
         let Some(cluster) = &self.shard.node.cluster else { return };
-        let voters = self.log.raft_status().membership.voters;
+        if self.log().damage().is_some() {
+            // It does not know.
+            return;
+        }
+        let voters = self.log().raft_status().membership.voters;
         cluster.members.set_metadata_voters(voters.into_iter().filter_map(node_id_of).collect());
     }
 
@@ -74,7 +78,7 @@ impl Controller {
         let Some(cluster) = &self.shard.node.cluster else { return };
         let nodes: BTreeSet<u64> = self.image.borrow().nodes.keys().map(|id| raft_id(*id)).collect();
         let young = nodes.len() < cluster.identity.founders.len();
-        let status = self.log.raft_status();
+        let status = self.log().raft_status();
         let (up, has_room) = (self.shard.node.is_up(), self.shard.node.has_room());
         let active: BTreeSet<u64> = (self.image.borrow().nodes.values())
             .filter(|node| node.state == NodeState::Active && up(node.id) && has_room(node.id))
@@ -83,12 +87,12 @@ impl Controller {
         if let Some(to) = successor_wanted(&status, &active, young) {
             tracing::info!(to, "this node is to lead nothing; another is to lead the metadata");
             // A refusal means that it leads no more.
-            let _ = self.log.transfer_leader(to);
+            let _ = self.log().transfer_leader(to);
             return;
         }
         let Some(target) = members_wanted(&status, &nodes, young) else { return };
         tracing::info!(voters = ?target.voters, learners = ?target.learners, "members of the metadata group change");
-        match self.log.propose_membership(target) {
+        match self.log().propose_membership(target) {
             Ok(()) | Err(ProposeError::ChangePending | ProposeError::NoChange | ProposeError::NotLeader) => {}
             Err(error) => tracing::warn!(%error, "the members of the metadata group could not be changed"),
         }

@@ -18,15 +18,19 @@ pub async fn create_topics(request: &Request<'_>) -> Result<Answer, RequestError
     let version = request.header.api_version;
     let ids: Vec<Uuid> = create.topics.iter().map(|_| Uuid::new_v4()).collect();
     let names = create.topics.iter().flat_map(|t| &t.configs).map(|c| c.name.as_str());
-    let up = request.shard.node.is_up();
+    let node = request.shard.node.clone();
     let refused = refused_exports(request, names, |image, config| {
         let as_if = create.clone().with_validate_only(false);
-        admin::create_topics(&as_if, version, image, config, &up, ids.clone()).commands
+        node.with_health(|health| {
+            admin::create_topics(&as_if, version, image, config, health, ids.clone()).commands
+        })
     })
     .await;
     create.topics.retain(|t| !refused.contains_key(t.name.as_str()));
     let mut response = commit_plan(&request.shard.node, move |image, config| {
-        admin::create_topics(&create, version, image, config, &up, ids).into_parts()
+        node.with_health(|health| {
+            admin::create_topics(&create, version, image, config, health, ids).into_parts()
+        })
     })
     .await
     .map_err(|e: ErrorCode| request.malformed(e.to_string()))?;
@@ -55,9 +59,9 @@ pub async fn delete_topics(request: &Request<'_>) -> Result<Answer, RequestError
 
 pub async fn create_partitions(request: &Request<'_>) -> Result<Answer, RequestError> {
     let create: CreatePartitionsRequest = request.decode()?;
-    let up = request.shard.node.is_up();
+    let node = request.shard.node.clone();
     let response = commit_plan(&request.shard.node, move |image, _| {
-        admin::create_partitions(&create, image, &up).into_parts()
+        node.with_health(|health| admin::create_partitions(&create, image, health).into_parts())
     })
     .await
     .map_err(|e: ErrorCode| request.malformed(e.to_string()))?;

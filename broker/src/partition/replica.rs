@@ -2,7 +2,7 @@
 //!
 //! Nothing here waits. What Raft answers is carried out by `Partition::advance`.
 
-use flumen_metadata::{MetadataImage, PartitionInfo};
+use flumen_metadata::{Durability, MetadataImage, PartitionInfo};
 use flumen_raft::{Body, Membership, Message, ProposeError, ReadError, Status, StepError, Target};
 use tokio::sync::oneshot;
 
@@ -151,6 +151,16 @@ impl Partition {
     /// Damaged, and what is left of its log may go when others have all of it.
     pub(crate) fn may_begin_again(&self) -> bool {
         self.damage().is_some() && !self.keeps_its_log.get()
+    }
+
+    /// Its log has an entry that a loss of power does not take, and so the log is there for sure.
+    pub(crate) async fn has_stored_for_sure(&self) -> bool {
+        if self.damage().is_some() || self.joining.get() || self.raft_status().persisted_index == 0 {
+            return false;
+        }
+        let is_durable = self.config.borrow().acknowledges() == Durability::Durable;
+        // A log that cannot be forced stops the process elsewhere.
+        is_durable || self.log.force().await.is_ok()
     }
 
     /// It takes part, or asks to, and does not vote.

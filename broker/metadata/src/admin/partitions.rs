@@ -10,17 +10,17 @@ use kafka_protocol::messages::{CreatePartitionsRequest, CreatePartitionsResponse
 use super::topics::{
     PARTITIONS_PER_REQUEST_MAX, bad_assignment, check_replicas, not_enough_nodes, repeated, too_many,
 };
-use super::{AdminPlan, Fail, IsUp, Refused};
+use super::{AdminPlan, Fail, Refused};
 use crate::command::Command;
 use crate::image::{MetadataImage, TOPIC_PARTITIONS_MAX, Topic};
-use crate::placement::Placer;
+use crate::placement::{NodeHealth, Placer};
 
 pub fn create_partitions(
     request: &CreatePartitionsRequest,
     image: &MetadataImage,
-    is_up: IsUp<'_>,
+    health: NodeHealth<'_>,
 ) -> AdminPlan<CreatePartitionsResponse> {
-    let mut placer = Placer::new(image, is_up);
+    let mut placer = Placer::new(image, health);
     let mut commands = Vec::new();
     let twice = repeated(request.topics.iter().map(|topic| topic.name.as_str()));
     let mut answered = BTreeSet::new();
@@ -111,7 +111,7 @@ fn grow(topic: &Topic, added: i32, placer: &mut Placer) -> Result<Command, Refus
 /// Lets a topic grow to `total` partitions, for callers that do not speak Kafka's protocol.
 pub fn plan_partitions(
     image: &MetadataImage,
-    is_up: IsUp<'_>,
+    health: NodeHealth<'_>,
     topic: &str,
     total: i32,
 ) -> Result<Command, Refused> {
@@ -123,7 +123,7 @@ pub fn plan_partitions(
         let message = format!("topic '{topic}' has {has} partitions; {total} is not more, or too many");
         return Err(Refused::new(ErrorCode::INVALID_PARTITIONS, message));
     }
-    grow(found, total - has, &mut Placer::new(image, is_up))
+    grow(found, total - has, &mut Placer::new(image, health))
 }
 
 impl Fail for CreatePartitionsResponse {

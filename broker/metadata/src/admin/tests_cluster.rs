@@ -23,6 +23,7 @@ use super::testing::*;
 use super::*;
 use crate::broker_config::BrokerConfig;
 use crate::nodes::{NodeRecord, NodeState};
+use crate::placement::NodeHealth;
 
 fn cluster(nodes: i32, assignments: &[&[i32]]) -> MetadataImage {
     let mut image = image(&[]);
@@ -299,7 +300,7 @@ fn topics_are_placed_or_refused_by_the_number_of_nodes() {
     };
     let create = |image: &MetadataImage, topics: Vec<CreatableTopic>, config: &BrokerConfig| {
         let request = CreateTopicsRequest::default().with_topics(topics);
-        create_topics(&request, 7, image, config, &up, super::testing::ids())
+        create_topics(&request, 7, image, config, NodeHealth::ALL_WELL, super::testing::ids())
     };
     let topics = vec![
         new("a", 3, 3),
@@ -325,7 +326,7 @@ fn topics_are_placed_or_refused_by_the_number_of_nodes() {
     let three = super::testing::config(&[("default.replication.factor", "3")]);
     let plan = create(&image, vec![new("f", -1, -1)], &three);
     assert_eq!(plan.response.topics[0].replication_factor, 3);
-    let offsets = plan_offsets_topic(&image, &config, &up, Uuid::from_u128(50));
+    let offsets = plan_offsets_topic(&image, &config, NodeHealth::ALL_WELL, Uuid::from_u128(50));
     let applied = image.apply(&offsets[0]).unwrap();
     assert!(applied.created.iter().all(|created| created.replicas.len() == 3));
 
@@ -343,7 +344,11 @@ fn topics_are_placed_or_refused_by_the_number_of_nodes() {
                 .with_count(count)
                 .with_assignments(assignments),
         ];
-        create_partitions(&CreatePartitionsRequest::default().with_topics(topics), image, &up)
+        create_partitions(
+            &CreatePartitionsRequest::default().with_topics(topics),
+            image,
+            NodeHealth::ALL_WELL,
+        )
     };
     assert_eq!(grow(&image, 3, Some(&[&[1]])).response.results[0].error_code, 39);
     assert_eq!(grow(&image, 3, Some(&[&[1, 4]])).response.results[0].error_code, 39);

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::testing::*;
 use super::*;
 use crate::broker_config::BrokerConfig;
+use crate::placement::NodeHealth;
 
 fn new(name: &str, partitions: i32, replication_factor: i16) -> CreatableTopic {
     CreatableTopic::default()
@@ -46,7 +47,7 @@ fn topics_are_created_with_defaults_in_every_version() {
         let mut image = image(&[]);
         let topics = vec![with_config(new("a", -1, -1), "retention.ms", Some(" 5 ")), new("b", 2, 1)];
         let request = wire(&creating(topics), version);
-        let plan = create_topics(&request, version, &image, &config, &up, ids());
+        let plan = create_topics(&request, version, &image, &config, NodeHealth::ALL_WELL, ids());
         let response = wire(&plan.response, version);
         assert!(response.topics.iter().all(|t| t.error_code == 0 && t.error_message.is_none()));
         if version >= 5 {
@@ -99,7 +100,7 @@ fn creation_is_refused_for_kafkas_reasons() {
     ] {
         for version in 2..=7 {
             let request = creating(vec![asked.clone(), new("fine", 1, 1)]);
-            let plan = create_topics(&request, version, &image, &config, &up, ids());
+            let plan = create_topics(&request, version, &image, &config, NodeHealth::ALL_WELL, ids());
             let response = wire(&plan.response, version);
             assert_eq!(response.topics[0].error_code, code, "{asked:?}");
             assert!(response.topics[0].error_message.is_some());
@@ -113,7 +114,7 @@ fn creation_is_refused_for_kafkas_reasons() {
 fn assignments_give_the_partition_count() {
     let mut image = image(&[]);
     let request = creating(vec![assigned("t", &[(1, &[1]), (0, &[1])])]);
-    let plan = create_topics(&request, 7, &image, &BrokerConfig::default(), &up, ids());
+    let plan = create_topics(&request, 7, &image, &BrokerConfig::default(), NodeHealth::ALL_WELL, ids());
     commit(&mut image, &plan);
     assert_eq!(image.topics["t"].partitions.len(), 2);
 }
@@ -121,7 +122,7 @@ fn assignments_give_the_partition_count() {
 #[test]
 fn validate_only_creates_nothing() {
     let request = creating(vec![new("a", 2, 1), new("b", 0, 1)]).with_validate_only(true);
-    let plan = create_topics(&request, 7, &image(&[]), &BrokerConfig::default(), &up, ids());
+    let plan = create_topics(&request, 7, &image(&[]), &BrokerConfig::default(), NodeHealth::ALL_WELL, ids());
     assert!(plan.commands.is_empty());
     assert_eq!((plan.response.topics[0].error_code, plan.response.topics[1].error_code), (0, 37));
     assert_eq!(plan.response.topics[0].num_partitions, 2);
@@ -132,15 +133,16 @@ fn validate_only_creates_nothing() {
 fn a_request_is_one_batch() {
     let config = BrokerConfig::default();
     let request = creating(vec![new("a", 1, 1), new("a", 1, 1), new("b.c", 1, 1), new("b_c", 1, 1)]);
-    let plan = create_topics(&request, 7, &image(&[]), &config, &up, ids());
+    let plan = create_topics(&request, 7, &image(&[]), &config, NodeHealth::ALL_WELL, ids());
     let codes: Vec<_> = plan.response.topics.iter().map(|t| (t.name.to_string(), t.error_code)).collect();
     assert_eq!(codes, [("a".to_string(), 42), ("b.c".to_string(), 0), ("b_c".to_string(), 17)]);
     let request = creating((0..3).map(|i| new(&format!("t{i}"), 4000, 1)).collect());
-    let plan = create_topics(&request, 7, &image(&[]), &config, &up, ids());
+    let plan = create_topics(&request, 7, &image(&[]), &config, NodeHealth::ALL_WELL, ids());
     let codes: Vec<_> = plan.response.topics.iter().map(|t| t.error_code).collect();
     assert_eq!(codes, [0, 0, 44]);
     // Too few ids is the caller's mistake and no reason to panic.
-    let plan = create_topics(&creating(vec![new("a", 1, 1)]), 7, &image(&[]), &config, &up, []);
+    let plan =
+        create_topics(&creating(vec![new("a", 1, 1)]), 7, &image(&[]), &config, NodeHealth::ALL_WELL, []);
     assert_eq!((plan.response.topics[0].error_code, plan.commands.len()), (-1, 0));
 }
 
@@ -149,7 +151,7 @@ fn removed_configs_are_dropped_and_the_offsets_topic_is_compacted() {
     let mut image = image(&[]);
     let old = with_config(new("old", 1, 1), "message.format.version", Some("2.8"));
     let request = creating(vec![old, new("__consumer_offsets", 3, 1)]);
-    let plan = create_topics(&request, 7, &image, &BrokerConfig::default(), &up, ids());
+    let plan = create_topics(&request, 7, &image, &BrokerConfig::default(), NodeHealth::ALL_WELL, ids());
     commit(&mut image, &plan);
     assert!(image.topics["old"].configs.is_empty());
     assert!(
@@ -161,7 +163,8 @@ fn removed_configs_are_dropped_and_the_offsets_topic_is_compacted() {
 #[test]
 fn failed_commits_take_successes_back() {
     let request = creating(vec![new("a", 1, 1), new("b", 0, 1)]);
-    let mut plan = create_topics(&request, 7, &image(&[]), &BrokerConfig::default(), &up, ids());
+    let mut plan =
+        create_topics(&request, 7, &image(&[]), &BrokerConfig::default(), NodeHealth::ALL_WELL, ids());
     plan.response.fail(ErrorCode::REQUEST_TIMED_OUT);
     let codes: Vec<_> = plan.response.topics.iter().map(|t| t.error_code).collect();
     assert_eq!(codes, [7, 37]);
@@ -176,18 +179,20 @@ fn the_broker_makes_topics_by_itself() {
     let id = Uuid::from_u128(5);
     let mut image = image(&[("here", 1, 1), ("a.b", 1, 2)]);
     let on = config(&[("num.partitions", "4"), ("offsets.topic.num.partitions", "7")]);
-    let commands = plan_auto_create(&image, &on, &up, "new", id).unwrap();
+    let commands = plan_auto_create(&image, &on, NodeHealth::ALL_WELL, "new", id).unwrap();
     assert_eq!(image.apply(&commands[0]).unwrap().created.len(), 4);
-    assert_eq!(plan_auto_create(&image, &on, &up, "here", id), Ok(vec![]));
+    assert_eq!(plan_auto_create(&image, &on, NodeHealth::ALL_WELL, "here", id), Ok(vec![]));
     let code = |name: &str, config: &BrokerConfig| {
-        plan_auto_create(&image, config, &up, name, id).unwrap_err().code.0
+        plan_auto_create(&image, config, NodeHealth::ALL_WELL, name, id).unwrap_err().code.0
     };
     assert_eq!((code("a_b", &on), code("x y", &on), code("__cluster_metadata", &on)), (17, 17, 42));
     assert_eq!(code("t", &config(&[("auto.create.topics.enable", "false")])), 3);
-    let commands = plan_auto_create(&image, &on, &up, "__consumer_offsets", Uuid::from_u128(6)).unwrap();
-    assert_eq!(commands, plan_offsets_topic(&image, &on, &up, Uuid::from_u128(6)));
+    let commands =
+        plan_auto_create(&image, &on, NodeHealth::ALL_WELL, "__consumer_offsets", Uuid::from_u128(6))
+            .unwrap();
+    assert_eq!(commands, plan_offsets_topic(&image, &on, NodeHealth::ALL_WELL, Uuid::from_u128(6)));
     assert_eq!(image.apply(&commands[0]).unwrap().created.len(), 7);
-    assert!(plan_offsets_topic(&image, &on, &up, id).is_empty());
+    assert!(plan_offsets_topic(&image, &on, NodeHealth::ALL_WELL, id).is_empty());
 }
 
 fn deleting(version: i16, names: &[&str], by_id: &[u128]) -> DeleteTopicsRequest {
@@ -276,22 +281,22 @@ fn partitions_are_added_and_never_taken() {
         for version in 0..=3 {
             let topics = vec![asked.clone(), growing("b", 2, None)];
             let request = wire(&CreatePartitionsRequest::default().with_topics(topics), version);
-            let plan = create_partitions(&request, &image, &up);
+            let plan = create_partitions(&request, &image, NodeHealth::ALL_WELL);
             let response = wire(&plan.response, version);
             assert_eq!(response.results[0].error_code, code, "{asked:?}");
             assert_eq!((response.results[1].error_code, plan.commands.len()), (0, 1));
         }
     }
     let grow = CreatePartitionsRequest::default().with_topics(vec![growing("a", 3, Some(&[&[1]]))]);
-    let dry = create_partitions(&grow.clone().with_validate_only(true), &image, &up);
+    let dry = create_partitions(&grow.clone().with_validate_only(true), &image, NodeHealth::ALL_WELL);
     assert!(dry.commands.is_empty() && dry.response.results[0].error_code == 0);
-    let mut plan = create_partitions(&grow, &image, &up);
+    let mut plan = create_partitions(&grow, &image, NodeHealth::ALL_WELL);
     commit(&mut image, &plan);
     assert_eq!(image.topics["a"].partitions.len(), 3);
     plan.response.fail(ErrorCode::REQUEST_TIMED_OUT);
     assert_eq!(plan.response.results[0].error_code, 7);
     let twice =
         CreatePartitionsRequest::default().with_topics(vec![growing("b", 2, None), growing("b", 3, None)]);
-    let plan = create_partitions(&twice, &image, &up);
+    let plan = create_partitions(&twice, &image, NodeHealth::ALL_WELL);
     assert_eq!((plan.response.results.len(), plan.response.results[0].error_code), (1, 42));
 }

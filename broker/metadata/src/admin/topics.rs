@@ -11,13 +11,13 @@ use kafka_protocol::messages::{
 };
 use uuid::Uuid;
 
-use super::{AdminPlan, Fail, IsUp, Refused, text, topic_configs};
+use super::{AdminPlan, Fail, Refused, text, topic_configs};
 use crate::assignment::REPLICAS_MAX;
 use crate::broker_config::BrokerConfig;
 use crate::command::Command;
 use crate::config_def::Layers;
 use crate::image::{MetadataImage, TOPIC_PARTITIONS_MAX, Topic};
-use crate::placement::Placer;
+use crate::placement::{NodeHealth, Placer};
 use crate::topic_config::{check_setting, check_together};
 use crate::topic_name::{self, METADATA_TOPIC, OFFSETS_TOPIC};
 
@@ -55,11 +55,11 @@ pub fn create_topics(
     version: i16,
     image: &MetadataImage,
     config: &BrokerConfig,
-    is_up: IsUp<'_>,
+    health: NodeHealth<'_>,
     ids: impl IntoIterator<Item = Uuid>,
 ) -> AdminPlan<CreateTopicsResponse> {
     let config = config.with_dynamic(image);
-    let mut placer = Placer::new(image, is_up);
+    let mut placer = Placer::new(image, health);
     let mut ids = ids.into_iter();
     let mut commands = Vec::new();
     let mut results: Vec<CreatableTopicResult> = Vec::with_capacity(request.topics.len());
@@ -332,13 +332,13 @@ fn offsets_topic_configs(config: &BrokerConfig) -> BTreeMap<String, String> {
 pub fn plan_offsets_topic(
     image: &MetadataImage,
     config: &BrokerConfig,
-    is_up: IsUp<'_>,
+    health: NodeHealth<'_>,
     id: Uuid,
 ) -> Vec<Command> {
     if image.topics.contains_key(OFFSETS_TOPIC) {
         return Vec::new();
     }
-    let mut placer = Placer::new(image, is_up);
+    let mut placer = Placer::new(image, health);
     let wanted = usize::try_from(config.offsets_topic_replication_factor).unwrap_or(1);
     let factor = wanted.clamp(1, REPLICAS_MAX).min(placer.node_count());
     let count = usize::try_from(config.offsets_topic_num_partitions).unwrap_or(1);
@@ -351,7 +351,7 @@ pub fn plan_offsets_topic(
 pub fn plan_auto_create(
     image: &MetadataImage,
     config: &BrokerConfig,
-    is_up: IsUp<'_>,
+    health: NodeHealth<'_>,
     name: &str,
     id: Uuid,
 ) -> Result<Vec<Command>, Refused> {
@@ -359,14 +359,14 @@ pub fn plan_auto_create(
         return Ok(Vec::new());
     }
     if name == OFFSETS_TOPIC {
-        return Ok(plan_offsets_topic(image, config, is_up, id));
+        return Ok(plan_offsets_topic(image, config, health, id));
     }
     if !config.with_dynamic(image).auto_create_topics_enable {
         let message = format!("Topic '{name}' does not exist, and auto.create.topics.enable is false.");
         return Err(Refused::new(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, message));
     }
     let asked = TopicToCreate { name, partitions: -1, replication_factor: -1, configs: &BTreeMap::new() };
-    Ok(vec![plan_create_topic(image, config, is_up, asked, id)?])
+    Ok(vec![plan_create_topic(image, config, health, asked, id)?])
 }
 
 /// A topic as callers ask for it that do not speak Kafka's protocol. -1 means the broker's default.
@@ -381,7 +381,7 @@ pub struct TopicToCreate<'a> {
 pub fn plan_create_topic(
     image: &MetadataImage,
     config: &BrokerConfig,
-    is_up: IsUp<'_>,
+    health: NodeHealth<'_>,
     asked: TopicToCreate<'_>,
     id: Uuid,
 ) -> Result<Command, Refused> {
@@ -390,7 +390,7 @@ pub fn plan_create_topic(
     check_new_name(name, &BTreeSet::new(), image)?;
     let given = configs.iter().map(|(name, value)| (name.as_str(), Some(value.as_str())));
     let configs = check_new_configs(name, given, image, &config)?;
-    let mut placer = Placer::new(image, is_up);
+    let mut placer = Placer::new(image, health);
     let assignments =
         place_counts(partitions, replication_factor, &mut placer, PARTITIONS_PER_REQUEST_MAX, &config)?;
     Ok(NewTopic { assignments, configs }.command(name, id))
