@@ -367,7 +367,7 @@ async fn register(node: &Arc<Node>, cluster: &Cluster) -> anyhow::Result<()> {
 
 /// By the Raft group. Of two logs of one group the empty one counts: a crash came after it was made in place of a damaged one, and
 /// before that was gone (`Shard::renew`). Of two that have entries the one with more does, and the other is left alone.
-fn one_of_each(recovered: Vec<RecoveredGroup>, data_dir: &DataDir) -> HashMap<u64, RecoveredGroup> {
+pub fn one_of_each(recovered: Vec<RecoveredGroup>, data_dir: &DataDir) -> HashMap<u64, RecoveredGroup> {
     let mut found: HashMap<u64, RecoveredGroup> = HashMap::with_capacity(recovered.len());
     for group in recovered {
         let group_id = group_of(group.group_id);

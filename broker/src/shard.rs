@@ -120,7 +120,7 @@ impl Shard {
         }
         if self.node.cluster.is_some() {
             tokio::task::spawn_local(balancer::keep_moving(self.clone()));
-            tokio::task::spawn_local(mending::keep(self.clone()));
+            tokio::task::spawn_local(mending::keep(self.clone(), mending::renew_by_controller));
         }
         tokio::task::spawn_local(self.clone().keep_retention());
         tokio::task::spawn_local(self.clone().keep_compaction());
@@ -208,9 +208,13 @@ impl Shard {
         }
     }
 
-    /// In place of a partition's log comes an empty one, whose replica asks who the members are. The new one is there before the
+    /// In place of a partition's damaged log comes an empty one, whose replica asks who the members are. The new one is there before the
     /// old one goes; a start that finds both goes by the empty one (`server::one_of_each`).
     pub async fn renew(self: &Rc<Self>, mut spec: PartitionSpec) -> Result<(), flumen_storage::CreateError> {
+        // It may have been deleted and made again since.
+        if self.partition(spec.group_id).is_none_or(|partition| partition.damage().is_none()) {
+            return Ok(());
+        }
         let own = self.node.config.node_id;
         spec.replicas.retain(|id| *id != own);
         let log = self.create_log(&spec)?;

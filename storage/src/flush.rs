@@ -18,6 +18,7 @@ use crate::direct;
 use crate::failpoint::{self, Failpoint};
 use crate::group::{FLUSH_RUN_BYTES, Group, Inner, Segment};
 use crate::mutant::{self, Mutant};
+use crate::producer_state::ProducerState;
 use crate::receive;
 use crate::retire::retire;
 use crate::segment_index::{
@@ -391,12 +392,14 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
     };
     if snapshot_due {
         let group = Rc::clone(group);
-        let (offset, bytes) = snapshot_of(&group);
+        let (offset, bytes) = snapshot_of(&mut group.inner.borrow_mut(), &group.producers.borrow());
         let dir = group.dir.clone();
         let files = shard.files.clone();
         let written = shard.disk.off_thread(move || write_snapshot(&files, &dir, offset, &bytes)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(group = group.id, %error, "producer snapshot not written");
+            // Retention tries again, before it takes what only that knew of.
+            group.inner.borrow_mut().snapshot_offset = -1;
         }
     }
     shard.evict();
@@ -460,16 +463,16 @@ fn append_index(
     file.write_all_at(&out, at as u64)
 }
 
-pub(crate) fn encode_producers(group: &Group) -> (i64, Vec<u8>) {
-    let inner = group.inner.borrow();
-    let offset = inner.log_end;
-    (offset, group.producers.borrow().encode(offset, inner.epochs.epoch_at(offset - 1)))
+/// The producers before what is not committed, which may be cut away again; with the offset where that begins.
+pub(crate) fn encode_producers(inner: &Inner, producers: &ProducerState) -> (i64, Vec<u8>) {
+    let uncommitted = inner.tail.iter().rev().take_while(|entry| entry.index > inner.committed_index).last();
+    let committed_end = uncommitted.map_or(inner.log_end, |entry| entry.base_offset);
+    producers.encode_settled(committed_end, |offset| inner.epochs.epoch_at(offset))
 }
 
 /// To be written to a file at once.
-pub(crate) fn snapshot_of(group: &Group) -> (i64, Vec<u8>) {
-    let (offset, bytes) = encode_producers(group);
-    let mut inner = group.inner.borrow_mut();
+pub(crate) fn snapshot_of(inner: &mut Inner, producers: &ProducerState) -> (i64, Vec<u8>) {
+    let (offset, bytes) = encode_producers(inner, producers);
     inner.snapshot_offset = offset;
     inner.bytes_since_snapshot = 0;
     (offset, bytes)

@@ -160,8 +160,8 @@ pub(crate) struct Inner {
     /// State differs from `group.meta`.
     pub meta_dirty: bool,
     pub snapshot_offset: i64,
-    /// No batch of theirs was cut off since the start, so nothing can be missing from the producers; only then they are
-    /// written down.
+    /// No batch of theirs without a way back was cut off since the start, so nothing can be missing from the producers; only
+    /// then they are written down.
     pub producers_whole: bool,
     pub bytes_since_snapshot: u64,
     /// So much unflushed makes the next run.

@@ -319,9 +319,9 @@ fn restore_producers(
     listed: &[DirEntry],
     candidates: [Option<&Bytes>; 3],
     (on_disk, segments): (&OnDisk, &[(i64, u64)]),
-    flushed_end: i64,
+    (flushed_index, flushed_end): (u64, i64),
     (entries, committed): (&[LogEntry], u64),
-    (log_end, epochs): (i64, &LeaderEpochs),
+    (log_start, log_end, epochs): (i64, i64, &LeaderEpochs),
     names_changed: &mut bool,
 ) -> Result<Producers, RestoreError> {
     let io = |error| RestoreError::Io(dir.to_owned(), error);
@@ -330,7 +330,9 @@ fn restore_producers(
     // first segment that is left and that, producers may have gone on.
     let usable = |bytes: &[u8]| {
         let (state, at, epoch) = ProducerState::decode(bytes).ok()?;
-        let fits = epoch == epochs.epoch_at(at - 1) || mutant::is(Mutant::TakesForeignSnapshot);
+        // Below the log start all is committed, and which epochs there were is not known any more.
+        let fits =
+            epoch == epochs.epoch_at(at - 1) || at <= log_start || mutant::is(Mutant::TakesForeignSnapshot);
         let lost = mutant::is(Mutant::LosesProducerSnapshot);
         let state = if lost { ProducerState::new() } else { state };
         (fits && (first..=log_end).contains(&at)).then_some((state, at))
@@ -384,7 +386,11 @@ fn restore_producers(
                 if header.has_producer_id() && !record_batch::crc_ok(batch) {
                     return Err(format!("wrong checksum of the batch at offset {}", header.base_offset));
                 }
-                state.apply(header);
+                // A clean stop or a recovery moved what was not committed, too; which of these it is nobody needs to know.
+                match committed >= flushed_index {
+                    true => state.apply(header),
+                    false => state.apply_for_now(header, flushed_index),
+                }
             }
             Ok(())
         })?;
@@ -583,9 +589,9 @@ pub(crate) fn restore(
         // A later one may be of entries that were replaced.
         [found.snapshot.as_ref(), wal_snapshot.as_ref(), began.as_ref().map(|(_, producers)| producers)],
         (&on_disk, &segments),
-        state.flushed_end,
+        (state.flushed_index, state.flushed_end),
         (&entries, state.committed_index.max(state.hard_state.commit)),
-        (log_end, &state.epochs),
+        (state.log_start, log_end, &state.epochs),
         &mut names_changed,
     )?;
     let mut written = Vec::new();
@@ -626,14 +632,14 @@ pub(crate) fn restore(
         afterwards.push(Afterwards::Remove(dir.join(name.log_file())));
         afterwards.push(Afterwards::Remove(dir.join(name.index_file())));
     }
-    let snapshot = match producers.snapshot_offset == log_end {
+    let (snapshot_offset, bytes) = producers.state.encode_settled(log_end, |at| state.epochs.epoch_at(at));
+    let snapshot = match producers.snapshot_offset == snapshot_offset {
         // A copy, because it may be a piece of a whole WAL file.
         true => producers.saved.map(|bytes| Bytes::copy_from_slice(&bytes)),
         false => {
-            let bytes = producers.state.encode(log_end, state.epochs.epoch_at(log_end - 1));
             let is_small = bytes.len() <= SNAPSHOT_BYTES_MAX;
             if !is_small {
-                write_snapshot(files, dir, log_end, &bytes).map_err(io)?;
+                write_snapshot(files, dir, snapshot_offset, &bytes).map_err(io)?;
             }
             is_small.then(|| bytes.into())
         }
@@ -682,7 +688,7 @@ pub(crate) fn restore(
     let restored = Restored {
         segments: segments.collect(),
         epochs: state.epochs.clone(),
-        snapshot_offset: log_end,
+        snapshot_offset,
         marks: state.marks.clone(),
         membership: state.membership.clone(),
         committed_index: state.committed_index,

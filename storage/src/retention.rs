@@ -5,6 +5,7 @@
 
 use std::rc::Rc;
 
+use crate::flush::{snapshot_of, write_snapshot};
 use crate::group::{Group, GroupLog, Inner, Segment};
 use crate::segment_index::{INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, decode_entry};
 use crate::store::Shard;
@@ -110,6 +111,20 @@ pub(crate) fn drop_below_start(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut
 }
 
 impl GroupLog {
+    /// A producer is known until it expires, however soon its records go, as in Kafka: a snapshot that knows of all batches below
+    /// `end` must be there before those go. Whoever begins a segment writes one, so that it is missing only where the last
+    /// segment goes as well. A disk that has no room for it gets the room.
+    fn write_producers_before(&self, inner: &mut Inner, end: i64) {
+        let producers = self.group.producers.borrow();
+        if inner.snapshot_offset >= end || producers.is_empty() || !inner.producers_whole {
+            return;
+        }
+        let (offset, bytes) = snapshot_of(inner, &producers);
+        if let Err(error) = write_snapshot(&self.shard.files, &self.group.dir, offset, &bytes) {
+            tracing::warn!(group = self.group.id, %error, "producer snapshot not written");
+        }
+    }
+
     /// Deletes what `retention.ms` and `retention.bytes` no longer keep, nothing at or above `hold_offset`.
     pub fn enforce_retention(&self, now_ms: i64, hold_offset: i64) -> RetentionOutcome {
         let mut inner = self.group.inner.borrow_mut();
@@ -158,6 +173,7 @@ impl GroupLog {
         let chosen = choose(&candidates, rules);
         let Some(last) = chosen.checked_sub(1).and_then(|at| candidates.get(at)) else { return unchanged };
         let new_start = last.end.max(inner.log_start);
+        self.write_producers_before(inner, last.end);
         // The log start goes first into the WAL; should that be lost, the missing segments say the same.
         if new_start > inner.log_start && self.stage_log_start(inner, new_start).is_err() {
             return unchanged;

@@ -119,7 +119,7 @@ pub(crate) async fn retire(shard: &Rc<Shard>, lane: Lane) -> Result<bool, FlushE
             && bytes <= SNAPSHOT_BYTES_MAX.min(producers_left)
             && group.inner.borrow().producers_whole
         {
-            let (offset, snapshot) = encode_producers(group);
+            let (offset, snapshot) = encode_producers(&group.inner.borrow(), &group.producers.borrow());
             let record = RecordHeader { kind: PRODUCERS, group: group.id, index: 0, term: 0, offset };
             // An entry's share of the ring at most: whatever does not get in is found in the segments.
             match wal.append(&shard.next_lsn, &record, &snapshot, Class::Stage) {

@@ -78,13 +78,14 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     for group in &groups {
         let (dirty, snapshot) = {
             let mut inner = group.inner.borrow_mut();
+            let inner = &mut *inner;
             if group.frozen.get() {
                 continue;
             }
             let due = inner.producers_whole && inner.snapshot_offset != inner.log_end;
-            (std::mem::take(&mut inner.meta_dirty), due)
+            let snapshot = due.then(|| snapshot_of(inner, &group.producers.borrow()));
+            (std::mem::take(&mut inner.meta_dirty), snapshot)
         };
-        let snapshot = snapshot.then(|| snapshot_of(group));
         let meta = dirty.then(|| group.state(shard.wal_id, last).encode());
         if meta.is_some() || snapshot.is_some() {
             metas.push((group.dir.clone(), meta, snapshot));

@@ -54,6 +54,8 @@ pub enum Waiting {
     CatchingUp { id: i32, entries: u64 },
     #[error("no replica that stays has caught up, so nobody can take over from node {0}")]
     NobodyToLead(i32),
+    #[error("node {0} has to be running, as there would be no majority without it")]
+    NoMajority(i32),
     #[error("the replica of node {0} is damaged, and without it there is no majority to take its vote away")]
     TooFewOthers(i32),
 }
@@ -61,6 +63,15 @@ pub enum Waiting {
 impl GroupView {
     fn behind_of(&self, id: i32) -> Option<u64> {
         self.behind.iter().find(|(member, _)| *member == id).map(|(_, entries)| *entries)
+    }
+
+    /// Who is missing for a majority of these voters, if they are others than now. Members may leave with those who are still
+    /// there, and would leave a group behind that nothing can change any more.
+    fn missing_of(&self, voters: &BTreeSet<i32>) -> Option<i32> {
+        let is_heard_of = |id: i32| id == self.leader || self.behind_of(id).is_some();
+        let silent: Vec<i32> = voters.iter().copied().filter(|id| !is_heard_of(*id)).collect();
+        let enough = 2 * (voters.len() - silent.len()) > voters.len() || *voters == self.voters;
+        silent.first().copied().filter(|_| !enough)
     }
 
     fn has_caught_up(&self, id: i32) -> bool {
@@ -91,6 +102,9 @@ pub fn next_step(info: &PartitionInfo, view: &GroupView) -> Step {
             }
             Some(_) => {}
         }
+    }
+    if let Some(id) = view.missing_of(&goal) {
+        return Step::Wait(Waiting::NoMajority(id));
     }
     if goal.contains(&view.leader) {
         return Step::Change { voters: goal, learners: BTreeSet::new() };
@@ -211,6 +225,19 @@ mod tests {
         assert_eq!(next_step(&info, &view), Step::Wait(Waiting::NobodyToLead(1)));
         view.leader = 2;
         assert_eq!(next_step(&info, &view), Step::Change { voters: set(&[2]), learners: set(&[]) });
+    }
+
+    /// Regression: of three replicas one was damaged, another left, and the two that stayed had no majority ever again.
+    #[test]
+    fn nobody_leaves_who_is_needed_for_a_majority() {
+        let info = moving(&[1, 2, 3], &[1, 3]);
+        let mut view = GroupView { leader: 1, voters: set(&[1, 2, 3]), ..GroupView::default() };
+        view.behind = vec![(1, 0), (2, 0)];
+        assert_eq!(next_step(&info, &view), Step::Wait(Waiting::NoMajority(3)));
+        view.leader = 2;
+        assert_eq!(next_step(&info, &view), Step::Wait(Waiting::NoMajority(3)));
+        (view.leader, view.behind) = (1, vec![(1, 0), (2, 0), (3, 5000)]);
+        assert_eq!(next_step(&info, &view), Step::Change { voters: set(&[1, 3]), learners: set(&[]) });
     }
 
     #[test]

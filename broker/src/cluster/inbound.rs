@@ -189,13 +189,14 @@ async fn serve_request(
     Ok(())
 }
 
-/// What is asked of replicas, and takes no metadata to answer.
-pub async fn answer_of_replicas(node: &Node, kind: u16, body: Bytes) -> Answered {
+/// What replicas ask each other; of the metadata that takes only what the image says of their partition.
+pub async fn answer_of_replicas(node: &Node, from: i32, kind: u16, body: Bytes) -> Answered {
     match kind {
         requests::MEMBERS => joins::answer(node, body).await,
         requests::FLOORS => floors::answer(node, body).await,
         requests::HAND_OVER => hand_over::answer(node, &body).await,
         requests::PACE => pace::answer(node, body).await,
+        requests::MEND => mending::answer(node, from, body).await,
         _ => Answered { code: ErrorCode::UNSUPPORTED_VERSION.0, body: Bytes::new() },
     }
 }
@@ -223,12 +224,11 @@ async fn carry_out(shard: &Rc<Shard>, sender: Sender, peer: &Peer, request: Requ
         requests::APPEND => remote_log::answer_append(&shard.node, request.body).await,
         requests::READ => remote_log::answer_read(&shard.node, request.body).await,
         requests::LET_GO => remote_log::answer_let_go(&shard.node, request.body).await,
-        requests::MEND => mending::answer(&shard.node, sender.node_id, request.body).await,
         requests::ROOM => room::answer(&shard.node, sender.node_id, &request.body),
         requests::HEARSAY => hearsay::answer(&shard.node, request.body),
         requests::SHIP => ship::answer(&shard.node, request.body).await,
-        requests::MEMBERS | requests::FLOORS | requests::HAND_OVER | requests::PACE => {
-            answer_of_replicas(&shard.node, request.kind, request.body).await
+        requests::MEMBERS | requests::FLOORS | requests::HAND_OVER | requests::PACE | requests::MEND => {
+            answer_of_replicas(&shard.node, sender.node_id, request.kind, request.body).await
         }
         requests::STATUS => {
             let status = crate::cluster_view::own_status(&shard.node).await;

@@ -6,7 +6,8 @@
 //! back once it has everything. Where a majority of the others is missing nothing happens, and what is on the disk stays.
 //!
 //! The rules are `flumen_metadata::reassignment::mending_step`. Each side asks again and remembers nothing: every step shows in
-//! the members of the group. A partition that is being moved is left to the move. Runs on every shard of a broker in a cluster.
+//! the members of the group. A partition that is being moved is left to the move, which gives votes; but that waits for a member whose
+//! log is damaged. Runs on every shard of a broker in a cluster.
 //!
 //! The metadata goes the same way, but that its controller asks (`controller::mend`), before it starts anything, and that the
 //! vote comes back as that of a new node does (`controller::upkeep`).
@@ -46,8 +47,8 @@ const BEGIN: u8 = 1;
 /// The leader has done what there was to do, or there is something to wait for.
 const WAIT: u8 = 0;
 
-/// Runs for as long as the shard.
-pub async fn keep(shard: Rc<Shard>) {
+/// Runs for as long as the shard. `renew`: has a replica begin again, with an empty log.
+pub async fn keep(shard: Rc<Shard>, renew: impl AsyncFn(&Rc<Shard>, &Partition)) {
     let mut told = BTreeSet::new();
     let mut renewed: BTreeMap<u64, Instant> = BTreeMap::new();
     while !shard.is_stopping() {
@@ -63,7 +64,15 @@ pub async fn keep(shard: Rc<Shard>) {
             let lately = renewed.get(&partition.group_id).is_some_and(|at| at.elapsed() < AGAIN_AFTER);
             if may_begin && !lately {
                 renewed.insert(partition.group_id, Instant::now());
-                begin_again(&shard, &partition).await;
+                let (topic, index) = (&partition.topic, partition.index);
+                let reason = partition.damage().unwrap_or_default().to_string();
+                tracing::warn!(
+                    %topic,
+                    partition = index,
+                    reason,
+                    "the damaged log goes; the replica joins its group with an empty one"
+                );
+                renew(&shard, &partition).await;
             }
         }
     }
@@ -80,8 +89,11 @@ fn in_need(shard: &Shard) -> Vec<(Rc<Partition>, PartitionInfo)> {
         }
         if partition.may_begin_again() || (partition.damage().is_none() && partition.lacks_its_vote()) {
             let info = partition.info_in(&image).cloned();
-            let at_rest = |info: &PartitionInfo| info.target.is_none() && info.replicas.contains(&own);
-            if let Some(info) = info.filter(|info| at_rest(info) && info.replicas.len() > 1) {
+            let counts_on_it = |info: &PartitionInfo| match &info.target {
+                None => info.replicas.contains(&own) && info.replicas.len() > 1,
+                Some(goal) => goal.contains(&own) && partition.damage().is_some(),
+            };
+            if let Some(info) = info.filter(counts_on_it) {
                 partition.cease_if_damaged();
                 found.push((partition, info));
             }
@@ -95,7 +107,7 @@ async fn ask(shard: &Rc<Shard>, partition: &Partition, info: &PartitionInfo) -> 
     let mut question = BytesMut::with_capacity(9);
     question.put_u64(partition.group_id);
     question.put_u8(u8::from(partition.damage().is_some()));
-    let others = info.replicas.iter().copied().filter(|id| *id != shard.node.config.node_id);
+    let others = info.holders().into_iter().filter(|id| *id != shard.node.config.node_id);
     tell(shard, others.collect(), question.freeze()).await
 }
 
@@ -121,16 +133,9 @@ pub(crate) async fn may_metadata_begin_again(shard: &Rc<Shard>, directory_id: Uu
     tell(shard, shard.links.connected(), question.freeze()).await == BEGIN
 }
 
-/// In place of the damaged log there is an empty one.
-async fn begin_again(shard: &Rc<Shard>, partition: &Partition) {
+/// As `Shard::renew`, alone among all that opens and closes partitions.
+pub async fn renew_by_controller(shard: &Rc<Shard>, partition: &Partition) {
     let (topic, index) = (partition.topic.to_string(), partition.index);
-    let reason = partition.damage().unwrap_or_default().to_string();
-    tracing::warn!(
-        topic,
-        partition = index,
-        reason,
-        "the damaged log goes; the replica joins its group with an empty one"
-    );
     let made = shard.node.controller().run(move |s| async move { s.controller().renew(&topic, index).await });
     if made.await.is_err() {
         tracing::debug!(partition = index, "the broker stops");
@@ -184,7 +189,8 @@ async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damage
         without_damaged(&view, from)
     } else {
         let info = partition.info_in(&shard.node.image.load()).cloned()?;
-        if info.target.is_some() || !info.replicas.contains(&from) {
+        let is_left_to_move = info.target.is_some() && !is_damaged;
+        if is_left_to_move || !info.goal().contains(&from) {
             return Some(WAIT);
         }
         mending_step(&info, &view, from, is_damaged)

@@ -205,20 +205,14 @@ impl Controller {
     pub async fn renew(&self, topic: &str, index: i32) {
         let _hands_on = self.hands_on.lock().await;
         let node = &self.shard.node;
-        let Some(spec) = self.spec(topic, index).filter(|spec| spec.replicas.contains(&node.config.node_id))
-        else {
-            return;
+        let is_held = {
+            let image = self.image.borrow();
+            let info = image.topics.get(topic).and_then(|topic| topic.partition(index));
+            info.is_some_and(|info| info.is_held_by(node.config.node_id))
         };
+        let Some(spec) = self.spec(topic, index).filter(|_| is_held) else { return };
         let home = &node.shards[node.shard_of(spec.group_id)];
-        let renewed = home
-            .run(move |s| async move {
-                // It may have been deleted and made again since.
-                match s.partition(spec.group_id).is_some_and(|partition| partition.damage().is_some()) {
-                    true => s.renew(spec).await,
-                    false => Ok(()),
-                }
-            })
-            .await;
+        let renewed = home.run(move |s| async move { s.renew(spec).await }).await;
         if let Ok(Err(error)) = renewed {
             tracing::error!(topic, partition = index, %error, "cannot create the partition's log; it is tried again");
         }

@@ -8,7 +8,7 @@ const SEEDS: u64 = 300;
 
 /// Seeds that failed once, and what was wrong. What a seed does changes with what brokers do; these were kept as they are
 /// cheap, not as proofs.
-const FAILED_ONCE: [(u64, &str); 6] = [
+const FAILED_ONCE: [(u64, &str); 10] = [
     (4, "a group with one voter did not replicate to its learners"),
     (23, "votes of topics that acknowledge from the kernel's memory were lost with the power"),
     (593, "members of topics that acknowledge from memory were lost with the power: two leaders of one term"),
@@ -18,6 +18,13 @@ const FAILED_ONCE: [(u64, &str); 6] = [
         "members of topics that acknowledge from memory were lost with the power: a group without its voters",
     ),
     (82, "a move was called done while a change of members was on its way"),
+    (
+        4276,
+        "a log that had been cut wrote no more snapshots of its producers, and retention took their records",
+    ),
+    (4287, "a damaged replica was not mended in this world"),
+    (4315, "a cut after a clean stop made a producer unknown that the log still had"),
+    (4396, "a move waited for ever for a member whose vote was gone and whose log was damaged"),
 ];
 
 fn runs_well(seed: u64) -> flumen_sim::Report {

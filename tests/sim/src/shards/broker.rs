@@ -11,24 +11,29 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use flumen_broker::cluster::mending;
 use flumen_broker::export::Exports;
 use flumen_broker::host::Host;
 use flumen_broker::mailbox::{ShardHandle, ShardMessage};
 use flumen_broker::node::Node;
-use flumen_broker::partition::PartitionSpec;
+use flumen_broker::partition::{Partition, PartitionSpec};
+use flumen_broker::server::one_of_each;
 use flumen_broker::shard::{Shard, group_of};
 use flumen_io::simulated::{Crash, Fault, Machine, Settings as DiskSettings};
-use flumen_metadata::{BrokerConfig, Durability, MetadataImage, NodeInfo, PartitionInfo};
+use flumen_metadata::{BrokerConfig, Durability, MetadataImage, NodeInfo, PartitionInfo, Topic, TopicConfig};
 use flumen_storage::{DataDir, GroupHealth, Inspection, OpenError, RecoveredGroup, Severity, ShardStore};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, Sleep};
 
 use super::plan::quiet;
-use super::wires;
 use super::world::World;
+use super::{losses, wires};
 
 const DIR: &str = "/data";
+/// Where the directories of partitions are.
+pub(super) const LOGS: &str = "/data/log";
+const TOPIC: &str = "t";
 /// Where the wall clocks begin; a date in 2023.
 pub(super) const EPOCH_MS: i64 = 1_700_000_000_000;
 /// A start that fails so often for faults of the disk gets a sound one: what is tested then is that it works at last.
@@ -70,6 +75,8 @@ pub(super) struct Broker {
     pub paused_until: Cell<Option<Instant>>,
     /// A clean stop is under way or done: what dies now has kept everything.
     pub stopped: Cell<bool>,
+    /// A group whose log is not whole any more when the machine is there again.
+    pub loses: Cell<Option<u64>>,
     boots: Cell<u64>,
 }
 
@@ -132,6 +139,7 @@ impl Broker {
             process: RefCell::default(),
             paused_until: Cell::new(None),
             stopped: Cell::new(false),
+            loses: Cell::new(None),
             boots: Cell::new(0),
         }
     }
@@ -226,6 +234,10 @@ impl Broker {
             Crash::PowerLoss => "power loss",
         });
         tracing::debug!(at_ms = world.now_ms(), broker = self.id, ?crash, "comes up");
+        if let Some(group) = self.loses.take() {
+            self.machine.set_rates(quiet());
+            losses::lose_log(world, self, group);
+        }
         let sync_failed = self.machine.counters().of(Fault::SyncFails) > 0;
         let stopped = self.stopped.replace(false);
         for (group, info) in &*world.partitions.borrow() {
@@ -275,6 +287,7 @@ impl Broker {
             let id = group_of(group.group_id);
             if let GroupHealth::Damaged { reason } = &group.health
                 && !world.is_voided(id)
+                && !world.lost.borrow().contains(&(self.id, id))
             {
                 world.fail(format!("broker {} finds group {id} damaged: {reason}", self.id));
             }
@@ -303,7 +316,11 @@ impl Broker {
     fn inspect(&self, world: &World) {
         let outcome = Inspection::open_on(self.machine.file_system(), DIR).and_then(|inspection| {
             inspection.verify(&mut |finding| {
-                if finding.severity == Severity::Damage {
+                // What power took of a log that is not promised to outlive it stays damaged where nobody else has it.
+                let dir = Path::new(&finding.path).parent().and_then(Path::file_name);
+                let group = dir.and_then(|dir| losses::group_of_dir(dir.to_str()?));
+                let is_told = group.is_some_and(|group| world.is_voided(group));
+                if finding.severity == Severity::Damage && !is_told {
                     world.fail(format!("broker {}: the directory is called damaged: {finding:?}", self.id));
                 }
             })
@@ -317,11 +334,9 @@ impl Broker {
         let boot = self.boots.get() + 1;
         self.boots.set(boot);
         let config = BrokerConfig { node_id: self.id, ..BrokerConfig::default() };
-        let info = NodeInfo { id: self.id, host: "localhost".to_owned(), port: 9092, rack: None };
         let (handle, mailbox) = ShardHandle::new();
         let (exports, _) = Exports::new();
-        let image = MetadataImage::empty(info);
-        let node = Node::new(config, DIR.into(), image, vec![handle], exports, None);
+        let node = Node::new(config, DIR.into(), image_of(world, self.id), vec![handle], exports, None);
         let node = Arc::new(node.hosted_by(self.host.clone()));
         let (inbox, jobs) = mpsc::unbounded_channel();
         let local = LocalSet::new();
@@ -348,8 +363,7 @@ impl Broker {
         };
         let shard = Shard::new(0, node, store);
         shard.links.carry_by(wires::carrier(&world, &self));
-        let mut found: BTreeMap<u64, RecoveredGroup> =
-            found.into_iter().map(|group| (group_of(group.group_id), group)).collect();
+        let mut found: BTreeMap<u64, RecoveredGroup> = one_of_each(found, &dir).into_iter().collect();
         let held: Vec<PartitionInfo> =
             world.partitions.borrow().values().filter(|info| info.is_held_by(self.id)).cloned().collect();
         for info in held {
@@ -364,6 +378,10 @@ impl Broker {
         }
         tokio::task::spawn_local(wires::tell_leads(world.clone(), self.clone(), shard.clone()));
         tokio::task::spawn_local(wires::watch_others(world.clone(), self.clone(), shard.clone()));
+        let for_mending = (world.clone(), self.clone());
+        tokio::task::spawn_local(mending::keep(shard.clone(), async move |shard, partition| {
+            renew(&for_mending.0, &for_mending.1, shard, partition).await;
+        }));
         let for_jobs = shard.clone();
         tokio::task::spawn_local(async move {
             while let Some(job) = jobs.recv().await {
@@ -374,19 +392,52 @@ impl Broker {
     }
 }
 
+/// What the metadata says, to broker `id`.
+pub(super) fn image_of(world: &World, id: i32) -> MetadataImage {
+    let node = NodeInfo { id, host: "localhost".to_owned(), port: 9092, rack: None };
+    let topic = Topic {
+        name: TOPIC.to_owned(),
+        id: Default::default(),
+        // Groups count from one, and are numbered as they lie here.
+        partitions: world.partitions.borrow().values().cloned().collect(),
+        configs: BTreeMap::new(),
+        // Each partition has its own here.
+        effective: TopicConfig::default().into(),
+        internal: false,
+    };
+    let mut image = MetadataImage::empty(node);
+    image.topics = Arc::new(BTreeMap::from([(TOPIC.to_owned(), Arc::new(topic))]));
+    image
+}
+
+fn spec_of(world: &World, info: &PartitionInfo) -> PartitionSpec {
+    PartitionSpec {
+        topic: TOPIC.into(),
+        index: info.group_id as i32 - 1,
+        group_id: info.group_id,
+        config: world.plan.partitions[info.group_id as usize - 1].config.clone().into(),
+        replicas: info.replicas.clone(),
+        exported: false,
+    }
+}
+
+/// As the controller does for a replica that is to get its log again.
+async fn renew(world: &World, broker: &Broker, shard: &Rc<Shard>, partition: &Partition) {
+    let info = world.partitions.borrow()[&partition.group_id].clone();
+    if info.is_held_by(broker.id) {
+        world.count("damaged replica renewed");
+        if shard.renew(spec_of(world, &info)).await.is_err() {
+            world.count("log not created");
+        }
+    }
+}
+
 /// As the controller does: from what recovery found, or anew. One that cannot be made now is made by the next start.
 pub(super) fn open(world: &World, shard: &Rc<Shard>, info: &PartitionInfo, found: Option<RecoveredGroup>) {
     if shard.partition(info.group_id).is_some() {
         return;
     }
-    let spec = PartitionSpec {
-        topic: "t".into(),
-        index: info.group_id as i32,
-        group_id: info.group_id,
-        config: world.plan.partitions[info.group_id as usize - 1].config.clone().into(),
-        replicas: info.replicas.clone(),
-        exported: false,
-    };
+    let spec = spec_of(world, info);
     match found {
         Some(group) => drop(shard.attach(spec, group)),
         None if shard.create(spec).is_ok() => {}

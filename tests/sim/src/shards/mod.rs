@@ -17,6 +17,7 @@
 mod broker;
 mod consumer;
 mod judge;
+mod losses;
 mod nemesis;
 mod plan;
 mod producer;

@@ -2,22 +2,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use flumen_broker::balancer;
-use flumen_broker::partition::raft_id;
+use flumen_broker::partition::{Partition, raft_id};
 use flumen_io::simulated::{Crash, Fault};
 use flumen_metadata::reassignment::Step;
 use flumen_raft::Target;
 use tokio::time::Instant;
 
-use super::broker::{Broker, open};
+use super::broker::{Broker, image_of, open};
 use super::plan::quiet;
 use super::world::World;
 
 /// Every kind of fault, and everything else that must have happened in a set of runs for them to be worth anything.
-pub const FAULTS: [&str; 36] = [
+pub const FAULTS: [&str; 38] = [
     "isolate one",
     "split in two",
     "one way",
@@ -41,6 +42,8 @@ pub const FAULTS: [&str; 36] = [
     "move given up",
     "replica deleted",
     "replica begins over",
+    "log lost",
+    "damaged replica renewed",
     "records deleted",
     "snapshot",
     "batch sent again",
@@ -58,6 +61,9 @@ pub const FAULTS: [&str; 36] = [
 
 /// Between two looks at how far moves are, as `balancer` takes them.
 const TURN_INTERVAL: Duration = Duration::from_millis(200);
+/// After the last fault, for damaged replicas to get their logs from others. Those that still refuse to serve are started again,
+/// as an operator does: they have no others, or too few, or were mended a short while before.
+const MENDING_MS: u64 = 3_000;
 /// In a clean stop, for leaders to hand over.
 const HAND_OVER_MS: u64 = 1_000;
 
@@ -203,11 +209,12 @@ fn give_up_move(world: &Rc<World>, group: u64) {
     match_metadata(world, group);
 }
 
-/// Opens and deletes what the metadata says, on all brokers that run; the others do so when they start.
+/// All brokers that run hear of the metadata, and open and delete what it says; the others do so when they start.
 fn match_metadata(world: &Rc<World>, group: u64) {
     for broker in &world.brokers {
         let (for_job, id) = (world.clone(), broker.id);
         broker.post(move |shard| {
+            shard.node.image.store(Arc::new(image_of(&for_job, id)));
             let info = for_job.partitions.borrow()[&group].clone();
             if info.is_held_by(id) {
                 open(&for_job, shard, &info, None);
@@ -312,18 +319,29 @@ pub(super) fn heal(world: &Rc<World>) {
         broker.machine.cancel_crash();
         broker.machine.set_rates(quiet());
         broker.machine.free_space();
-        // A log that could not be made, and a replica that refuses to serve until the next start.
-        let (machine, held) = (broker.machine.clone(), {
-            let partitions = world.partitions.borrow();
-            partitions.values().filter(|i| i.is_held_by(broker.id)).map(|i| i.group_id).collect::<Vec<_>>()
-        });
-        let for_job = world.clone();
-        broker.post(move |shard| {
-            let lacks = |group: &u64| shard.partition(*group).is_none_or(|p| p.damage().is_some());
-            if held.iter().any(lacks) {
-                for_job.count("started again to heal");
-                machine.crash_now(Crash::Kill);
-            }
-        });
+        // A log that could not be made is made by the next start.
+        start_again_if(world, broker, |partition| partition.is_none());
     }
+    let world = world.clone();
+    world.at(world.now() + MENDING_MS * 1_000, |world| {
+        for broker in &world.brokers {
+            start_again_if(world, broker, |partition| partition.is_some_and(|p| p.damage().is_some()));
+        }
+    });
+}
+
+fn start_again_if(
+    world: &Rc<World>,
+    broker: &Broker,
+    is_wrong: impl Fn(Option<Rc<Partition>>) -> bool + 'static,
+) {
+    let (for_job, id, machine) = (world.clone(), broker.id, broker.machine.clone());
+    broker.post(move |shard| {
+        let partitions = for_job.partitions.borrow();
+        let mut held = partitions.values().filter(|info| info.is_held_by(id));
+        if held.any(|info| is_wrong(shard.partition(info.group_id))) {
+            for_job.count("started again to heal");
+            machine.crash_now(Crash::Kill);
+        }
+    });
 }

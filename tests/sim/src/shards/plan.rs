@@ -26,6 +26,9 @@ pub(crate) enum Theme {
 const THEMES: [Theme; 6] =
     [Theme::Network, Theme::Kills, Theme::PowerLoss, Theme::Disk, Theme::Moves, Theme::Everything];
 
+/// Of the seeds whose theme allows it.
+const LOSSES_EVERY: u64 = 3;
+
 impl Theme {
     pub fn kills(self) -> bool {
         self != Theme::Network
@@ -76,6 +79,8 @@ pub(crate) struct Plan {
     pub store: StoreConfig,
     pub partitions: Vec<PartitionPlan>,
     pub faults_ms: u64,
+    /// Brokers lose logs while they are down.
+    pub loses_logs: bool,
 }
 
 pub(crate) struct PartitionPlan {
@@ -106,6 +111,10 @@ impl Plan {
             },
             partitions,
             faults_ms: rng.between(4_000, 12_000),
+            // Not drawn, so that other seeds stay what they are. Where power or disks fail as well, more than one replica of a
+            // partition could be lost.
+            loses_logs: matches!(theme, Theme::Kills | Theme::Moves)
+                && (seed / THEMES.len() as u64).is_multiple_of(LOSSES_EVERY),
         }
     }
 }
@@ -113,7 +122,8 @@ impl Plan {
 /// For whoever looks at a failure.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}, {} brokers", self.theme, self.brokers)?;
+        let losses = if self.loses_logs { " and lost logs" } else { "" };
+        write!(f, "{:?}{losses}, {} brokers", self.theme, self.brokers)?;
         for (group, partition) in (1..).zip(&self.partitions) {
             write!(f, ", t-{group} {:?} on {:?}", partition.config.durability, partition.replicas)?;
         }

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::broker::Broker;
 use super::nemesis;
 use super::plan::Plan;
-use super::{consumer, judge, producer};
+use super::{consumer, judge, losses, producer};
 use crate::network::{Network, Time};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
@@ -40,6 +40,8 @@ pub(super) struct World {
     pub partitions: RefCell<BTreeMap<u64, PartitionInfo>>,
     /// Groups of which something went that their durability does not promise to keep.
     pub voided: RefCell<BTreeSet<u64>>,
+    /// Brokers and groups whose log was lost there in part, of which there is to be another.
+    pub lost: RefCell<BTreeSet<(i32, u64)>>,
     /// Requests between brokers that wait for an answer.
     pub asked: RefCell<BTreeMap<u64, oneshot::Sender<Answered>>>,
     pub oracle: RefCell<Oracle>,
@@ -120,6 +122,7 @@ impl World {
             brokers,
             partitions: RefCell::new(partitions),
             voided: RefCell::default(),
+            lost: RefCell::default(),
             asked: RefCell::default(),
             oracle: RefCell::default(),
             history: RefCell::default(),
@@ -148,6 +151,7 @@ impl World {
         }
         tokio::task::spawn_local(nemesis::move_replicas(self.clone()));
         tokio::task::spawn_local(nemesis::disturb(self.clone()));
+        tokio::task::spawn_local(losses::lose_logs(self.clone()));
         self.pass(self.plan.faults_ms).await;
         nemesis::heal(self);
         self.note(Event::Healed { bound_ms: RECOVERY_MS });
