@@ -330,9 +330,10 @@ fn restore_producers(
     // first segment that is left and that, producers may have gone on.
     let usable = |bytes: &[u8]| {
         let (state, at, epoch) = ProducerState::decode(bytes).ok()?;
-        // Below the log start all is committed, and which epochs there were is not known any more.
-        let fits =
-            epoch == epochs.epoch_at(at - 1) || at <= log_start || mutant::is(Mutant::TakesForeignSnapshot);
+        // Of a log whose last segment went nobody knows any more which epochs there were; one that has records and was cut may have
+        // a snapshot of what is not there any more below its start, too.
+        let is_of_all = at == log_end && log_start == log_end;
+        let fits = epoch == epochs.epoch_at(at - 1) || is_of_all || mutant::is(Mutant::TakesForeignSnapshot);
         let lost = mutant::is(Mutant::LosesProducerSnapshot);
         let state = if lost { ProducerState::new() } else { state };
         (fits && (first..=log_end).contains(&at)).then_some((state, at))

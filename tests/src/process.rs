@@ -113,9 +113,24 @@ pub fn free_port() -> u16 {
     free_ports::<1>()[0]
 }
 
+/// Below those that the system gives to outgoing connections (from 32768 on): one of these may take a port between here and the
+/// broker that is to listen on it. No two questions of a process get the same, and processes begin at different ones.
+const PORTS: std::ops::Range<u32> = 10_240..32_000;
+static PORTS_GIVEN: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+
 /// Different ones.
 pub fn free_ports<const N: usize>() -> [u16; N] {
-    let bind = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    let first = std::process::id().wrapping_mul(97);
+    let next = || {
+        let given = PORTS_GIVEN.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let port = PORTS.start + first.wrapping_add(given) % (PORTS.end - PORTS.start);
+        u16::try_from(port).expect("PORTS are ports")
+    };
+    let bind = |_| loop {
+        if let Ok(listener) = std::net::TcpListener::bind(("127.0.0.1", next())) {
+            return listener;
+        }
+    };
     let listeners: [std::net::TcpListener; N] = std::array::from_fn(bind);
     listeners.map(|listener| listener.local_addr().expect("a bound socket has an address").port())
 }

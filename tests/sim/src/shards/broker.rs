@@ -317,8 +317,9 @@ impl Broker {
         let outcome = Inspection::open_on(self.machine.file_system(), DIR).and_then(|inspection| {
             inspection.verify(&mut |finding| {
                 // What power took of a log that is not promised to outlive it stays damaged where nobody else has it.
-                let dir = Path::new(&finding.path).parent().and_then(Path::file_name);
-                let group = dir.and_then(|dir| losses::group_of_dir(dir.to_str()?));
+                // Of a file in its directory, or of the directory itself.
+                let mut dirs = Path::new(&finding.path).ancestors().take(2).filter_map(Path::file_name);
+                let group = dirs.find_map(|dir| losses::group_of_dir(dir.to_str()?));
                 let is_told = group.is_some_and(|group| world.is_voided(group));
                 if finding.severity == Severity::Damage && !is_told {
                     world.fail(format!("broker {}: the directory is called damaged: {finding:?}", self.id));
