@@ -106,10 +106,11 @@ fn see(node: &Node, info: &PartitionInfo) -> Seen {
     Seen { leader_id: status.leader_id, in_sync, damaged: status.damaged }
 }
 
-/// How far moves are, by group: as their leaders say, and those who fetch for them.
-async fn moves(node: &Node) -> BTreeMap<u64, Value> {
+/// How far moves are, of one topic or of all, by group: as their leaders say, and those who fetch for them.
+async fn moves(node: &Node, topic: Option<&str>) -> BTreeMap<u64, Value> {
     let image = node.image.load_full();
-    let moving = image.topics.values().flat_map(|topic| &topic.partitions).filter(|p| p.target.is_some());
+    let asked = image.topics.values().filter(|t| topic.is_none_or(|name| name == t.name));
+    let moving = asked.flat_map(|topic| &topic.partitions).filter(|p| p.target.is_some());
     let mut ids = BTreeSet::new();
     for info in moving {
         ids.extend(Some(status_of(node, info.group_id).leader_id).filter(|id| *id >= 0));
@@ -141,7 +142,7 @@ async fn moves(node: &Node) -> BTreeMap<u64, Value> {
 /// Every partition with where it is and how it is; `unhealthy` leaves out those that serve from all replicas. Offsets and
 /// sizes are those of this node's replica.
 pub async fn partitions(node: &Node, topic: Option<&str>, unhealthy: bool) -> Vec<Value> {
-    let moves = moves(node).await;
+    let moves = moves(node, topic).await;
     let image = node.image.load_full();
     let mut found = Vec::new();
     for one in image.topics.values().filter(|t| topic.is_none_or(|name| name == t.name)) {

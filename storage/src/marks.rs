@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use crate::codec::Cursor;
+use crate::tail::push_sparingly;
 
 /// A change of leader makes one mark of some nine bytes. Where there are more, the log begins further on for other replicas.
 pub(crate) const MARKS_MAX: usize = 1024;
@@ -62,12 +63,7 @@ impl Marks {
 
     fn add(&mut self, mark: Mark) {
         self.payload_bytes += payload_len(&mark);
-        // Most groups have one for as long as one node leads them, and there are thousands of groups; a deque would make places for
-        // four.
-        if self.marks.capacity() == 0 {
-            self.marks.reserve_exact(1);
-        }
-        self.marks.push_back(mark);
+        push_sparingly(&mut self.marks, mark);
     }
 
     /// An entry that follows what is there; it gets a mark if it needs one. `committed`: entries up to there stay.

@@ -8,6 +8,7 @@
 //!
 //! Sequences run from 0 to `i32::MAX` and start over. Transactions are not tracked here.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 
 use flumen_protocol::record_batch::BatchHeader;
@@ -294,22 +295,26 @@ impl ProducerState {
         forgot
     }
 
-    /// A snapshot that no cut makes worthless: without what is not committed. `committed_end`: where that ends, as far as the
-    /// caller can tell; `epoch_at`: the leader epoch at an offset. With the offset before which it is the state.
-    pub fn encode_settled(&self, committed_end: i64, epoch_at: impl Fn(i64) -> i32) -> (i64, Vec<u8>) {
-        let mut settled = None;
+    /// What no cut makes worthless: the state without what is not committed, and the offset before which it is that.
+    /// `committed_end`: where that ends, as far as the caller can tell.
+    pub fn settled(&self, committed_end: i64) -> (i64, Cow<'_, ProducerState>) {
+        let mut settled = Cow::Borrowed(self);
         if !self.way_back.is_empty() {
-            let settled = settled.insert(self.clone());
+            let settled = settled.to_mut();
             while let Some(change) = settled.way_back.pop_back() {
                 settled.go_back(change);
             }
         }
-        let settled = settled.as_ref().unwrap_or(self);
         // What is in it must not be taken from the log once more.
         let batches = settled.producers.values().filter_map(|producer| producer.batches.back());
         let known = batches.map(|batch| batch.base_offset + i64::from(batch.last_offset_delta) + 1).max();
         let at = committed_end.max(known.unwrap_or(0));
-        let at = self.way_back.front().map_or(at, |change| at.min(change.base_offset));
+        (self.way_back.front().map_or(at, |change| at.min(change.base_offset)), settled)
+    }
+
+    /// A snapshot of that. `epoch_at`: the leader epoch at an offset.
+    pub fn encode_settled(&self, committed_end: i64, epoch_at: impl Fn(i64) -> i32) -> (i64, Vec<u8>) {
+        let (at, settled) = self.settled(committed_end);
         (at, settled.encode(at, epoch_at(at - 1)))
     }
 

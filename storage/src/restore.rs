@@ -633,11 +633,12 @@ pub(crate) fn restore(
         afterwards.push(Afterwards::Remove(dir.join(name.log_file())));
         afterwards.push(Afterwards::Remove(dir.join(name.index_file())));
     }
-    let (snapshot_offset, bytes) = producers.state.encode_settled(log_end, |at| state.epochs.epoch_at(at));
+    let (snapshot_offset, settled) = producers.state.settled(log_end);
     let snapshot = match producers.snapshot_offset == snapshot_offset {
         // A copy, because it may be a piece of a whole WAL file.
         true => producers.saved.map(|bytes| Bytes::copy_from_slice(&bytes)),
         false => {
+            let bytes = settled.encode(snapshot_offset, state.epochs.epoch_at(snapshot_offset - 1));
             let is_small = bytes.len() <= SNAPSHOT_BYTES_MAX;
             if !is_small {
                 write_snapshot(files, dir, snapshot_offset, &bytes).map_err(io)?;

@@ -37,6 +37,15 @@ impl TailEntry {
     }
 }
 
+/// Most groups have one entry or mark for as long as nobody writes to them, and there are thousands of groups; a deque would make
+/// places for four with the first.
+pub(crate) fn push_sparingly<T>(places: &mut VecDeque<T>, item: T) {
+    if places.capacity() == 0 {
+        places.reserve_exact(1);
+    }
+    places.push_back(item);
+}
+
 #[derive(Debug, Default)]
 pub struct Tail {
     entries: VecDeque<TailEntry>,
@@ -64,21 +73,13 @@ impl Tail {
     pub fn push(&mut self, entry: TailEntry) {
         debug_assert!(self.entries.back().is_none_or(|last| last.index + 1 == entry.index));
         self.unflushed_bytes += entry.bytes.len() as u64;
-        self.add(entry);
-    }
-
-    fn add(&mut self, entry: TailEntry) {
-        // An idle group holds one, and there are thousands of them; a deque would make places for four.
-        if self.entries.capacity() == 0 {
-            self.entries.reserve_exact(1);
-        }
-        self.entries.push_back(entry);
+        push_sparingly(&mut self.entries, entry);
     }
 
     /// An entry that is in a segment already, to warm the cache at start.
     pub fn push_flushed(&mut self, entry: TailEntry) {
         debug_assert_eq!(self.flushed, self.entries.len());
-        self.add(entry);
+        push_sparingly(&mut self.entries, entry);
         self.flushed += 1;
     }
 

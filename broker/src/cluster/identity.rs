@@ -157,16 +157,19 @@ impl Identity {
 
     pub fn store(&self, data_dir: &Path) -> Result<(), IdentityError> {
         let path = data_dir.join(FILE);
-        let temporary = data_dir.join(format!("{FILE}.tmp"));
-        let write = || {
-            let mut file = fs::File::create(&temporary)?;
-            file.write_all(self.encode().as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            flumen_io::FileSystem::machine().sync_dir(data_dir)
-        };
-        write().map_err(|error| IdentityError::Io { path: path.clone(), error })
+        write_whole(data_dir, FILE, self.encode().as_bytes())
+            .map_err(|error| IdentityError::Io { path, error })
     }
+}
+
+/// A small file, which is the old one or the new one whenever the power goes.
+pub(crate) fn write_whole(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let temporary = directory.join(format!("{name}.tmp"));
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, directory.join(name))?;
+    flumen_io::FileSystem::machine().sync_dir(directory)
 }
 
 #[cfg(test)]

@@ -11,14 +11,16 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Controller, METADATA_GROUP};
+use crate::cluster::identity::write_whole;
 
+const DIRECTORY: &str = "metadata";
 const FILE: &str = "held";
 const MAGIC: [u8; 4] = *b"FLHL";
 const VERSION: u32 = 1;
@@ -32,7 +34,7 @@ const FILE_BYTES_MAX: u64 = 64 << 20;
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 
 fn path_in(data_dir: &Path) -> PathBuf {
-    data_dir.join("metadata").join(FILE)
+    data_dir.join(DIRECTORY).join(FILE)
 }
 
 fn encode(groups: &BTreeSet<u64>) -> Vec<u8> {
@@ -70,13 +72,7 @@ pub(super) fn load(data_dir: &Path) -> io::Result<BTreeSet<u64>> {
 }
 
 fn store(data_dir: &Path, groups: &BTreeSet<u64>) -> io::Result<()> {
-    let path = path_in(data_dir);
-    let temporary = path.with_extension("tmp");
-    let mut file = fs::File::create(&temporary)?;
-    file.write_all(&encode(groups))?;
-    file.sync_all()?;
-    fs::rename(&temporary, &path)?;
-    flumen_io::FileSystem::machine().sync_dir(&data_dir.join("metadata"))
+    write_whole(&data_dir.join(DIRECTORY), FILE, &encode(groups))
 }
 
 impl Controller {

@@ -71,14 +71,9 @@ pub(super) fn group_of_dir(name: &str) -> Option<u64> {
 /// The first segment is gone, or the last, or half of that; false when it had none, or none that counted.
 pub(super) fn lose_log(world: &World, broker: &Broker, group: u64) {
     let files = broker.machine.file_system();
-    let is_of_group = |name: &str| {
-        name.rsplit_once(".g")
-            .and_then(|(_, id)| id.parse().ok())
-            .is_some_and(|id: u64| group_of(id) == group)
-    };
     let dirs = files.list(Path::new(LOGS)).unwrap_or_default();
     let mut logs: Vec<(PathBuf, u64)> = Vec::new();
-    for dir in dirs.iter().filter(|dir| dir.is_dir && is_of_group(&dir.name)) {
+    for dir in dirs.iter().filter(|dir| dir.is_dir && group_of_dir(&dir.name) == Some(group)) {
         let path = Path::new(LOGS).join(&dir.name);
         let listed = files.list(&path).unwrap_or_default();
         let segments = listed.iter().filter(|entry| entry.name.ends_with(".log") && entry.len > 0);
