@@ -442,6 +442,13 @@ impl Group {
 }
 
 impl Inner {
+    /// Epochs are known for as long as segments are there: snapshots of producers that end in them are told from those of another
+    /// log by them.
+    pub(crate) fn forget_epochs(&mut self) {
+        let first = self.segments.front().map_or(self.log_start, |segment| segment.base);
+        self.epochs.truncate_start(first.min(self.log_start));
+    }
+
     pub fn touch(&mut self, id: GroupId, wal: &Wal, file_seq: u64) {
         let touched = &mut self.touched[wal.lane as usize];
         if *touched != Some(file_seq) {
@@ -969,8 +976,8 @@ impl GroupLog {
     pub fn epoch_end_offset(&self, epoch: i32) -> (i32, i64) {
         let inner = self.inner();
         let (known, end) = inner.epochs.end_offset(epoch, inner.log_end);
-        // The epoch of the record before the log start is kept, and with it where others ended that are gone.
-        (known, if end < 0 { end } else { end.max(inner.log_start) })
+        // Of those below the log start clients know no more than that.
+        if (0..inner.log_start).contains(&end) { (epoch, inner.log_start) } else { (known, end) }
     }
 
     /// Leader epoch of the record at `offset`; -1 if unknown.
@@ -1006,7 +1013,6 @@ impl GroupLog {
         let lane = self.next_lane(inner);
         if inner.direct_pending && offset > inner.direct_from.1 {
             inner.log_start = offset;
-            inner.epochs.truncate_start(offset);
             inner.direct_log_start = true;
             return Ok((Lane::Direct, self.stage_direct(inner, lane, None, None, &[])));
         }
@@ -1022,10 +1028,10 @@ impl GroupLog {
         inner.last_lsn = lsn;
         inner.log_start_by = (lane, lsn);
         inner.log_start = offset;
-        inner.epochs.truncate_start(offset);
         inner.meta_dirty = true;
         wal.wake_writer();
         crate::retention::drop_below_start(shard, &self.group, inner);
+        inner.forget_epochs();
         Ok((wal.lane, lsn))
     }
 

@@ -60,8 +60,8 @@ impl LeaderEpochs {
         self.entries.retain(|(_, start)| *start < offset);
     }
 
-    /// The log begins at `offset` now. Forgets epochs that lie wholly below the record before, of which snapshots of producers
-    /// that end at `offset` tell; the one that this was of now begins there.
+    /// The first segment begins at `offset` now. Forgets epochs that lie wholly below the record before, of which snapshots of
+    /// producers that end at `offset` tell; the one that this was of now begins there.
     pub fn truncate_start(&mut self, offset: i64) {
         let before = offset.saturating_sub(1);
         let after = self.entries.partition_point(|(_, start)| *start <= before);

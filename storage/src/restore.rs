@@ -725,7 +725,7 @@ pub(crate) fn restore(
     state.flushed_end = log_end;
     (state.active_base, state.active_bytes) = active.unwrap_or((-1, 0));
     state.epochs.truncate_end(log_end);
-    state.epochs.truncate_start(state.log_start);
+    state.epochs.truncate_start(first.min(state.log_start));
     // Those that were begun here begin with an entry that was replayed.
     let first_index = |at: usize, base: i64| {
         let replayed = || entries.iter().find(|entry| entry.is_batch && entry.offset == base);

@@ -102,6 +102,7 @@ fn drop_front(shard: &Shard, group: &Rc<Group>, inner: &mut Inner, count: usize)
         inner.meta_dirty = true;
         let first = inner.segments.front().map_or(inner.flushed_end, |segment| segment.base);
         inner.raise_before(first);
+        inner.forget_epochs();
     }
     bytes
 }
