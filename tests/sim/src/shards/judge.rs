@@ -10,6 +10,7 @@ use flumen_metadata::PartitionInfo;
 
 use super::broker::Broker;
 use super::consumer::{decode, read};
+use super::questions;
 use super::world::{World, name_of};
 
 /// For replicas to become the same once nothing is written any more.
@@ -155,6 +156,7 @@ pub(super) async fn judge(world: &Rc<World>) {
             else {
                 return;
             };
+            world.heard.borrow_mut().read(group, &bytes);
             let records = match decode(&bytes, start) {
                 Ok(records) => records,
                 Err(what) => return world.fail(format!("broker {}: {}: {what}", one.broker, name_of(group))),
@@ -173,6 +175,7 @@ pub(super) async fn judge(world: &Rc<World>) {
             }
         }
     }
+    questions::judge(world);
     for broker in &world.brokers {
         // With what it takes to close the log; or it just ends.
         let stops = world.below(4) > 0;
@@ -258,7 +261,14 @@ fn judged(world: &World) -> History {
             }
             counts
         }
-        Event::Sent { op, .. } => ops.contains(op),
+        Event::AskEnd { op, partition } => {
+            let counts = !voided.contains(partition);
+            if counts {
+                ops.insert(*op);
+            }
+            counts
+        }
+        Event::Sent { op, .. } | Event::End { op, .. } => ops.contains(op),
         Event::Poll { partition, .. }
         | Event::Watermarks { partition, .. }
         | Event::FinalRead { partition, .. } => !voided.contains(partition),

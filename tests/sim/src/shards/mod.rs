@@ -10,7 +10,7 @@
 //! operation, and from that moment on nothing that it still does reaches anybody.
 //!
 //! Invariants checked: one leader a term and one vote a term, as the messages tell (`oracle.rs`); what clients saw
-//! (`flumen_checker`); an idempotent producer never hears of a gap before its oldest batch; replicas are the same bytes;
+//! (`flumen_checker`, `questions.rs`); an idempotent producer never hears of a gap before its oldest batch; replicas are the same bytes;
 //! recovery finds nothing damaged that was promised to be kept; what a clean stop leaves passes the store's own inspection; no
 //! task panics.
 
@@ -21,6 +21,7 @@ mod losses;
 mod nemesis;
 mod plan;
 mod producer;
+mod questions;
 mod wires;
 mod world;
 

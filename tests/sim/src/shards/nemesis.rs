@@ -18,7 +18,7 @@ use super::plan::quiet;
 use super::world::World;
 
 /// Every kind of fault, and everything else that must have happened in a set of runs for them to be worth anything.
-pub const FAULTS: [&str; 38] = [
+pub const FAULTS: [&str; 44] = [
     "isolate one",
     "split in two",
     "one way",
@@ -51,6 +51,12 @@ pub const FAULTS: [&str; 38] = [
     "producer started anew",
     "read from a follower",
     "reader behind the log start",
+    "end asked",
+    "beginning asked",
+    "place of a time asked",
+    "newest record asked",
+    "end of an epoch asked",
+    "leader could not be sure",
     "sync fails",
     "sync stalls",
     "write fails",
@@ -158,14 +164,22 @@ fn one_fault(world: &Rc<World>) {
 }
 
 fn delete_records(world: &Rc<World>, broker: &Broker, group: u64) {
-    let (world, part) = (world.clone(), world.between(1, 100));
+    let (world, part, machine) = (world.clone(), world.between(1, 100), broker.machine.clone());
     broker.post(move |shard| {
         let Some(partition) = shard.partition(group).filter(|partition| partition.serves()) else { return };
         let (start, end) = (partition.log_start_offset(), partition.high_watermark());
         let to = start + (end - start) * part as i64 / 150;
+        if to <= start {
+            return;
+        }
+        world.heard.borrow_mut().delete(group, to);
         tokio::task::spawn_local(async move {
-            if to > start && partition.delete_records(to).await.is_ok() {
+            if partition.delete_records(to).await.is_ok() {
                 world.count("records deleted");
+                // A process that is no more told nobody.
+                if !machine.is_down() {
+                    world.heard.borrow_mut().deleted(group, to);
+                }
             }
         });
     });

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::broker::Broker;
 use super::nemesis;
 use super::plan::Plan;
+use super::questions::{self, Heard};
 use super::{consumer, judge, losses, producer};
 use crate::network::{Network, Time};
 use crate::oracle::Oracle;
@@ -46,6 +47,8 @@ pub(super) struct World {
     pub asked: RefCell<BTreeMap<u64, oneshot::Sender<Answered>>>,
     pub oracle: RefCell<Oracle>,
     pub history: RefCell<History>,
+    /// What clients know, by which answers of leaders are judged.
+    pub heard: RefCell<Heard>,
     pub faults: Cell<bool>,
     pub clients_stop: Cell<bool>,
     pub acknowledged: Cell<u64>,
@@ -126,6 +129,7 @@ impl World {
             asked: RefCell::default(),
             oracle: RefCell::default(),
             history: RefCell::default(),
+            heard: RefCell::default(),
             faults: Cell::new(true),
             clients_stop: Cell::new(false),
             acknowledged: Cell::new(0),
@@ -145,6 +149,7 @@ impl World {
         for group in self.groups() {
             tokio::task::spawn_local(producer::idempotent(self.clone(), group));
             tokio::task::spawn_local(producer::plain(self.clone(), group));
+            tokio::task::spawn_local(questions::ask(self.clone(), group));
             for consumer in 0..2 {
                 tokio::task::spawn_local(consumer::consume(self.clone(), group, consumer));
             }
