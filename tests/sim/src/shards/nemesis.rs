@@ -18,7 +18,7 @@ use super::plan::quiet;
 use super::world::World;
 
 /// Every kind of fault, and everything else that must have happened in a set of runs for them to be worth anything.
-pub const FAULTS: [&str; 44] = [
+pub const FAULTS: [&str; 57] = [
     "isolate one",
     "split in two",
     "one way",
@@ -57,6 +57,19 @@ pub const FAULTS: [&str; 44] = [
     "newest record asked",
     "end of an epoch asked",
     "leader could not be sure",
+    "share given",
+    "offset committed",
+    "offsets fetched",
+    "rebalance heard",
+    "member left",
+    "member died",
+    "member stood still",
+    "member forgotten",
+    "instance fenced",
+    "old generation refused",
+    "commit of a stranger refused",
+    "coordinator moved",
+    "coordinator was loading",
     "sync fails",
     "sync stalls",
     "write fails",
@@ -157,7 +170,7 @@ fn one_fault(world: &Rc<World>) {
             });
         }
         14..=15 if theme.moves() => begin_move(world, group),
-        16 => delete_records(world, &broker, group),
+        16 if !world.plan.keeps_groups(group) => delete_records(world, &broker, group),
         17 if theme.moves() => give_up_move(world, group),
         _ => {}
     }
