@@ -18,7 +18,7 @@ use super::plan::quiet;
 use super::world::World;
 
 /// Every kind of fault, and everything else that must have happened in a set of runs for them to be worth anything.
-pub const FAULTS: [&str; 57] = [
+pub const FAULTS: [&str; 56] = [
     "isolate one",
     "split in two",
     "one way",
@@ -69,7 +69,6 @@ pub const FAULTS: [&str; 57] = [
     "old generation refused",
     "commit of a stranger refused",
     "coordinator moved",
-    "coordinator was loading",
     "sync fails",
     "sync stalls",
     "write fails",
