@@ -3,19 +3,22 @@
 //! wakes up at deadlines.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flumen_groups::{Client, Coordinator, GroupRequest, GroupResponse, GroupsConfig, OffsetsRecord, Output};
+use flumen_groups::{
+    Client, Coordinator, GroupRequest, GroupResponse, GroupsConfig, Now, OffsetsRecord, Output,
+};
 use flumen_protocol::error_code::ErrorCode;
 use flumen_protocol::record::{self, BatchBuilder};
 use flumen_protocol::record_batch;
 use kafka_protocol::messages::OffsetCommitRequest;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
 
-use crate::node::{Node, now_ms};
+use crate::node::Node;
 use crate::partition::{Completion, Origin, Partition};
 use crate::shard::Shard;
 
@@ -27,18 +30,20 @@ const LOAD_BATCH_BYTES_MAX: usize = 64 << 20;
 /// A request that finds its coordinator reading waits this long before it is told to come again: usually the rest takes
 /// less, and not every admin tool comes again. Short beside the request timeouts of clients, which start at seconds.
 const LOAD_WAIT: Duration = Duration::from_secs(1);
+/// After a read that failed.
+const LOAD_AGAIN: Duration = Duration::from_millis(500);
 /// Offset expiration and the like are looked at no less often than this.
 const TICK_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Default)]
 pub struct Coordinators {
-    by_group: RefCell<HashMap<u64, Rc<GroupShell>>>,
+    by_group: RefCell<BTreeMap<u64, Rc<GroupShell>>>,
 }
 
 pub struct GroupShell {
     partition: Rc<Partition>,
     coordinator: RefCell<Coordinator>,
-    answers: RefCell<HashMap<u64, oneshot::Sender<GroupResponse>>>,
+    answers: RefCell<BTreeMap<u64, oneshot::Sender<GroupResponse>>>,
     next_token: Cell<u64>,
     /// All records are read: from here on deletions of topics have to be told.
     replayed: Cell<bool>,
@@ -51,6 +56,7 @@ pub struct GroupShell {
     open_appends: RefCell<BTreeSet<u64>>,
     append_finished: Notify,
     node: Arc<Node>,
+    made: Instant,
 }
 
 impl Coordinators {
@@ -79,6 +85,7 @@ impl Coordinators {
             open_appends: RefCell::default(),
             append_finished: Notify::new(),
             node: shard.node.clone(),
+            made: Instant::now(),
         });
         self.by_group.borrow_mut().insert(group_id, shell.clone());
         tokio::task::spawn_local(shell.clone().load_and_tick());
@@ -91,6 +98,7 @@ impl Coordinators {
             shell.deadline_moved.notify_one();
             // Appends may never come to their end.
             shell.append_finished.notify_waiters();
+            shell.load_ended.notify_waiters();
             shell.answers.borrow_mut().clear();
         }
     }
@@ -129,6 +137,10 @@ impl GroupShell {
         if !self.loaded.get() {
             let _ = tokio::time::timeout(LOAD_WAIT, self.load_ended.notified()).await;
         }
+        // What it took would be unknown to the one that came after it here.
+        if self.removed.get() {
+            return Err(ErrorCode::NOT_COORDINATOR);
+        }
         if !self.loaded.get() {
             return Err(ErrorCode::COORDINATOR_LOAD_IN_PROGRESS);
         }
@@ -139,16 +151,22 @@ impl GroupShell {
         self.next_token.set(token + 1);
         let (answer, receiver) = oneshot::channel();
         self.answers.borrow_mut().insert(token, answer);
-        let fresh_id = uuid::Uuid::new_v4().as_u128();
+        let host = &self.node.host;
+        let fresh_id = u128::from(host.draw()) << 64 | u128::from(host.draw());
         let outputs = self.coordinator.borrow_mut().handle(
             token,
             Client { client_id, client_host },
             request,
             fresh_id,
-            now_ms(),
+            self.now(),
         );
         self.act(outputs);
         receiver.await.map_err(|_| ErrorCode::NOT_COORDINATOR)
+    }
+
+    fn now(&self) -> Now {
+        let steady_ms = i64::try_from(self.made.elapsed().as_millis()).unwrap_or(i64::MAX);
+        Now { steady_ms, wall_ms: self.node.host.now_ms() }
     }
 
     pub fn with_coordinator<R>(&self, look: impl FnOnce(&Coordinator) -> R) -> R {
@@ -204,7 +222,7 @@ impl GroupShell {
     }
 
     fn append(self: &Rc<Self>, append_id: u64, records: &[OffsetsRecord]) {
-        let now = now_ms();
+        let now = self.node.host.now_ms();
         let mut builder = BatchBuilder::new();
         for record in records {
             builder.append(now, Some(&record.key), record.value.as_deref(), &[]);
@@ -224,7 +242,7 @@ impl GroupShell {
         // so its answer is acted on in a turn of its own.
         let shell = self.clone();
         tokio::task::spawn_local(async move {
-            let outputs = shell.coordinator.borrow_mut().append_done(append_id, result, now_ms());
+            let outputs = shell.coordinator.borrow_mut().append_done(append_id, result, shell.now());
             shell.act(outputs);
             shell.open_appends.borrow_mut().remove(&append_id);
             shell.append_finished.notify_waiters();
@@ -232,13 +250,21 @@ impl GroupShell {
     }
 
     async fn load_and_tick(self: Rc<Self>) {
-        if let Err(error) = self.load().await {
-            tracing::error!(partition = self.partition.index, %error, "committed offsets could not be loaded; their groups stay unavailable");
+        while let Err(error) = self.load().await {
+            if self.removed.get() || self.partition.damage().is_some() {
+                tracing::error!(partition = self.partition.index, %error, "committed offsets could not be loaded; their groups stay unavailable here");
+                return;
+            }
+            tracing::warn!(partition = self.partition.index, %error, "committed offsets could not be loaded; it is tried again");
+            *self.coordinator.borrow_mut() = Coordinator::new(groups_config(&self.node.config));
+            tokio::time::sleep(LOAD_AGAIN).await;
+        }
+        if self.removed.get() {
             return;
         }
         let outdated = {
             let mut coordinator = self.coordinator.borrow_mut();
-            coordinator.finish_load(now_ms());
+            coordinator.finish_load(self.now());
             let image = self.node.image.load();
             coordinator.remove_outdated_topics(|topic| image.topics.get(topic).map(|t| t.id.as_u128()))
         };
@@ -248,11 +274,12 @@ impl GroupShell {
         self.load_ended.notify_waiters();
         while !self.removed.get() {
             let wait = self.coordinator.borrow().next_deadline_ms().map_or(TICK_MAX, |deadline| {
-                Duration::from_millis(u64::try_from(deadline - now_ms()).unwrap_or(0)).min(TICK_MAX)
+                Duration::from_millis(u64::try_from(deadline - self.now().steady_ms).unwrap_or(0))
+                    .min(TICK_MAX)
             });
             tokio::select! {
                 () = tokio::time::sleep(wait) => {
-                    let outputs = self.coordinator.borrow_mut().tick(now_ms());
+                    let outputs = self.coordinator.borrow_mut().tick(self.now());
                     if !outputs.is_empty() {
                         self.act(outputs);
                     }

@@ -330,6 +330,14 @@ fn record_at(batch: &[u8], timestamp: i64, from: i64) -> Option<(i64, i64)> {
         .map(|record| (record.timestamp, record.offset))
 }
 
+/// Largest timestamp of the records of a batch at or above an offset that lies in it.
+fn newest_from(batch: &[u8], from: i64) -> i64 {
+    let mut scratch = Vec::new();
+    let records = decode_records(batch, &mut scratch, DECOMPRESSED_MAX_BYTES);
+    let records = records.into_iter().flatten().map_while(Result::ok);
+    records.filter(|record| record.offset >= from).map(|record| record.timestamp).max().unwrap_or(-1)
+}
+
 impl GroupLog {
     fn place_of(&self, from: i64) -> Option<Place> {
         let inner = self.group.inner.borrow();
@@ -548,7 +556,17 @@ impl GroupLog {
         let log_start = self.log_start_offset();
         self.readable(log_start)?;
         let found = |at: Option<(i64, i64)>| at.filter(|(_, offset)| *offset < upper);
-        for place in self.places() {
+        // Together with the segments, as what is here now is in others later on.
+        let places = self.places();
+        let unflushed = {
+            let inner = group.inner.borrow();
+            let entries = inner.tail.unflushed().filter(|entry| {
+                entry.is_batch() && entry.max_timestamp >= timestamp && entry.next_offset > log_start
+            });
+            let mut hits = entries.filter_map(|entry| record_at(&entry.bytes, timestamp, log_start));
+            hits.next()
+        };
+        for place in places {
             if place.end <= log_start {
                 continue;
             }
@@ -579,22 +597,17 @@ impl GroupLog {
                 return Ok(found(hit));
             }
         }
-        let inner = group.inner.borrow();
-        let hit = inner
-            .tail
-            .unflushed()
-            .filter(|entry| {
-                entry.is_batch() && entry.max_timestamp >= timestamp && entry.next_offset > log_start
-            })
-            .find_map(|entry| record_at(&entry.bytes, timestamp, log_start));
-        Ok(found(hit))
+        Ok(found(unflushed))
     }
 
     /// The committed record with the largest timestamp, the first of them if there are several, as (timestamp, offset).
     pub async fn max_timestamp(&self) -> Result<Option<(i64, i64)>, ReadError> {
         for _ in 0..SEARCHES_MAX {
+            let log_start = self.log_start_offset();
             match self.search_max_timestamp().await {
                 Err(error) if is_gone(&error) => {}
+                // The newest record went meanwhile.
+                Ok(None) if self.log_start_offset() != log_start => {}
                 result => return result,
             }
         }
@@ -602,36 +615,55 @@ impl GroupLog {
     }
 
     async fn search_max_timestamp(&self) -> Result<Option<(i64, i64)>, ReadError> {
+        let (upper, max) = self.newest_below_watermark(false).await?;
+        if max < 0 {
+            return Ok(None);
+        }
+        if let Some(found) = self.find_timestamp(max, upper).await? {
+            return Ok(Some(found));
+        }
+        // The newest of all is not committed yet, or came meanwhile.
+        let (upper, max) = self.newest_below_watermark(true).await?;
+        if max < 0 { Ok(None) } else { self.find_timestamp(max, upper).await }
+    }
+
+    /// The high watermark, and the largest timestamp below it; without `exactly` something above may count.
+    async fn newest_below_watermark(&self, exactly: bool) -> Result<(i64, i64), ReadError> {
         let (log_start, upper) = (self.log_start_offset(), self.high_watermark());
-        let mut max = i64::MIN;
-        for place in self.places() {
+        // Together with the segments, as what is here now is in others later on.
+        let places = self.places();
+        let mut max = {
+            let inner = self.group.inner.borrow();
+            let committed = inner.tail.unflushed().take_while(|entry| entry.next_offset <= upper);
+            let counted = committed.filter(|entry| entry.is_batch() && entry.next_offset > log_start);
+            let newest = counted.map(|entry| match record_batch::parse_header(&entry.bytes) {
+                Ok(header) if header.base_offset < log_start => newest_from(&entry.bytes, log_start),
+                _ => entry.max_timestamp,
+            });
+            newest.fold(i64::MIN, i64::max)
+        };
+        let last = places.last().map(|place| place.name);
+        for place in places {
             if place.end <= log_start {
                 continue;
             }
-            if place.name.base >= log_start {
+            if place.name.base >= log_start && !(exactly && Some(place.name) == last) {
                 let newest = self.newest_in(place.name).await;
                 max = max.max(newest.ok_or(ReadError::Io(io::ErrorKind::NotFound.into()))?);
                 continue;
             }
             // Only part of this segment counts.
-            scan(&self.shard, &self.group, place, (0, place.name.base), |header, _, _| {
-                if header.next_offset() > log_start {
+            scan(&self.shard, &self.group, place, (0, place.name.base), |header, _, batch| {
+                if header.base_offset < log_start && header.next_offset() > log_start {
+                    max = max.max(newest_from(batch, log_start));
+                } else if header.next_offset() > log_start && header.next_offset() <= upper {
                     max = max.max(header.newest_record_ms().unwrap_or(-1));
                 }
                 false
             })
             .await?;
         }
-        {
-            let inner = self.group.inner.borrow();
-            let committed = inner.tail.unflushed().take_while(|entry| entry.next_offset <= upper);
-            let counted = committed.filter(|entry| entry.is_batch() && entry.next_offset > log_start);
-            max = counted.map(|entry| entry.max_timestamp).fold(max, i64::max);
-        }
-        if max < 0 {
-            return Ok(None);
-        }
-        self.find_timestamp(max, upper).await
+        Ok((upper, max))
     }
 }
 

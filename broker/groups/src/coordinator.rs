@@ -14,7 +14,7 @@ use crate::rebalance::join_error;
 use crate::record::{GroupMetadataValue, OffsetCommitValue, RecordKey};
 use crate::transactions::{apply_offset, hold_offset};
 use crate::types::{
-    Client, GroupRequest, GroupResponse, GroupState, GroupSummary, GroupsConfig,
+    Client, GroupRequest, GroupResponse, GroupState, GroupSummary, GroupsConfig, Now,
     OFFSETS_RETENTION_CHECK_INTERVAL_MS, Output, own_str,
 };
 
@@ -29,7 +29,7 @@ impl Coordinator {
     pub fn new(config: GroupsConfig) -> Self {
         let ctx = Ctx {
             config,
-            now_ms: 0,
+            now: Now::from(0),
             out: Vec::new(),
             appends: BTreeMap::new(),
             next_append_id: 1,
@@ -93,8 +93,8 @@ impl Coordinator {
     }
 
     /// Members get a fresh session: nobody could hear their heartbeats in the meantime.
-    pub fn finish_load(&mut self, now_ms: i64) {
-        self.set_now(now_ms);
+    pub fn finish_load(&mut self, now: impl Into<Now>) {
+        self.set_now(now.into());
         self.groups.retain(|_, group| !group.is_vacant());
         for group in self.groups.values_mut() {
             group.compute_subscribed();
@@ -117,9 +117,9 @@ impl Coordinator {
         client: Client<'_>,
         request: GroupRequest,
         fresh_id: u128,
-        now_ms: i64,
+        now: impl Into<Now>,
     ) -> Vec<Output> {
-        self.set_now(now_ms);
+        self.set_now(now.into());
         match request {
             GroupRequest::Join { request, version } => self.join(token, client, request, version, fresh_id),
             GroupRequest::Sync { request, version } => self.sync(token, request, version),
@@ -137,8 +137,13 @@ impl Coordinator {
         self.take_outputs()
     }
 
-    pub fn append_done(&mut self, append_id: u64, result: Result<(), ErrorCode>, now_ms: i64) -> Vec<Output> {
-        self.set_now(now_ms);
+    pub fn append_done(
+        &mut self,
+        append_id: u64,
+        result: Result<(), ErrorCode>,
+        now: impl Into<Now>,
+    ) -> Vec<Output> {
+        self.set_now(now.into());
         let Some(append) = self.ctx.appends.remove(&append_id) else { return Vec::new() };
         let group_id = append.group.clone();
         if let Some(group) = self.groups.get_mut(&group_id) {
@@ -152,14 +157,16 @@ impl Coordinator {
         self.take_outputs()
     }
 
+    /// By the steady clock.
     pub fn next_deadline_ms(&self) -> Option<i64> {
         let wake = self.ctx.wakes.first().map_or(NEVER, |(at_ms, _)| *at_ms);
         let next_ms = wake.min(self.next_expiration_ms);
         (next_ms != NEVER).then_some(next_ms)
     }
 
-    pub fn tick(&mut self, now_ms: i64) -> Vec<Output> {
-        self.set_now(now_ms);
+    pub fn tick(&mut self, now: impl Into<Now>) -> Vec<Output> {
+        self.set_now(now.into());
+        let now_ms = self.ctx.now.steady_ms;
         // Each group once: what becomes due again right now waits for the next call.
         let mut due = Vec::new();
         while let Some((at_ms, _)) = self.ctx.wakes.first()
@@ -186,8 +193,8 @@ impl Coordinator {
         std::mem::take(&mut self.ctx.out)
     }
 
-    pub(crate) fn set_now(&mut self, now_ms: i64) {
-        self.ctx.now_ms = now_ms;
+    pub(crate) fn set_now(&mut self, now: Now) {
+        self.ctx.now = now;
         if self.next_expiration_ms == NEVER {
             self.next_expiration_ms = self.ctx.after(OFFSETS_RETENTION_CHECK_INTERVAL_MS);
         }

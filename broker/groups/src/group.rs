@@ -12,7 +12,7 @@ use flumen_protocol::error_code::ErrorCode;
 use crate::rebalance::{join_error, sync_error};
 use crate::record::{OffsetCommitValue, OffsetsRecord};
 use crate::subscription;
-use crate::types::{GroupResponse, GroupState, GroupsConfig, Output};
+use crate::types::{GroupResponse, GroupState, GroupsConfig, Now, Output};
 
 /// A deadline that is not set.
 pub(crate) const NEVER: i64 = i64::MAX;
@@ -21,7 +21,7 @@ pub(crate) const CONSUMER_PROTOCOL_TYPE: &str = "consumer";
 /// Shared by all groups of a coordinator for the length of one call, and the appends under way.
 pub(crate) struct Ctx {
     pub config: GroupsConfig,
-    pub now_ms: i64,
+    pub now: Now,
     pub out: Vec<Output>,
     pub appends: BTreeMap<u64, PendingAppend>,
     pub next_append_id: u64,
@@ -111,8 +111,9 @@ impl Ctx {
         }
     }
 
+    /// By the steady clock.
     pub fn after(&self, delay_ms: i64) -> i64 {
-        self.now_ms.saturating_add(delay_ms.max(0)).min(NEVER - 1)
+        self.now.steady_ms.saturating_add(delay_ms.max(0)).min(NEVER - 1)
     }
 }
 
@@ -269,7 +270,7 @@ impl Group {
 
     pub fn transition(&mut self, ctx: &Ctx, state: GroupState) {
         self.state = state;
-        self.state_timestamp_ms = ctx.now_ms;
+        self.state_timestamp_ms = ctx.now.wall_ms;
         if state != GroupState::PreparingRebalance {
             self.join_phase = None;
         }

@@ -61,7 +61,7 @@ impl Coordinator {
             if let Some(error) = error {
                 return self.ctx.reply(token, join_error(error, &member_id, version));
             }
-            let group = Group::new(&group_id, self.ctx.now_ms);
+            let group = Group::new(&group_id, self.ctx.now.wall_ms);
             self.groups.insert(group.id.clone(), group);
         }
         if let Some(group) = self.groups.get_mut(&*group_id) {

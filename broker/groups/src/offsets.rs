@@ -82,7 +82,7 @@ impl Coordinator {
             if self.groups.len() >= MAX_GROUPS {
                 return Err(ErrorCode::COORDINATOR_NOT_AVAILABLE);
             }
-            let group = Group::new(group_id, self.ctx.now_ms);
+            let group = Group::new(group_id, self.ctx.now.wall_ms);
             self.groups.insert(group.id.clone(), group);
         }
         let Some(group) = self.groups.get_mut(group_id) else { return Err(ErrorCode::UNKNOWN_MEMBER_ID) };
@@ -112,8 +112,10 @@ impl Coordinator {
     fn append_commit(&mut self, token: u64, request: &OffsetCommitRequest, producer_id: Option<i64>) {
         let Some(group) = self.groups.get_mut(&**request.group_id) else { return };
         let ctx = &mut self.ctx;
-        let expire_timestamp_ms =
-            if request.retention_time_ms < 0 { -1 } else { ctx.after(request.retention_time_ms) };
+        let expire_timestamp_ms = match request.retention_time_ms {
+            retention_ms if retention_ms < 0 => -1,
+            retention_ms => ctx.now.wall_ms.saturating_add(retention_ms),
+        };
         let metadata_max = ctx.config.offset_metadata_bytes_max;
         let seq = ctx.next_append_id;
         let mut records = Vec::new();
@@ -135,7 +137,7 @@ impl Coordinator {
                 offset: partition.committed_offset,
                 leader_epoch: partition.committed_leader_epoch,
                 metadata: metadata.to_owned(),
-                commit_timestamp_ms: ctx.now_ms,
+                commit_timestamp_ms: ctx.now.wall_ms,
                 expire_timestamp_ms,
                 topic_id,
             };
@@ -403,9 +405,9 @@ fn expired_offsets(group: &Group, ctx: &Ctx) -> Vec<(String, i32)> {
             let unused_since =
                 if simple || living { None } else { empty_since }.unwrap_or(committed.commit_timestamp_ms);
             let due = if committed.expire_timestamp_ms >= 0 {
-                ctx.now_ms >= committed.expire_timestamp_ms
+                ctx.now.wall_ms >= committed.expire_timestamp_ms
             } else {
-                ctx.now_ms.saturating_sub(unused_since) >= ctx.config.offsets_retention_ms
+                ctx.now.wall_ms.saturating_sub(unused_since) >= ctx.config.offsets_retention_ms
             };
             if due && !is_unstable(group, topic, *partition) {
                 expired.push((topic.clone(), *partition));

@@ -277,7 +277,7 @@ impl Group {
 
     /// Handles everything that is due and asks for the next wake-up. The caller took the group out of the queue.
     pub fn on_wake(&mut self, ctx: &mut Ctx) {
-        let now_ms = ctx.now_ms;
+        let now_ms = ctx.now.steady_ms;
         let gone: Vec<String> =
             self.pending_members.iter().filter(|(_, at)| **at <= now_ms).map(|(id, _)| id.clone()).collect();
         for member_id in gone {

@@ -12,7 +12,7 @@ use kafka_protocol::messages::{OffsetCommitRequest, TxnOffsetCommitRequest};
 use crate::coordinator::Coordinator;
 use crate::group::{Committed, Ctx, Group};
 use crate::record::{OffsetCommitValue, RecordKey};
-use crate::types::Output;
+use crate::types::{Now, Output};
 
 impl Coordinator {
     /// Answered with [`crate::GroupResponse::OffsetCommit`], whose topics and codes are those of the
@@ -22,9 +22,9 @@ impl Coordinator {
         token: u64,
         request: TxnOffsetCommitRequest,
         version: i16,
-        now_ms: i64,
+        now: impl Into<Now>,
     ) -> Vec<Output> {
-        self.set_now(now_ms);
+        self.set_now(now.into());
         let producer_id = request.producer_id.0;
         let topics = request
             .topics

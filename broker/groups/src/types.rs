@@ -66,6 +66,22 @@ impl Default for GroupsConfig {
     }
 }
 
+/// What time it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// Of a clock that never jumps and begins anywhere: sessions and rebalances end by it.
+    pub steady_ms: i64,
+    /// Of the wall clock, for what is kept and shown: when offsets were committed and expire, since when a group is empty.
+    pub wall_ms: i64,
+}
+
+/// Where no clock jumps.
+impl From<i64> for Now {
+    fn from(now_ms: i64) -> Now {
+        Now { steady_ms: now_ms, wall_ms: now_ms }
+    }
+}
+
 /// Who sent a request, as describe shows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Client<'a> {

@@ -45,7 +45,7 @@ const KEY_TYPE_GROUP: i8 = 0;
 const GROUP_OPERATIONS: i32 = 0b1101_0100_1000;
 
 /// The Raft group of the offsets partition that owns `group`; creates the offsets topic on first use.
-async fn home_of(shard: &Rc<Shard>, group: &str) -> Result<u64, ErrorCode> {
+pub async fn home_of(shard: &Rc<Shard>, group: &str) -> Result<u64, ErrorCode> {
     let find = |shard: &Rc<Shard>| {
         let image = shard.node.image.load();
         image.topics.get(OFFSETS_TOPIC).map(|topic| {
@@ -77,7 +77,8 @@ async fn ask(request: &Request<'_>, group: &str, question: GroupRequest) -> Resu
     ask_partition(shard, group_id, client_id, client_host, question).await
 }
 
-async fn ask_partition(
+/// Asks the coordinator of an offsets partition that this node leads.
+pub async fn ask_partition(
     shard: &Rc<Shard>,
     group_id: u64,
     client_id: String,

@@ -142,10 +142,30 @@ async fn offset_of(
         return Err(ErrorCode::UNSUPPORTED_VERSION);
     }
     at_home(request.shard, topic, p.partition_index, move |partition| async move {
-        partition.check_epoch(epoch)?;
-        partition.offset_at(timestamp).await
+        list_offset(&partition, epoch, timestamp).await
     })
     .await
+}
+
+/// One partition of a ListOffsets, where it lives.
+pub async fn list_offset(
+    partition: &Partition,
+    current_epoch: i32,
+    timestamp: i64,
+) -> Result<Option<OffsetAt>, FetchError> {
+    partition.check_epoch(current_epoch)?;
+    partition.offset_at(timestamp).await
+}
+
+/// One partition of an OffsetForLeaderEpoch, where it lives: the largest epoch not above `epoch`, and where it ends.
+pub async fn end_of_epoch(
+    partition: &Partition,
+    current_epoch: i32,
+    epoch: i32,
+) -> Result<(i32, i64), FetchError> {
+    partition.check_epoch(current_epoch)?;
+    partition.confirm_leads().await?;
+    Ok(partition.epoch_end_offset(epoch))
 }
 
 pub async fn offset_for_leader_epoch(request: &Request<'_>) -> Result<Answer, RequestError> {
@@ -156,9 +176,7 @@ pub async fn offset_for_leader_epoch(request: &Request<'_>) -> Result<Answer, Re
         let found = topic.partitions.iter().map(|p| {
             let (current, epoch) = (p.current_leader_epoch, p.leader_epoch);
             at_home(request.shard, topic.topic.as_str(), p.partition, move |partition| async move {
-                partition.check_epoch(current)?;
-                partition.confirm_leads().await?;
-                Ok(partition.epoch_end_offset(epoch))
+                end_of_epoch(&partition, current, epoch).await
             })
         });
         for (p, found) in topic.partitions.iter().zip(join_all(found).await) {

@@ -150,9 +150,6 @@ impl Partition {
 
     /// ListOffsets: the special timestamps of Kafka, or the first record at or after a time.
     pub async fn offset_at(&self, timestamp: i64) -> Result<Option<OffsetAt>, FetchError> {
-        if let Some(reason) = self.damage() {
-            return Err(FetchError::Storage(reason.to_string()));
-        }
         // Where the log ends, and where it begins, another leader may have changed without this one knowing.
         self.confirm_leads().await?;
         let high_watermark = self.high_watermark();
@@ -200,9 +197,6 @@ impl Partition {
 
     /// DeleteRecords: -1 stands for the high watermark. Returns the new log start offset.
     pub async fn delete_records(&self, offset: i64) -> Result<i64, FetchError> {
-        if let Some(reason) = self.damage() {
-            return Err(FetchError::Storage(reason.to_string()));
-        }
         self.check_serves()?;
         let high_watermark = self.high_watermark();
         let target = if offset == -1 { high_watermark } else { offset };
@@ -211,7 +205,8 @@ impl Partition {
             return Err(FetchError::OutOfRange { offset, start, end: high_watermark });
         }
         let target = target.min(self.hold_offset.get());
-        if !self.alone.get() && target > self.log_start_offset() {
+        // Also when retention took as much of this replica: others may have it still, or get it from segments that begin earlier.
+        if target > 0 {
             self.commit_log_start(target).await?;
         }
         self.cut_below(target).await

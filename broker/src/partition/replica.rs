@@ -82,8 +82,11 @@ impl Partition {
         !self.log.must_wait(total, largest, count) && self.log.has_room(largest)
     }
 
-    /// Whether it may answer for the partition.
+    /// Whether it may answer for the partition. A damaged replica knows nothing of its group: as far as Raft goes it is alone there.
     pub(crate) fn check_serves(&self) -> Result<(), FetchError> {
+        if let Some(reason) = self.damage() {
+            return Err(FetchError::Storage(reason.to_string()));
+        }
         match (self.alone.get() || self.serves.get(), self.is_leader()) {
             (true, _) => Ok(()),
             (false, true) => Err(FetchError::NotYet),
@@ -113,7 +116,7 @@ impl Partition {
         waits.await.map_err(|_| FetchError::NotLeader)
     }
 
-    /// A group of one always serves, from its first moment on.
+    /// A group of one always serves, from its first moment on, unless its log is damaged.
     pub fn serves(&self) -> bool {
         self.check_serves().is_ok()
     }
@@ -226,16 +229,23 @@ impl Partition {
         (is_new || again).then(|| (self.leader_epoch(), floor))
     }
 
-    /// Has every replica's log begin at `offset`, and waits until that is committed: whoever leads later has it, too.
+    /// Has every replica's log begin at `offset`, and waits until that is committed: whoever leads later has it, too. Where this is
+    /// the only one, it is for those that come later, and in the log with whatever is stored next.
     pub(super) async fn commit_log_start(&self, offset: i64) -> Result<(), FetchError> {
         let (committed, waits) = oneshot::channel();
+        let alone = self.alone.get();
         {
             let mut state = self.state.borrow_mut();
             let proposed = state.raft.propose(super::outputs::encode_log_start(offset));
             let (index, _term) = proposed.map_err(|_| FetchError::NotLeader)?;
-            state.starts_wanted.push((index, committed));
+            if !alone {
+                state.starts_wanted.push((index, committed));
+            }
         }
         self.advance();
+        if alone {
+            return Ok(());
+        }
         self.stay_awake();
         waits.await.map_err(|_| FetchError::NotLeader)
     }

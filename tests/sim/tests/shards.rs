@@ -8,7 +8,7 @@ const SEEDS: u64 = 300;
 
 /// Seeds that failed once, and what was wrong. What a seed does changes with what brokers do; these were kept as they are
 /// cheap, not as proofs.
-const FAILED_ONCE: [(u64, &str); 10] = [
+const FAILED_ONCE: [(u64, &str); 22] = [
     (4, "a group with one voter did not replicate to its learners"),
     (23, "votes of topics that acknowledge from the kernel's memory were lost with the power"),
     (593, "members of topics that acknowledge from memory were lost with the power: two leaders of one term"),
@@ -24,6 +24,21 @@ const FAILED_ONCE: [(u64, &str); 10] = [
     ),
     (4287, "a damaged replica was not mended in this world"),
     (4315, "a cut after a clean stop made a producer unknown that the log still had"),
+    (35, "the newest record was not told while others were written"),
+    (248, "the newest record was looked for in segments and in memory while it went from one to the other"),
+    (272, "the newest record was not told when the log began inside of a batch that had been newer"),
+    (323, "what was deleted from a lone replica came back with its first other one"),
+    (457, "records that retention had taken of one replica were called deleted, and others had them"),
+    (94, "a damaged replica said where epochs end, as if it led"),
+    (433, "a damaged replica said where epochs end, as if it led"),
+    (436, "a damaged replica called a move to it done, and the others dropped their logs"),
+    (95, "sessions of members ended by the wall clock, which jumped"),
+    (294, "sessions of members ended by the wall clock, which jumped"),
+    (438, "sessions of members ended by the wall clock, which jumped"),
+    (
+        407,
+        "judge: a lone voter that has learners tells what it found on its disk before Raft has heard of it",
+    ),
     (4396, "a move waited for ever for a member whose vote was gone and whose log was damaged"),
 ];
 

@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use flumen_broker::cluster::mending;
+use flumen_broker::coordinator::OFFSETS_TOPIC;
 use flumen_broker::export::Exports;
 use flumen_broker::host::Host;
 use flumen_broker::mailbox::{ShardHandle, ShardMessage};
@@ -33,7 +34,8 @@ use super::{losses, wires};
 const DIR: &str = "/data";
 /// Where the directories of partitions are.
 pub(super) const LOGS: &str = "/data/log";
-const TOPIC: &str = "t";
+/// What clients write to.
+pub(super) const TOPIC: &str = "t";
 /// Where the wall clocks begin; a date in 2023.
 pub(super) const EPOCH_MS: i64 = 1_700_000_000_000;
 /// A start that fails so often for faults of the disk gets a sound one: what is tested then is that it works at last.
@@ -334,7 +336,12 @@ impl Broker {
     fn run(self: &Rc<Self>, world: &Rc<World>, dir: DataDir, found: Vec<RecoveredGroup>) {
         let boot = self.boots.get() + 1;
         self.boots.set(boot);
-        let config = BrokerConfig { node_id: self.id, ..BrokerConfig::default() };
+        let config = BrokerConfig {
+            node_id: self.id,
+            group_min_session_timeout_ms: 0,
+            group_initial_rebalance_delay_ms: world.plan.groups.first().map_or(0, |g| g.initial_delay_ms),
+            ..BrokerConfig::default()
+        };
         let (handle, mailbox) = ShardHandle::new();
         let (exports, _) = Exports::new();
         let node = Node::new(config, DIR.into(), image_of(world, self.id), vec![handle], exports, None);
@@ -396,25 +403,35 @@ impl Broker {
 /// What the metadata says, to broker `id`.
 pub(super) fn image_of(world: &World, id: i32) -> MetadataImage {
     let node = NodeInfo { id, host: "localhost".to_owned(), port: 9092, rack: None };
-    let topic = Topic {
-        name: TOPIC.to_owned(),
-        id: Default::default(),
-        // Groups count from one, and are numbered as they lie here.
-        partitions: world.partitions.borrow().values().cloned().collect(),
-        configs: BTreeMap::new(),
-        // Each partition has its own here.
-        effective: TopicConfig::default().into(),
-        internal: false,
+    let partitions = world.partitions.borrow();
+    let topic = |name: &str, keeps_groups: bool| {
+        let of_topic =
+            partitions.values().filter(|info| world.plan.keeps_groups(info.group_id) == keeps_groups);
+        let topic = Topic {
+            name: name.to_owned(),
+            id: Default::default(),
+            // Groups count from one, and are numbered as they lie here.
+            partitions: of_topic.cloned().collect(),
+            configs: BTreeMap::new(),
+            // Each partition has its own here.
+            effective: TopicConfig::default().into(),
+            internal: keeps_groups,
+        };
+        (name.to_owned(), Arc::new(topic))
     };
     let mut image = MetadataImage::empty(node);
-    image.topics = Arc::new(BTreeMap::from([(TOPIC.to_owned(), Arc::new(topic))]));
+    image.topics = Arc::new(BTreeMap::from([topic(TOPIC, false), topic(OFFSETS_TOPIC, true)]));
     image
 }
 
 fn spec_of(world: &World, info: &PartitionInfo) -> PartitionSpec {
+    let (topic, first) = match world.plan.keeps_groups(info.group_id) {
+        true => (OFFSETS_TOPIC, world.plan.data_partitions().len() as i32),
+        false => (TOPIC, 0),
+    };
     PartitionSpec {
-        topic: TOPIC.into(),
-        index: info.group_id as i32 - 1,
+        topic: topic.into(),
+        index: info.group_id as i32 - 1 - first,
         group_id: info.group_id,
         config: world.plan.partitions[info.group_id as usize - 1].config.clone().into(),
         replicas: info.replicas.clone(),

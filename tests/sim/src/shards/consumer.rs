@@ -60,7 +60,7 @@ pub(super) fn decode(records: &[Bytes], from: i64) -> Result<Vec<(i64, u64)>, St
 }
 
 /// A request and its answer, each with its way.
-async fn call<T: 'static, F: Future<Output = T> + 'static>(
+pub(super) async fn call<T: 'static, F: Future<Output = T> + 'static>(
     world: &World,
     broker: &Broker,
     work: impl FnOnce(Rc<Partition>) -> F + 'static,
@@ -106,6 +106,7 @@ pub(super) async fn consume(world: Rc<World>, group: u64, number: u64) {
                         return world.fail(format!("broker {} gave bytes of {partition}: {what}", broker.id));
                     }
                 };
+                world.heard.borrow_mut().read(group, &read.records);
                 if let Some((last, _)) = records.last() {
                     position = last + 1;
                     if !read.serves {

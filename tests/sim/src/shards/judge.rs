@@ -11,6 +11,7 @@ use flumen_metadata::PartitionInfo;
 use super::broker::Broker;
 use super::consumer::{decode, read};
 use super::world::{World, name_of};
+use super::{groups, questions};
 
 /// For replicas to become the same once nothing is written any more.
 const SETTLE_MS: u64 = 10_000;
@@ -149,12 +150,17 @@ pub(super) async fn judge(world: &Rc<World>) {
         // What retention took of one replica is no matter of the others.
         let from = seen.iter().map(|one| one.start).max().unwrap_or(0);
         let up_to = seen[0].high_watermark;
+        if world.plan.keeps_groups(group) {
+            compare_state(world, group, &seen, up_to).await;
+            continue;
+        }
         for one in &seen {
             let start = if one.serves { one.start } else { from };
             let Some(bytes) = content(world, &world.brokers[one.broker as usize], group, start, up_to).await
             else {
                 return;
             };
+            world.heard.borrow_mut().read(group, &bytes);
             let records = match decode(&bytes, start) {
                 Ok(records) => records,
                 Err(what) => return world.fail(format!("broker {}: {}: {what}", one.broker, name_of(group))),
@@ -173,6 +179,7 @@ pub(super) async fn judge(world: &Rc<World>) {
             }
         }
     }
+    questions::judge(world);
     for broker in &world.brokers {
         // With what it takes to close the log; or it just ends.
         let stops = world.below(4) > 0;
@@ -180,6 +187,25 @@ pub(super) async fn judge(world: &Rc<World>) {
             world.fail(format!("broker {} does not stop cleanly", broker.id));
         }
         broker.ends(world, stops);
+    }
+}
+
+/// Replicas of an offsets partition say the same of every key.
+async fn compare_state(world: &World, group: u64, seen: &[Seen], up_to: i64) {
+    let mut first = None;
+    for one in seen {
+        let broker = &world.brokers[one.broker as usize];
+        let Some(bytes) = content(world, broker, group, one.start, up_to).await else { return };
+        let state = match groups::state_of(&bytes, up_to) {
+            Ok(state) => state,
+            Err(what) => return world.fail(format!("broker {}: {}: {what}", one.broker, name_of(group))),
+        };
+        let first = first.get_or_insert_with(|| state.clone());
+        if *first != state {
+            let differ: Vec<_> = state.iter().filter(|(key, value)| first.get(*key) != Some(value)).collect();
+            let what = format!("has {} keys, the first replica {}: {differ:?}", state.len(), first.len());
+            return world.fail(format!("broker {}: {} {what}", one.broker, name_of(group)));
+        }
     }
 }
 
@@ -258,7 +284,14 @@ fn judged(world: &World) -> History {
             }
             counts
         }
-        Event::Sent { op, .. } => ops.contains(op),
+        Event::AskEnd { op, partition } => {
+            let counts = !voided.contains(partition);
+            if counts {
+                ops.insert(*op);
+            }
+            counts
+        }
+        Event::Sent { op, .. } | Event::End { op, .. } => ops.contains(op),
         Event::Poll { partition, .. }
         | Event::Watermarks { partition, .. }
         | Event::FinalRead { partition, .. } => !voided.contains(partition),

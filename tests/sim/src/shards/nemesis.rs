@@ -18,7 +18,7 @@ use super::plan::quiet;
 use super::world::World;
 
 /// Every kind of fault, and everything else that must have happened in a set of runs for them to be worth anything.
-pub const FAULTS: [&str; 38] = [
+pub const FAULTS: [&str; 56] = [
     "isolate one",
     "split in two",
     "one way",
@@ -51,6 +51,24 @@ pub const FAULTS: [&str; 38] = [
     "producer started anew",
     "read from a follower",
     "reader behind the log start",
+    "end asked",
+    "beginning asked",
+    "place of a time asked",
+    "newest record asked",
+    "end of an epoch asked",
+    "leader could not be sure",
+    "share given",
+    "offset committed",
+    "offsets fetched",
+    "rebalance heard",
+    "member left",
+    "member died",
+    "member stood still",
+    "member forgotten",
+    "instance fenced",
+    "old generation refused",
+    "commit of a stranger refused",
+    "coordinator moved",
     "sync fails",
     "sync stalls",
     "write fails",
@@ -151,21 +169,29 @@ fn one_fault(world: &Rc<World>) {
             });
         }
         14..=15 if theme.moves() => begin_move(world, group),
-        16 => delete_records(world, &broker, group),
+        16 if !world.plan.keeps_groups(group) => delete_records(world, &broker, group),
         17 if theme.moves() => give_up_move(world, group),
         _ => {}
     }
 }
 
 fn delete_records(world: &Rc<World>, broker: &Broker, group: u64) {
-    let (world, part) = (world.clone(), world.between(1, 100));
+    let (world, part, machine) = (world.clone(), world.between(1, 100), broker.machine.clone());
     broker.post(move |shard| {
         let Some(partition) = shard.partition(group).filter(|partition| partition.serves()) else { return };
         let (start, end) = (partition.log_start_offset(), partition.high_watermark());
         let to = start + (end - start) * part as i64 / 150;
+        if to <= start {
+            return;
+        }
+        world.heard.borrow_mut().delete(group, to);
         tokio::task::spawn_local(async move {
-            if to > start && partition.delete_records(to).await.is_ok() {
+            if partition.delete_records(to).await.is_ok() {
                 world.count("records deleted");
+                // A process that is no more told nobody.
+                if !machine.is_down() {
+                    world.heard.borrow_mut().deleted(group, to);
+                }
             }
         });
     });

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use flumen_io::simulated::Rates;
-use flumen_metadata::{Durability, TopicConfig};
+use flumen_metadata::{CleanupPolicy, Durability, TopicConfig};
 use flumen_storage::StoreConfig;
 
 use crate::rng::Rng;
@@ -77,13 +77,27 @@ pub(crate) struct Plan {
     pub brokers: usize,
     pub sector_bytes: usize,
     pub store: StoreConfig,
+    /// Those of the offsets topic come last.
     pub partitions: Vec<PartitionPlan>,
+    pub groups: Vec<GroupPlan>,
     pub faults_ms: u64,
     /// Brokers lose logs while they are down.
     pub loses_logs: bool,
 }
 
+/// A consumer group.
+#[derive(Clone)]
+pub(crate) struct GroupPlan {
+    pub members: u64,
+    pub session_timeout_ms: i32,
+    pub rebalance_timeout_ms: i32,
+    /// Of the brokers: how long an empty group waits for more members.
+    pub initial_delay_ms: i64,
+}
+
 pub(crate) struct PartitionPlan {
+    /// Of the offsets topic; else of the one that clients write to.
+    pub keeps_groups: bool,
     pub replicas: Vec<i32>,
     pub config: TopicConfig,
 }
@@ -96,7 +110,11 @@ impl Plan {
             Theme::Network | Theme::Moves => rng.pick(&[3, 3, 4, 5]),
             _ => rng.pick(&[1, 1, 3, 3, 3, 3, 4, 5]),
         };
-        let partitions = (0..rng.between(1, 3)).map(|_| PartitionPlan::of(brokers, rng)).collect();
+        let mut partitions: Vec<PartitionPlan> =
+            (0..rng.between(1, 3)).map(|_| PartitionPlan::of(brokers, rng)).collect();
+        partitions.extend((0..rng.between(1, 2)).map(|_| PartitionPlan::of_groups(brokers, rng)));
+        let initial_delay_ms = rng.pick(&[0, 100, 500]);
+        let groups = (0..rng.between(1, 2)).map(|_| GroupPlan::of(initial_delay_ms, rng)).collect();
         Plan {
             theme,
             brokers,
@@ -110,11 +128,34 @@ impl Plan {
                 ..StoreConfig::default()
             },
             partitions,
+            groups,
             faults_ms: rng.between(4_000, 12_000),
             // Not drawn, so that other seeds stay what they are. Where power or disks fail as well, more than one replica of a
             // partition could be lost.
             loses_logs: matches!(theme, Theme::Kills | Theme::Moves)
                 && (seed / THEMES.len() as u64).is_multiple_of(LOSSES_EVERY),
+        }
+    }
+}
+
+impl Plan {
+    /// Indexes of the partitions that clients write to.
+    pub fn data_partitions(&self) -> Vec<i32> {
+        (0..).zip(&self.partitions).filter(|(_, plan)| !plan.keeps_groups).map(|(index, _)| index).collect()
+    }
+
+    pub fn keeps_groups(&self, group: u64) -> bool {
+        self.partitions[group as usize - 1].keeps_groups
+    }
+}
+
+impl GroupPlan {
+    fn of(initial_delay_ms: i64, rng: &mut Rng) -> GroupPlan {
+        GroupPlan {
+            members: rng.between(1, 3),
+            session_timeout_ms: rng.pick(&[600, 1_500]),
+            rebalance_timeout_ms: rng.pick(&[800, 2_000]),
+            initial_delay_ms,
         }
     }
 }
@@ -125,13 +166,26 @@ impl fmt::Display for Plan {
         let losses = if self.loses_logs { " and lost logs" } else { "" };
         write!(f, "{:?}{losses}, {} brokers", self.theme, self.brokers)?;
         for (group, partition) in (1..).zip(&self.partitions) {
-            write!(f, ", t-{group} {:?} on {:?}", partition.config.durability, partition.replicas)?;
+            let what = if partition.keeps_groups { "groups" } else { "t" };
+            write!(f, ", {what}-{group} {:?} on {:?}", partition.config.durability, partition.replicas)?;
         }
         Ok(())
     }
 }
 
 impl PartitionPlan {
+    /// As the broker makes them.
+    fn of_groups(brokers: usize, rng: &mut Rng) -> PartitionPlan {
+        let PartitionPlan { replicas, config, .. } = PartitionPlan::of(brokers, rng);
+        let config = TopicConfig {
+            cleanup_policy: CleanupPolicy { delete: false, compact: false },
+            durability: Durability::Durable,
+            retention_bytes: -1,
+            ..config
+        };
+        PartitionPlan { keeps_groups: true, replicas, config }
+    }
+
     fn of(brokers: usize, rng: &mut Rng) -> PartitionPlan {
         let mut ids: Vec<i32> = (0..brokers as i32).collect();
         for at in (1..ids.len()).rev() {
@@ -151,6 +205,6 @@ impl PartitionPlan {
             retention_bytes: rng.pick(&[-1, -1, 8 << 10, 64 << 10]),
             ..TopicConfig::default()
         };
-        PartitionPlan { replicas: ids, config }
+        PartitionPlan { keeps_groups: false, replicas: ids, config }
     }
 }

@@ -23,6 +23,8 @@ const IN_FLIGHT_MAX: usize = 5;
 const RECORDS_MAX: u64 = 3;
 /// Some batches are large enough that several of them fill a segment.
 const PADDING_BYTES_MAX: u64 = 2_000;
+/// Records have so many different timestamps.
+pub(super) const TIMESTAMPS: u64 = 1_000;
 
 struct Answered {
     connection: u64,
@@ -142,13 +144,18 @@ fn leader_told_by(world: &World, broker: &Broker, group: u64) -> Option<(Rc<Brok
     Some((leader.clone(), epoch))
 }
 
+/// They do not grow with the offsets.
+pub(super) fn timestamp_of(value: u64) -> i64 {
+    EPOCH_MS + (value % TIMESTAMPS) as i64
+}
+
 fn batch_of(first: u64, count: u64, producer: Option<(i64, i32)>) -> BytesMut {
     let mut builder = BatchBuilder::new();
     // The same bytes whenever it is sent again.
     let padding =
         vec![b'.'; (first.wrapping_mul(0x9E37_79B9) % PADDING_BYTES_MAX) as usize / (1 + first as usize % 7)];
     for value in first..first + count {
-        builder.append(EPOCH_MS + (first % 1_000) as i64, Some(&padding), Some(&value.to_be_bytes()), &[]);
+        builder.append(timestamp_of(value), Some(&padding), Some(&value.to_be_bytes()), &[]);
     }
     if let Some((id, sequence)) = producer {
         builder.producer(id, 0, sequence);
@@ -170,10 +177,14 @@ fn values(world: &World, producer: u64, group: u64) -> (u64, u64) {
     (first, count)
 }
 
-fn ended(world: &World, (first, count): (u64, u64), base_offset: Option<i64>) {
+fn ended(world: &World, group: u64, (first, count): (u64, u64), base_offset: Option<i64>) {
     let outcome = if base_offset.is_some() { Outcome::Ok } else { Outcome::Unknown };
     for n in 0..count {
         let offset = base_offset.map(|base| base + n as i64);
+        if let Some(offset) = offset {
+            let number = world.number();
+            world.heard.borrow_mut().acknowledged(group, offset, number, first + n);
+        }
         world.note(Event::Sent { op: first + n, outcome, offset });
     }
     if base_offset.is_some() {
@@ -304,7 +315,7 @@ impl Producer {
             ErrorCode::NONE => {
                 let Some(batch) = self.queue.remove(at) else { return true };
                 self.any_acknowledged = true;
-                ended(&self.world, batch.values, Some(base_offset));
+                ended(&self.world, self.group, batch.values, Some(base_offset));
                 return true;
             }
             ErrorCode::OUT_OF_ORDER_SEQUENCE_NUMBER if at == 0 => {
@@ -365,7 +376,7 @@ pub(super) async fn idempotent(world: Rc<World>, group: u64) {
         }
         if anew {
             world.count("producer started anew");
-            producer.queue.iter().for_each(|batch| ended(&world, batch.values, None));
+            producer.queue.iter().for_each(|batch| ended(&world, group, batch.values, None));
             producer = Producer::new(&world, group);
         }
     }
@@ -389,6 +400,6 @@ pub(super) async fn plain(world: Rc<World>, group: u64) {
             }
             _ => None,
         };
-        ended(&world, values, base);
+        ended(&world, group, values, base);
     }
 }

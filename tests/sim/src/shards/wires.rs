@@ -217,7 +217,12 @@ pub(super) async fn tell_leads(world: Rc<World>, broker: Rc<Broker>, shard: Rc<S
 fn look_at_own(world: &World, broker: &Broker, shard: &Shard) {
     for group in world.groups() {
         let Some(partition) = shard.partition(group) else { continue };
-        let committed = partition.raft_status().applied_index;
+        let status = partition.raft_status();
+        // All that a lone voter found on its disk is committed, and Raft hears of it a moment later.
+        if status.membership.is_alone(broker.raft_id()) {
+            continue;
+        }
+        let committed = status.applied_index;
         let Some(end) = partition.end_of_entry(committed) else { continue };
         let (watermark, start) = (partition.high_watermark(), partition.log_start_offset());
         let says_less = watermark < end.max(start) && broker.machine.counters().of(Fault::ReadFails) > 0;

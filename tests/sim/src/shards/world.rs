@@ -14,9 +14,11 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use super::broker::Broker;
+use super::groups::{self, GroupsHeard};
 use super::nemesis;
 use super::plan::Plan;
-use super::{consumer, judge, losses, producer};
+use super::questions::{self, Heard};
+use super::{consumer, judge, losses, members, producer};
 use crate::network::{Network, Time};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
@@ -46,8 +48,13 @@ pub(super) struct World {
     pub asked: RefCell<BTreeMap<u64, oneshot::Sender<Answered>>>,
     pub oracle: RefCell<Oracle>,
     pub history: RefCell<History>,
+    /// What clients know, by which answers of leaders are judged.
+    pub heard: RefCell<Heard>,
+    pub groups_heard: RefCell<GroupsHeard>,
     pub faults: Cell<bool>,
     pub clients_stop: Cell<bool>,
+    /// Members of consumer groups go on for longer.
+    pub members_stop: Cell<bool>,
     pub acknowledged: Cell<u64>,
     actions: RefCell<BTreeMap<(Time, u64), Action>>,
     actions_changed: Notify,
@@ -126,8 +133,11 @@ impl World {
             asked: RefCell::default(),
             oracle: RefCell::default(),
             history: RefCell::default(),
+            heard: RefCell::default(),
+            groups_heard: RefCell::default(),
             faults: Cell::new(true),
             clients_stop: Cell::new(false),
+            members_stop: Cell::new(false),
             acknowledged: Cell::new(0),
             actions: RefCell::default(),
             actions_changed: Notify::new(),
@@ -142,11 +152,17 @@ impl World {
         for broker in &self.brokers {
             tokio::task::spawn_local(broker.clone().supervise(self.clone()));
         }
-        for group in self.groups() {
+        for group in self.groups().into_iter().filter(|group| !self.plan.keeps_groups(*group)) {
             tokio::task::spawn_local(producer::idempotent(self.clone(), group));
             tokio::task::spawn_local(producer::plain(self.clone(), group));
+            tokio::task::spawn_local(questions::ask(self.clone(), group));
             for consumer in 0..2 {
                 tokio::task::spawn_local(consumer::consume(self.clone(), group, consumer));
+            }
+        }
+        for (group, plan) in self.plan.groups.iter().enumerate() {
+            for number in 0..plan.members {
+                tokio::task::spawn_local(members::take_part(self.clone(), group, number));
             }
         }
         tokio::task::spawn_local(nemesis::move_replicas(self.clone()));
@@ -158,6 +174,7 @@ impl World {
         self.pass(RECOVERY_MS).await;
         self.clients_stop.set(true);
         self.pass(LAST_ANSWERS_MS).await;
+        groups::judge(self).await;
         judge::judge(self).await;
         self.note(Event::Over);
         self.simulated_ms.set(self.now_ms());
@@ -169,6 +186,15 @@ impl World {
         while self.now_ms() < end && self.is_sound() {
             tokio::time::sleep(Duration::from_millis((end - self.now_ms()).min(500))).await;
         }
+    }
+
+    /// A client waits.
+    pub async fn pause(&self, low_ms: u64, high_ms: u64) {
+        self.pause_us(low_ms * 1_000, high_ms * 1_000).await;
+    }
+
+    pub async fn pause_us(&self, low: Time, high: Time) {
+        tokio::time::sleep(Duration::from_micros(self.between(low, high))).await;
     }
 
     pub fn is_sound(&self) -> bool {
