@@ -182,6 +182,10 @@ async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damage
         }
         return None;
     }
+    if is_damaged {
+        // Whatever it had: it may have to stay as it is for long.
+        partition.note_lost(raft_id(from));
+    }
     // One that was deposed without knowing it would go by members of before.
     partition.confirm_leads().await.ok()?;
     let view = view_of(partition);
