@@ -118,6 +118,17 @@ impl LeaderTable {
         }
     }
 
+    /// Whoever led it says that it does not any more: clients are not to be sent there until another leads.
+    pub fn hear_gone(&self, group_id: u64, leader_id: i32) {
+        let mut known = self.stripe(group_id).write().expect("no panic under this lock");
+        if let Some(k) = known.get_mut(&group_id)
+            && k.leader_id == leader_id
+            && leader_id != self.own_id
+        {
+            k.leader_id = -1;
+        }
+    }
+
     /// What the leader sees of its replicas; true when that is new.
     fn set_lagging(&self, group_id: u64, leader_id: i32, epoch: i32, lagging: Vec<i32>) -> bool {
         let mut known = self.stripe(group_id).write().expect("no panic under this lock");
@@ -230,6 +241,16 @@ mod tests {
         assert_eq!(table.get(5), Some((2, 3)));
         table.note(5, 1, 4, vec![]);
         assert_eq!(table.get(5), Some((1, 4)));
+        // One that says that it does not lead any more is believed until it leads again.
+        table.hear(6, 3, 4, vec![]);
+        table.hear_gone(6, 2);
+        assert_eq!(table.get(6), Some((3, 4)));
+        table.hear_gone(6, 3);
+        assert_eq!((table.get(6), table.is_given_up(6)), (Some((-1, 4)), false));
+        table.note(6, -1, 5, vec![]);
+        table.hear(6, 2, 5, vec![]);
+        assert_eq!(table.get(6), Some((2, 5)));
+        table.hear_gone(5, 1);
         // Nobody else knows better than this node that it leads, nor that it ceased to.
         table.hear(5, 1, 9, vec![]);
         assert_eq!(table.get(5), Some((1, 4)));

@@ -175,6 +175,7 @@ async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damage
     if !partition.is_leader() {
         if is_damaged && partition.raft_status().leadership.leader_id == raft_id(from) {
             // It says nothing to its followers any more, which may sleep.
+            shard.node.leaders.hear_gone(partition.group_id, from);
             if partition.on_node_down(raft_id(from)) {
                 partition.stay_awake();
                 partition.advance();
