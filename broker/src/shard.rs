@@ -358,7 +358,7 @@ impl Shard {
                     tokio::task::yield_now().await;
                 }
                 let now = self.node.host.now_ms();
-                partition.enforce_retention(now);
+                partition.enforce_retention(now).await;
                 partition.expire_producers(now, expiration_ms);
             }
         }

@@ -184,7 +184,7 @@ impl GroupLog {
         (inner.log_start, inner.log_end, inner.flushed_end, inner.high_watermark) =
             (log_start, offset, offset, offset);
         (inner.counted_base, inner.clean_offset, inner.bytes_since_snapshot) = (0, Some(0), 0);
-        inner.snapshot_offset = -1;
+        (inner.snapshot_offset, inner.snapshot_safe) = (-1, -1);
         inner.producers_whole = true;
         inner.meta_dirty = true;
         *self.group.producers.borrow_mut() = producers;

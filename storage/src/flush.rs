@@ -392,14 +392,16 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
     };
     if snapshot_due {
         let group = Rc::clone(group);
-        let (offset, bytes) = snapshot_of(&mut group.inner.borrow_mut(), &group.producers.borrow());
+        let (keep, (offset, bytes)) = {
+            let inner = &mut *group.inner.borrow_mut();
+            (inner.snapshot_safe, snapshot_of(inner, &group.producers.borrow()))
+        };
         let dir = group.dir.clone();
         let files = shard.files.clone();
-        let written = shard.disk.off_thread(move || write_snapshot(&files, &dir, offset, &bytes)).await;
+        let written =
+            shard.disk.off_thread(move || write_snapshot(&files, &dir, (offset, keep), &bytes)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(group = group.id, %error, "producer snapshot not written");
-            // Retention tries again, before it takes what only that knew of.
-            group.inner.borrow_mut().snapshot_offset = -1;
         }
     }
     shard.evict();
@@ -489,17 +491,27 @@ pub(crate) fn snapshots(listed: &[DirEntry], dir: &Path) -> Vec<(i64, PathBuf)> 
     found
 }
 
-/// Not synced: a torn one fails its checksum and is ignored.
-pub(crate) fn write_snapshot(files: &FileSystem, dir: &Path, offset: i64, bytes: &[u8]) -> io::Result<()> {
+/// Not synced: a torn one fails its checksum and is ignored. Older ones go, but for the last before it and the one at `keep`,
+/// which is not written over either.
+pub(crate) fn write_snapshot(
+    files: &FileSystem,
+    dir: &Path,
+    (offset, keep): (i64, i64),
+    bytes: &[u8],
+) -> io::Result<PathBuf> {
     let path = dir.join(format!("{offset:020}.snapshot"));
-    failpoint::pass_torn(Failpoint::ProducersTorn, || files.write(&path, &bytes[..bytes.len() / 2]));
-    files.write(&path, bytes)?;
-    failpoint::pass(Failpoint::ProducersWritten);
-    let found = snapshots(&files.list(dir)?, dir);
-    for (_, path) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
-        files.remove_file(path)?;
+    if offset != keep {
+        failpoint::pass_torn(Failpoint::ProducersTorn, || files.write(&path, &bytes[..bytes.len() / 2]));
+        files.write(&path, bytes)?;
+        failpoint::pass(Failpoint::ProducersWritten);
     }
-    Ok(())
+    let found = snapshots(&files.list(dir)?, dir);
+    for (at, old) in &found[..found.len().saturating_sub(SNAPSHOTS_KEPT)] {
+        if *at != keep {
+            files.remove_file(old)?;
+        }
+    }
+    Ok(path)
 }
 
 /// Where in its segment a cut at `offset` would be; `None` if it is between two. Reads headers with plain calls: this

@@ -159,7 +159,10 @@ pub(crate) struct Inner {
     touched: [Option<u64>; 2],
     /// State differs from `group.meta`.
     pub meta_dirty: bool,
+    /// Of the newest snapshot of producers; -1 for none that one knows of.
     pub snapshot_offset: i64,
+    /// Of the one that retention wrote before it deleted, which no crash takes; -1 for none since the start.
+    pub snapshot_safe: i64,
     /// No batch of theirs without a way back was cut off since the start, so nothing can be missing from the producers; only
     /// then they are written down.
     pub producers_whole: bool,
@@ -254,6 +257,7 @@ impl Group {
                 touched: [None; 2],
                 meta_dirty: false,
                 snapshot_offset: -1,
+                snapshot_safe: -1,
                 producers_whole: true,
                 bytes_since_snapshot: 0,
                 next_run_bytes: first_run_bytes(id),
@@ -818,7 +822,7 @@ impl GroupLog {
             crate::flush::cut_segments(shard, &self.group, inner, (index, offset, place));
         }
         if inner.snapshot_offset > offset {
-            inner.snapshot_offset = -1;
+            (inner.snapshot_offset, inner.snapshot_safe) = (-1, -1);
         }
         Ok(())
     }
@@ -964,7 +968,9 @@ impl GroupLog {
     /// (epoch, end offset) of the largest epoch not above `epoch`, as OffsetForLeaderEpoch answers; (-1, -1) if unknown.
     pub fn epoch_end_offset(&self, epoch: i32) -> (i32, i64) {
         let inner = self.inner();
-        inner.epochs.end_offset(epoch, inner.log_end)
+        let (known, end) = inner.epochs.end_offset(epoch, inner.log_end);
+        // The epoch of the record before the log start is kept, and with it where others ended that are gone.
+        (known, if end < 0 { end } else { end.max(inner.log_start) })
     }
 
     /// Leader epoch of the record at `offset`; -1 if unknown.
@@ -1028,6 +1034,10 @@ impl GroupLog {
         // Every partition is told at every start: a state that has not changed is not written again.
         if inner.config != config {
             inner.meta_dirty = true;
+            // What was written down for a topic of the kernel's was not synced.
+            if inner.config.durability != config.durability {
+                inner.snapshot_safe = -1;
+            }
             inner.config = config;
         }
     }

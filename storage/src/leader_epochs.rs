@@ -60,13 +60,15 @@ impl LeaderEpochs {
         self.entries.retain(|(_, start)| *start < offset);
     }
 
-    /// Forgets epochs that lie wholly below `offset`; the one it falls into now begins there.
+    /// The log begins at `offset` now. Forgets epochs that lie wholly below the record before, of which snapshots of producers
+    /// that end at `offset` tell; the one that this was of now begins there.
     pub fn truncate_start(&mut self, offset: i64) {
-        let after = self.entries.partition_point(|(_, start)| *start <= offset);
+        let before = offset.saturating_sub(1);
+        let after = self.entries.partition_point(|(_, start)| *start <= before);
         if let Some(first) = after.checked_sub(1) {
             self.entries.drain(..first);
             if let Some((_, start)) = self.entries.first_mut() {
-                *start = offset;
+                *start = before;
             }
         }
     }
@@ -92,12 +94,13 @@ mod tests {
         assert_eq!(epochs.end_offset(-1, 90), (-1, -1));
         assert_eq!((epochs.epoch_at(19), epochs.epoch_at(20), epochs.epoch_at(1000)), (2, 4, 7));
         epochs.truncate_start(30);
-        assert_eq!(epochs.entries(), [(4, 30), (7, 50)]);
-        assert_eq!(epochs.epoch_at(29), -1);
+        assert_eq!(epochs.entries(), [(4, 29), (7, 50)]);
+        assert_eq!((epochs.epoch_at(28), epochs.epoch_at(29)), (-1, 4));
+        assert_eq!((epochs.end_offset(3, 90), epochs.end_offset(4, 90)), ((3, 29), (4, 50)));
         epochs.truncate_end(50);
-        assert_eq!(epochs.entries(), [(4, 30)]);
+        assert_eq!(epochs.entries(), [(4, 29)]);
         epochs.assign(9, 30);
-        assert_eq!(epochs.entries(), [(9, 30)]);
+        assert_eq!(epochs.entries(), [(4, 29), (9, 30)]);
         for epoch in 10..200 {
             epochs.assign(epoch, i64::from(epoch) * 10);
         }

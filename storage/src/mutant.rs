@@ -22,6 +22,7 @@ pub enum Mutant {
     ForgetsDeletion,
     LosesProducerSnapshot,
     TakesForeignSnapshot,
+    SnapshotsWithoutSync,
     RetiresWithEntries,
     CutsAtBadChecksum,
     TakesTornCommit,
@@ -44,7 +45,7 @@ pub enum Mutant {
 }
 
 /// All of them.
-pub const MUTANTS: [Mutant; 34] = [
+pub const MUTANTS: [Mutant; 35] = [
     Mutant::SkipsSegmentSync,
     Mutant::SkipsDirectorySync,
     Mutant::SkipsNameOfFormerRun,
@@ -60,6 +61,7 @@ pub const MUTANTS: [Mutant; 34] = [
     Mutant::ForgetsDeletion,
     Mutant::LosesProducerSnapshot,
     Mutant::TakesForeignSnapshot,
+    Mutant::SnapshotsWithoutSync,
     Mutant::RetiresWithEntries,
     Mutant::CutsAtBadChecksum,
     Mutant::TakesTornCommit,

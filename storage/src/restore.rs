@@ -310,15 +310,18 @@ struct Producers {
     snapshot_offset: i64,
     /// Its bytes, unless it has a file of its own.
     saved: Option<Bytes>,
+    /// Else it is written again, with what is known of epochs now: once the log has records it would not be believed.
+    fits_as_it_is: bool,
 }
 
-/// Producers as of `end`: the newest usable snapshot, and the headers after it.
+/// Producers as of `end`: the newest usable snapshot, and the headers after it. Segments below the log start count where there is
+/// no such snapshot yet; some of those may be gone, and the rest still tells of the last batches in it.
 fn restore_producers(
     files: &FileSystem,
     dir: &Path,
     listed: &[DirEntry],
     candidates: [Option<&Bytes>; 3],
-    (on_disk, segments): (&OnDisk, &[(i64, u64)]),
+    (on_disk, below, segments): (&OnDisk, &[(i64, u64)], &[(i64, u64)]),
     (flushed_index, flushed_end): (u64, i64),
     (entries, committed): (&[LogEntry], u64),
     (log_start, log_end, epochs): (i64, i64, &LeaderEpochs),
@@ -328,72 +331,106 @@ fn restore_producers(
     let first = segments.first().map_or(flushed_end, |segment| segment.0);
     // One that was taken before the log was cut, and should be gone, knows of another leader. Between one from below the
     // first segment that is left and that, producers may have gone on.
-    let usable = |bytes: &[u8]| {
+    let usable = |bytes: &[u8], first: i64| {
         let (state, at, epoch) = ProducerState::decode(bytes).ok()?;
-        // Of a log whose last segment went nobody knows any more which epochs there were; one that has records and was cut may have
-        // a snapshot of what is not there any more below its start, too.
-        let is_of_all = at == log_end && log_start == log_end;
-        let fits = epoch == epochs.epoch_at(at - 1) || is_of_all || mutant::is(Mutant::TakesForeignSnapshot);
+        // Versions before this one forgot the epoch of what went; where the last segment went it is believed nevertheless, but a
+        // log that has records and was cut may have a snapshot of what is not there any more.
+        let known = epochs.epoch_at(at - 1);
+        let is_of_all = known < 0 && at == log_end && log_start == log_end;
+        let fits = epoch == known || is_of_all || mutant::is(Mutant::TakesForeignSnapshot);
         let lost = mutant::is(Mutant::LosesProducerSnapshot);
         let state = if lost { ProducerState::new() } else { state };
-        (fits && (first..=log_end).contains(&at)).then_some((state, at))
+        (fits && (first..=log_end).contains(&at)).then_some((state, at, epoch == known))
     };
-    let mut best = candidates
-        .into_iter()
-        .flatten()
-        .filter_map(|bytes| {
-            let (state, snapshot_offset) = usable(bytes)?;
-            Some(Producers { state, snapshot_offset, saved: Some(bytes.clone()) })
-        })
-        .max_by_key(|producers| producers.snapshot_offset);
-    for (offset, path) in snapshots(listed, dir).into_iter().rev() {
-        // Of a log that the kernel lost the end of. Another could grow to there with the same terms, which were lost too.
-        if offset > log_end {
-            files.remove_file(&path).map_err(io)?;
-            *names_changed = true;
-            continue;
-        }
-        if offset < first || best.as_ref().is_some_and(|best| best.snapshot_offset >= offset) {
-            break;
-        }
-        match files.read(&path).ok().and_then(|bytes| usable(&bytes)) {
-            Some((state, at)) if at == offset => {
-                best = Some(Producers { state, snapshot_offset: at, saved: None });
+    let mut found = snapshots(listed, dir);
+    // Of a log that the kernel lost the end of. Another could grow to there with the same terms, which were lost too.
+    for (_, path) in found.extract_if(.., |(offset, _)| *offset > log_end) {
+        files.remove_file(&path).map_err(io)?;
+        *names_changed = true;
+    }
+    let newest_from = |first: i64| {
+        let mut best = candidates
+            .into_iter()
+            .flatten()
+            .filter_map(|bytes| {
+                let (state, snapshot_offset, fits_as_it_is) = usable(bytes, first)?;
+                Some(Producers { state, snapshot_offset, saved: Some(bytes.clone()), fits_as_it_is })
+            })
+            .max_by_key(|producers| producers.snapshot_offset);
+        for (offset, path) in found.iter().rev() {
+            if *offset < first || best.as_ref().is_some_and(|best| best.snapshot_offset >= *offset) {
                 break;
             }
-            _ => {
-                tracing::warn!(path = %path.display(), "unusable producer snapshot; building it from the log")
+            match files.read(path).ok().and_then(|bytes| usable(&bytes, first)) {
+                Some((state, at, fits_as_it_is)) if at == *offset => {
+                    best = Some(Producers { state, snapshot_offset: at, saved: None, fits_as_it_is });
+                    break;
+                }
+                _ => {
+                    tracing::warn!(path = %path.display(), "unusable producer snapshot; building it from the log")
+                }
             }
         }
+        best
+    };
+    let none = || Producers {
+        state: ProducerState::new(),
+        snapshot_offset: i64::MIN,
+        saved: None,
+        fits_as_it_is: false,
+    };
+    let below_first = below.first().map(|segment| segment.0);
+    let newest = newest_from(first).or_else(|| newest_from(below_first?));
+    let mut producers = newest.unwrap_or_else(none);
+    let start_of = |base: i64, bytes: u64, from: i64| {
+        if from <= base {
+            return (0, base);
+        }
+        let raw = files.read(&dir.join(on_disk.name(base).index_file())).unwrap_or_default();
+        let entries = segment_index::decode(&raw, base, bytes).unwrap_or_default();
+        segment_index::seek_offset(&entries, base, from)
+    };
+    let apply = |state: &mut ProducerState, from: i64, header: &BatchHeader, batch: &[u8]| {
+        if header.base_offset >= from {
+            // What duplicates are told by is not taken from bytes that nobody vouches for.
+            if header.has_producer_id() && !record_batch::crc_ok(batch) {
+                return Err(format!("wrong checksum of the batch at offset {}", header.base_offset));
+            }
+            // A clean stop or a recovery moved what was not committed, too; which of these it is nobody needs to know.
+            match committed >= flushed_index {
+                true => state.apply(header),
+                false => state.apply_for_now(header, flushed_index),
+            }
+        }
+        Ok(())
+    };
+    for (at, (base, bytes)) in below.iter().enumerate() {
+        let end = below.get(at + 1).or(segments.first()).map_or(flushed_end, |next| next.0);
+        let from = producers.snapshot_offset;
+        if end <= from {
+            continue;
+        }
+        let scanned = scan(
+            files,
+            (dir, on_disk.name(*base)),
+            *bytes,
+            start_of(*base, *bytes, from),
+            |header, _, batch| apply(&mut producers.state, from, header, batch),
+        );
+        // What is known of before a gap may not be the last of it.
+        if scanned.ok() != Some(end) {
+            producers = none();
+        }
     }
-    let none = Producers { state: ProducerState::new(), snapshot_offset: i64::MIN, saved: None };
-    let mut producers = best.unwrap_or(none);
     let (state, from) = (&mut producers.state, producers.snapshot_offset);
     for (at, (base, bytes)) in segments.iter().enumerate() {
         let end = segments.get(at + 1).map_or(flushed_end, |next| next.0);
         if end <= from {
             continue;
         }
-        let start = if from <= *base {
-            (0, *base)
-        } else {
-            let raw = files.read(&dir.join(on_disk.name(*base).index_file())).unwrap_or_default();
-            let entries = segment_index::decode(&raw, *base, *bytes).unwrap_or_default();
-            segment_index::seek_offset(&entries, *base, from)
-        };
+        let start = start_of(*base, *bytes, from);
         scan(files, (dir, on_disk.name(*base)), *bytes, start, |header, _, batch| {
-            if header.base_offset >= from {
-                // What duplicates are told by is not taken from bytes that nobody vouches for.
-                if header.has_producer_id() && !record_batch::crc_ok(batch) {
-                    return Err(format!("wrong checksum of the batch at offset {}", header.base_offset));
-                }
-                // A clean stop or a recovery moved what was not committed, too; which of these it is nobody needs to know.
-                match committed >= flushed_index {
-                    true => state.apply(header),
-                    false => state.apply_for_now(header, flushed_index),
-                }
-            }
-            Ok(())
+            apply(state, from, header, batch)
         })?;
     }
     for entry in entries.iter().filter(|entry| entry.is_batch && entry.offset >= from) {
@@ -508,6 +545,7 @@ pub(crate) fn restore(
     };
     let listed = placed.or_else(damaged)?;
     let on_disk = OnDisk::of(&listed, dir);
+    let mut below = Vec::new();
     let mut segments: Vec<(i64, u64)> = on_disk
         .segments
         .range(..cut.unwrap_or(i64::MAX))
@@ -519,7 +557,14 @@ pub(crate) fn restore(
     match cut {
         // What was cut off may have gone already, and been written again; and the log start may have passed all of it.
         Some(offset) if state.log_start >= offset => {
-            segments.clear();
+            below = std::mem::take(&mut segments);
+            if let Some((base, bytes)) = below.last_mut()
+                && !on_disk.compacted.contains_key(base)
+            {
+                let file = files.open(&log_path(dir, *base), Mode::default());
+                // One that does not read any more counts no longer anyway.
+                *bytes = file.and_then(|file| position_of(&file, *base, *bytes, offset)).unwrap_or(0);
+            }
             changed = true;
         }
         Some(offset) => {
@@ -561,13 +606,13 @@ pub(crate) fn restore(
                 return damaged(reason);
             }
             // Retention may take the last segment as well.
-            None if state.log_start >= state.flushed_end => segments.clear(),
+            None if state.log_start >= state.flushed_end => below = std::mem::take(&mut segments),
             None => return damaged(format!("{} is missing", shown.display())),
         },
     }
     // What lies below the log start is on its way out; which of these files are gone already is up to the file system.
     while segments.get(1).is_some_and(|next| next.0 <= state.log_start) {
-        segments.remove(0);
+        below.push(segments.remove(0));
     }
     let marks = state.marks.up_to(state.flushed_index);
     let counted = Counted {
@@ -578,7 +623,7 @@ pub(crate) fn restore(
         marks: &marks,
         flushed: (state.flushed_index, state.flushed_end),
     };
-    let Numbered { first_indexes, last_index, after_batches } = counted.check()?;
+    let Numbered { first_indexes, last_index, after_batches, .. } = counted.check()?;
     counted.begin_where_known(&first_indexes, &mut state.marks);
     let log_end = entries.last().map_or(state.flushed_end, |entry| entry.next_offset);
     // A killed process may have left the name of what replaces these to the kernel; they go only when it is sure.
@@ -589,7 +634,7 @@ pub(crate) fn restore(
         &listed,
         // A later one may be of entries that were replaced.
         [found.snapshot.as_ref(), wal_snapshot.as_ref(), began.as_ref().map(|(_, producers)| producers)],
-        (&on_disk, &segments),
+        (&on_disk, &below, &segments),
         (state.flushed_index, state.flushed_end),
         (&entries, state.committed_index.max(state.hard_state.commit)),
         (state.log_start, log_end, &state.epochs),
@@ -634,18 +679,22 @@ pub(crate) fn restore(
         afterwards.push(Afterwards::Remove(dir.join(name.index_file())));
     }
     let (snapshot_offset, settled) = producers.state.settled(log_end);
-    let snapshot = match producers.snapshot_offset == snapshot_offset {
+    let snapshot = match producers.snapshot_offset == snapshot_offset && producers.fits_as_it_is {
         // A copy, because it may be a piece of a whole WAL file.
         true => producers.saved.map(|bytes| Bytes::copy_from_slice(&bytes)),
         false => {
             let bytes = settled.encode(snapshot_offset, state.epochs.epoch_at(snapshot_offset - 1));
             let is_small = bytes.len() <= SNAPSHOT_BYTES_MAX;
             if !is_small {
-                write_snapshot(files, dir, snapshot_offset, &bytes).map_err(io)?;
+                write_snapshot(files, dir, (snapshot_offset, -1), &bytes).map_err(io)?;
             }
             is_small.then(|| bytes.into())
         }
     };
+    // It has a file, and what it knows of is perhaps nowhere else soon.
+    if snapshot.is_none() && !below.is_empty() {
+        written.push(dir.join(format!("{snapshot_offset:020}.snapshot")));
+    }
     let (last_index, last_term) =
         entries.last().map_or((state.flushed_index, state.flushed_term), |entry| (entry.index, entry.term));
     if state.hard_state.commit > last_index || state.log_start > log_end {

@@ -32,13 +32,15 @@ pub(crate) struct Numbered {
     pub last_index: Option<(i64, Index)>,
     /// Of the entry after the last batch; 0: unknown.
     pub after_batches: u64,
+    /// An index names another entry than the count before it.
+    disagrees: bool,
 }
 
 impl Counted<'_> {
     /// Checks all segments and builds indexes that are not whole.
     pub fn check(&self) -> Result<Numbered, RestoreError> {
         let mut found = self.look(false)?;
-        if !self.fits(&found) {
+        if found.disagrees || !self.fits(&found) {
             found = self.look(true)?;
         }
         self.count_back(&mut found)?;
@@ -86,6 +88,7 @@ impl Counted<'_> {
             let named = first.map_or(0, |entry| entry.raft_index);
             // Two that disagree are as good as none.
             let disagree = named > 0 && counted > 0 && named != counted;
+            found.disagrees |= disagree;
             found.first_indexes.push(match named {
                 _ if self.is_compacted(at) || disagree => 0,
                 0 => counted,

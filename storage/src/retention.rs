@@ -3,13 +3,17 @@
 //! Only whole segments from the front go, and none that reaches above the hold offset (what an export has not settled)
 //! or the high watermark.
 
+use std::io;
 use std::rc::Rc;
+
+use flumen_io::Mode;
 
 use crate::flush::{snapshot_of, write_snapshot};
 use crate::group::{Group, GroupLog, Inner, Segment};
+use crate::mutant::{self, Mutant};
 use crate::segment_index::{INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, decode_entry};
 use crate::store::Shard;
-use crate::types::RetentionOutcome;
+use crate::types::{Durability, LogPoisoned, RetentionOutcome};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Candidate {
@@ -102,40 +106,114 @@ fn drop_front(shard: &Shard, group: &Rc<Group>, inner: &mut Inner, count: usize)
     bytes
 }
 
-/// Whole segments below the log start go; the one being written stays.
+/// Whole segments below the log start go; the one being written stays, and retention takes what alone knows of producers.
 pub(crate) fn drop_below_start(shard: &Rc<Shard>, group: &Rc<Group>, inner: &mut Inner) {
     let count = (0..inner.segments.len().saturating_sub(1))
-        .take_while(|at| inner.segment_end(*at) <= inner.log_start)
+        .take_while(|at| {
+            let end = inner.segment_end(*at);
+            end <= inner.log_start && !lacks_producers(group, inner, end)
+        })
         .count();
     drop_front(shard, group, inner, count);
 }
 
+/// A producer is known until it expires, however soon its records go, as in Kafka: a snapshot that knows of all batches below
+/// `end` must be there before those go, which no crash takes.
+fn lacks_producers(group: &Group, inner: &Inner, end: i64) -> bool {
+    inner.snapshot_safe < end && inner.producers_whole && !group.producers.borrow().is_empty()
+}
+
+fn unchanged(inner: &Inner) -> RetentionOutcome {
+    RetentionOutcome { log_start_offset: inner.log_start, ..RetentionOutcome::default() }
+}
+
+/// Segments at the front that nothing keeps any more, the offset after them, and their bytes.
+struct Expired {
+    segments: usize,
+    end: i64,
+    bytes: u64,
+}
+
 impl GroupLog {
-    /// A producer is known until it expires, however soon its records go, as in Kafka: a snapshot that knows of all batches below
-    /// `end` must be there before those go. Whoever begins a segment writes one, so that it is missing only where the last
-    /// segment goes as well. A disk that has no room for it gets the room.
-    fn write_producers_before(&self, inner: &mut Inner, end: i64) {
-        let producers = self.group.producers.borrow();
-        if inner.snapshot_offset >= end || producers.is_empty() || !inner.producers_whole {
-            return;
+    /// Deletes what `retention.ms` and `retention.bytes` no longer keep, nothing at or above `hold_offset`.
+    pub async fn enforce_retention(&self, now_ms: i64, hold_offset: i64) -> RetentionOutcome {
+        {
+            let inner = &mut *self.group.inner.borrow_mut();
+            match self.expired(inner, now_ms, hold_offset) {
+                None => return unchanged(inner),
+                Some(expired) if !lacks_producers(&self.group, inner, expired.end) => {
+                    return self.drop_expired(inner, expired);
+                }
+                Some(_) => {}
+            }
         }
-        let (offset, bytes) = snapshot_of(inner, &producers);
-        if let Err(error) = write_snapshot(&self.shard.files, &self.group.dir, offset, &bytes) {
-            tracing::warn!(group = self.group.id, %error, "producer snapshot not written");
+        let saved = self.save_producers().await;
+        let inner = &mut *self.group.inner.borrow_mut();
+        match self.expired(inner, now_ms, hold_offset).filter(|_| saved.is_ok()) {
+            None => unchanged(inner),
+            Some(expired) => self.drop_expired(inner, expired),
         }
     }
 
-    /// Deletes what `retention.ms` and `retention.bytes` no longer keep, nothing at or above `hold_offset`.
-    pub fn enforce_retention(&self, now_ms: i64, hold_offset: i64) -> RetentionOutcome {
-        let mut inner = self.group.inner.borrow_mut();
-        let inner = &mut *inner;
-        let unchanged = RetentionOutcome { log_start_offset: inner.log_start, ..RetentionOutcome::default() };
+    /// Writes down who the producers are, so that no crash takes it, nor the end of the log that it tells of: one beyond the end
+    /// of the log would not be used. A disk that has no room for it gets the room.
+    async fn save_producers(&self) -> Result<(), LogPoisoned> {
+        let (shard, group) = (&self.shard, &self.group);
+        let offset = {
+            // Nobody else writes or removes snapshots meanwhile.
+            let _alone = shard.flush_lock.lock().await;
+            let (offset, bytes, keep, durable) = {
+                let inner = &mut *group.inner.borrow_mut();
+                let (offset, bytes) = snapshot_of(inner, &group.producers.borrow());
+                (offset, bytes, inner.snapshot_safe, inner.config.durability == Durability::Durable)
+            };
+            if group.deleted.get() {
+                return Ok(());
+            }
+            let sync = durable && !mutant::is(Mutant::SnapshotsWithoutSync);
+            let mut alone = if sync { Some(shard.sync_alone().await?) } else { None };
+            let (files, dir) = (shard.files.clone(), group.dir.clone());
+            let written = shard.disk.off_thread(move || {
+                let path = write_snapshot(&files, &dir, (offset, keep), &bytes)?;
+                let synced = || {
+                    files.open(&path, Mode { write: true, ..Mode::default() })?.sync_data()?;
+                    files.sync_dir(&dir)
+                };
+                Ok(if sync { synced() } else { Ok(()) })
+            });
+            let written: io::Result<io::Result<()>> = written.await.and_then(|result| result);
+            match (written, &mut alone) {
+                (Ok(Ok(())), _) => {}
+                _ if group.deleting.get() || group.deleted.get() => return Ok(()),
+                (Ok(Err(error)), Some(alone)) => {
+                    shard.sync_failed(alone, &group.dir, &error);
+                    return Err(shard.check_poison().expect_err("poisoned just now"));
+                }
+                (Ok(Err(error)) | Err(error), _) => {
+                    tracing::warn!(group = group.id, %error, "producer snapshot not written");
+                    group.inner.borrow_mut().snapshot_offset = -1;
+                    return Ok(());
+                }
+            }
+            offset
+        };
+        self.force().await?;
+        let inner = &mut *group.inner.borrow_mut();
+        // Else it was cut meanwhile, or the log is another.
+        if inner.snapshot_offset >= offset {
+            inner.snapshot_safe = offset;
+        }
+        Ok(())
+    }
+
+    fn expired(&self, inner: &Inner, now_ms: i64, hold_offset: i64) -> Option<Expired> {
         if self.group.is_damaged()
             || self.group.deleting.get()
+            || self.group.deleted.get()
             || inner.is_flushing()
             || inner.segments.is_empty()
         {
-            return unchanged;
+            return None;
         }
         let (retention_ms, retention_bytes) = (inner.config.retention_ms, inner.config.retention_bytes);
         let active = inner.segments.len() - 1;
@@ -157,7 +235,11 @@ impl GroupLog {
                 active: is_active,
             });
             // No need to look at what cannot go before this one does.
-            if newest != i64::MAX && now_ms.saturating_sub(newest) <= retention_ms && retention_bytes < 0 {
+            if inner.segment_end(at) > inner.log_start
+                && newest != i64::MAX
+                && now_ms.saturating_sub(newest) <= retention_ms
+                && retention_bytes < 0
+            {
                 break;
             }
         }
@@ -170,24 +252,29 @@ impl GroupLog {
             hold: hold_offset.min(inner.high_watermark),
             unflushed_bytes: inner.size_bytes().saturating_sub(in_candidates),
         };
-        let chosen = choose(&candidates, rules);
-        let Some(last) = chosen.checked_sub(1).and_then(|at| candidates.get(at)) else { return unchanged };
-        let new_start = last.end.max(inner.log_start);
-        self.write_producers_before(inner, last.end);
+        let segments = choose(&candidates, rules);
+        let end = candidates.get(segments.checked_sub(1)?)?.end;
+        Some(Expired { segments, end, bytes: candidates[..segments].iter().map(|c| c.bytes).sum() })
+    }
+
+    fn drop_expired(&self, inner: &mut Inner, expired: Expired) -> RetentionOutcome {
+        let new_start = expired.end.max(inner.log_start);
         // The log start goes first into the WAL; should that be lost, the missing segments say the same.
         if new_start > inner.log_start && self.stage_log_start(inner, new_start).is_err() {
-            return unchanged;
+            return unchanged(inner);
         }
         if inner.direct_log_start {
             // It goes past the WAL: the segments go when it is counted.
-            return RetentionOutcome { log_start_offset: inner.log_start, ..unchanged };
+            return unchanged(inner);
         }
         // `stage_log_start` has dropped what lies below already, except the one being written.
-        let before: usize = chosen;
-        let left = inner.segments.iter().filter(|segment| segment.base < last.end).count();
-        let deleted_bytes: u64 = candidates[..before].iter().map(|candidate| candidate.bytes).sum();
+        let left = inner.segments.iter().filter(|segment| segment.base < expired.end).count();
         drop_front(&self.shard, &self.group, inner, left);
-        RetentionOutcome { deleted_segments: before, deleted_bytes, log_start_offset: inner.log_start }
+        RetentionOutcome {
+            deleted_segments: expired.segments,
+            deleted_bytes: expired.bytes,
+            log_start_offset: inner.log_start,
+        }
     }
 }
 

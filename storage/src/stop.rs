@@ -83,7 +83,8 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
                 continue;
             }
             let due = inner.producers_whole && inner.snapshot_offset != inner.log_end;
-            let snapshot = due.then(|| snapshot_of(inner, &group.producers.borrow()));
+            let keep = inner.snapshot_safe;
+            let snapshot = due.then(|| (keep, snapshot_of(inner, &group.producers.borrow())));
             (std::mem::take(&mut inner.meta_dirty), snapshot)
         };
         let meta = dirty.then(|| group.state(shard.wal_id, last).encode());
@@ -102,8 +103,8 @@ pub(crate) async fn shut_down(shard: &Rc<Shard>) -> Result<(), ShutdownError> {
     let written = shard.disk.off_thread(move || {
         let mut replaced = Vec::new();
         for (dir, meta, snapshot) in metas {
-            if let Some((offset, bytes)) = snapshot {
-                write_snapshot(&files, &dir, offset, &bytes)?;
+            if let Some((keep, (offset, bytes))) = snapshot {
+                write_snapshot(&files, &dir, (offset, keep), &bytes)?;
             }
             if let Some(meta) = meta {
                 replaced.push((dir.join("group.meta"), meta));

@@ -750,7 +750,7 @@ fn lags_holds_and_retention_have_their_say() {
         // Both: what retention takes is gone whether it was compacted or not.
         config.retention_ms = 5_000;
         log.set_config(config.clone());
-        let out = log.enforce_retention(6_285, EVERYTHING);
+        let out = log.enforce_retention(6_285, EVERYTHING).await;
         assert!(out.deleted_segments > 0 && out.log_start_offset > 100, "{out:?}");
         let found = read_all(log, 1 << 20).await;
         assert!(found.records.keys().all(|offset| *offset >= out.log_start_offset));

@@ -73,7 +73,7 @@ async fn flushed(store: &ShardStore, log: &GroupLog) -> Writer {
 
 /// Deletes everything but what is being written, or that too; and then the ring has nothing more of it.
 async fn deleted(store: &ShardStore, log: &GroupLog, other: &Writer) {
-    let out = log.enforce_retention(i64::MAX, i64::MAX);
+    let out = log.enforce_retention(i64::MAX, i64::MAX).await;
     assert!(out.deleted_segments > 0, "{out:?}");
     let mut seen = 0;
     let staged = log.advance_log_start(out.log_start_offset).unwrap();
@@ -121,6 +121,16 @@ fn a_cut_does_not_end_their_snapshots() {
 /// Regression: where the last segment was too old as well, nothing was left of those who had written to it.
 #[test]
 fn they_outlive_the_last_segment() {
+    outlive_the_last_segment(Crash::Kill);
+}
+
+/// Regression: what knew of them then was not synced.
+#[test]
+fn they_outlive_a_loss_of_power_too() {
+    outlive_the_last_segment(Crash::PowerLoss);
+}
+
+fn outlive_the_last_segment(crash: Crash) {
     let machine = Machine::new(2, Settings::default());
     let (dir, _) = start(&machine);
     // More than fit into a record beside the state of the partition.
@@ -135,7 +145,7 @@ fn they_outlive_the_last_segment() {
         let other = flushed(&store, &log).await;
         deleted(&store, &log, &other).await;
     });
-    machine.crash_now(Crash::Kill);
+    machine.crash_now(crash);
     machine.restart();
     let found = first(start(&machine).1);
     assert_eq!((found.log_start_offset, found.log_end_offset), (PRODUCERS, PRODUCERS));

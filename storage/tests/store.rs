@@ -538,16 +538,16 @@ fn retention_start_and_times() {
             assert_eq!(log.find_timestamp(1999, 999).await.unwrap(), None);
             assert_eq!(log.find_timestamp(2000, 1000).await.unwrap(), None);
             assert_eq!(log.max_timestamp().await.unwrap(), Some((1999, 999)));
-            assert_eq!(log.enforce_retention(1 << 40, i64::MAX).deleted_segments, 0);
+            assert_eq!(log.enforce_retention(1 << 40, i64::MAX).await.deleted_segments, 0);
             let size = log.size_bytes();
             // Only what is in segments can be deleted, and the flusher need not keep up with the WAL.
             while log.flushed_offset() < 850 {
                 tokio::time::sleep(std::time::Duration::from_millis(1)).await;
             }
             log.set_config(GroupConfig { retention_bytes: 1_000_000, ..config.clone() });
-            let held = log.enforce_retention(3000, 200);
+            let held = log.enforce_retention(3000, 200).await;
             assert!(held.log_start_offset <= 200 && held.deleted_segments > 0, "{held:?}");
-            let out = log.enforce_retention(3000, i64::MAX);
+            let out = log.enforce_retention(3000, i64::MAX).await;
             assert!(log.size_bytes() >= 1_000_000 && log.size_bytes() < size, "{out:?}");
             let start = log.log_start_offset();
             assert_eq!(start, out.log_start_offset);
@@ -561,7 +561,7 @@ fn retention_start_and_times() {
             check_log(log, start + 3, 1000, 100_000).await;
             let config = GroupConfig { retention_ms: 1000, retention_bytes: -1, ..config.clone() };
             log.set_config(config);
-            let out = log.enforce_retention(2800, i64::MAX);
+            let out = log.enforce_retention(2800, i64::MAX).await;
             assert!(out.log_start_offset > 700 && out.log_start_offset <= 800, "{out:?}");
             // The commit that carries it.
             writer.durable(log.advance_log_start(out.log_start_offset).unwrap()).await;
@@ -576,7 +576,7 @@ fn retention_start_and_times() {
             log.set_high_watermark(1000);
             check_log(&log, log.log_start_offset(), 1000, 100_000).await;
             // Everything is too old: even the last segment goes, and appending goes on at its end.
-            assert_eq!(log.enforce_retention(1 << 40, i64::MAX).log_start_offset, 1000);
+            assert_eq!(log.enforce_retention(1 << 40, i64::MAX).await.log_start_offset, 1000);
             assert_eq!(log.size_bytes(), 0);
             let writer = Writer::new(&store, log.clone());
             let end = writer.append(5, 100).await;

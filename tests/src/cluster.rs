@@ -17,7 +17,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::{Value, json};
 
-use crate::flumen::Flumen;
+use crate::flumen::{Flumen, READY};
 use crate::kafka::{ends_of, read_all};
 use crate::load::Load;
 use crate::network::Network;
@@ -136,20 +136,29 @@ impl Cluster {
         Flumen::idle_at(&self.dir.join(format!("n{id}")), kafka, admin, settings, &more)
     }
 
-    /// Starts every node that does not run, all at the same time: a majority is needed before one is ready.
+    /// Starts every node that does not run, all at the same time: a majority is needed before one is ready. When one ends
+    /// instead, so do the others that were started here, which may wait for it; the error has that one's words.
     pub fn restart_all(&mut self) -> anyhow::Result<()> {
-        std::thread::scope(|scope| {
-            let starts: Vec<_> = self
-                .nodes
-                .iter_mut()
-                .filter(|node| !node.is_running())
-                .map(|node| scope.spawn(|| node.restart()))
-                .collect();
-            for start in starts {
-                start.join().map_err(|_| anyhow::anyhow!("a start panicked"))??;
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let mut started = Vec::new();
+        for at in 0..self.nodes.len() {
+            if self.nodes[at].is_running() {
+                continue;
             }
-            Ok(())
-        })
+            let announcements = self.nodes[at].launch()?;
+            let sender = sender.clone();
+            std::thread::spawn(move || sender.send((at, announcements.until(READY))));
+            started.push(at);
+        }
+        for _ in &started {
+            let (at, ready) = receiver.recv()?;
+            if ready?.is_none() {
+                let error = self.nodes[at].ended_early()?;
+                started.iter().for_each(|at| self.nodes[*at].kill_9());
+                return Err(error.context(format!("node {} did not start", at + 1)));
+            }
+        }
+        Ok(())
     }
 
     pub fn stop_all(&mut self) -> anyhow::Result<()> {

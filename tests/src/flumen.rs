@@ -7,7 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use crate::process::{EndedEarly, Process, flumen_binary, free_port};
+use crate::process::{Announcements, EndedEarly, Process, flumen_binary, free_port};
+
+/// What a broker says once it serves.
+pub(crate) const READY: &str = "flumen ready";
 
 pub struct Flumen {
     process: Option<Process>,
@@ -87,11 +90,26 @@ impl Flumen {
 
     /// Starts the process again on the same directory and ports.
     pub fn restart(&mut self) -> anyhow::Result<()> {
+        let announcements = self.launch()?;
+        match announcements.until(READY)? {
+            Some(_) => Ok(()),
+            None => Err(self.ended_early()?),
+        }
+    }
+
+    /// Starts the process, and does not wait: what it says on the way to `READY`.
+    pub(crate) fn launch(&mut self) -> anyhow::Result<Announcements> {
         self.process = None;
         let command = self.command()?;
-        let (process, _ready) = Process::start("flumen server", command, "flumen ready", &self.log_path())?;
+        let (process, announcements) = Process::launch("flumen server", command, &self.log_path())?;
         self.process = Some(process);
-        Ok(())
+        Ok(announcements)
+    }
+
+    /// Its last words, when it ended before it was ready.
+    pub(crate) fn ended_early(&mut self) -> anyhow::Result<anyhow::Error> {
+        let mut process = self.process.take().context("the broker is not running")?;
+        process.ended_early(&self.log_path())
     }
 
     /// Starts the process; it may never be ready.

@@ -1,8 +1,8 @@
 //! A child process that announces itself with a ready line on stdout.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 
 use anyhow::{Context, bail};
 
@@ -26,14 +26,38 @@ pub struct Process {
     name: String,
 }
 
+/// What a process says before it is ready.
+pub struct Announcements {
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Announcements {
+    /// The first line that starts with `ready`; `None` if the process ended before.
+    pub fn until(mut self, ready: &str) -> anyhow::Result<Option<String>> {
+        for line in self.lines.by_ref() {
+            let line = line?;
+            if line.starts_with(ready) {
+                // The pipe must stay open and be emptied, or the child would stop at a full one.
+                std::thread::spawn(move || self.lines.for_each(drop));
+                return Ok(Some(line));
+            }
+        }
+        Ok(None)
+    }
+}
+
 impl Process {
     /// Starts `command` and returns the first line of its output that starts with `ready`.
-    pub fn start(
-        name: &str,
-        mut command: Command,
-        ready: &str,
-        log: &Path,
-    ) -> anyhow::Result<(Process, String)> {
+    pub fn start(name: &str, command: Command, ready: &str, log: &Path) -> anyhow::Result<(Process, String)> {
+        let (mut process, announcements) = Process::launch(name, command, log)?;
+        match announcements.until(ready)? {
+            Some(line) => Ok((process, line)),
+            None => Err(process.ended_early(log)?),
+        }
+    }
+
+    /// Starts `command`, and does not wait until it is ready.
+    pub fn launch(name: &str, mut command: Command, log: &Path) -> anyhow::Result<(Process, Announcements)> {
         let errors = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
         let mut child = command
             .stdin(Stdio::null())
@@ -42,26 +66,19 @@ impl Process {
             .spawn()
             .with_context(|| format!("cannot start {name}: {command:?}"))?;
         let stdout = child.stdout.take().context("no stdout")?;
-        let mut lines = BufReader::new(stdout).lines();
-        for line in lines.by_ref() {
-            let line = line?;
-            if line.starts_with(ready) {
-                // The pipe must stay open and be emptied, or the child would stop at a full one.
-                std::thread::spawn(move || lines.for_each(drop));
-                return Ok((Process { child, name: name.to_string() }, line));
-            }
-        }
-        let status = child.wait()?;
-        let tail: Vec<String> = std::fs::read_to_string(log)
-            .unwrap_or_default()
-            .lines()
-            .rev()
-            .take(10)
-            .map(str::to_string)
-            .collect();
-        let tail: Vec<String> = tail.into_iter().rev().collect();
-        let ended = EndedEarly { status, what: format!("{name} ended") };
-        Err(anyhow::Error::new(ended).context(tail.join("\n")))
+        let lines = BufReader::new(stdout).lines();
+        Ok((Process { child, name: name.to_string() }, Announcements { lines }))
+    }
+
+    /// With its last words, of one that said that it is ready not even at its end.
+    pub fn ended_early(&mut self, log: &Path) -> anyhow::Result<anyhow::Error> {
+        const WORDS: usize = 10;
+        let status = self.child.wait()?;
+        let said = std::fs::read_to_string(log).unwrap_or_default();
+        let lines: Vec<&str> = said.lines().collect();
+        let last = lines[lines.len().saturating_sub(WORDS)..].join("\n");
+        let ended = EndedEarly { status, what: format!("{} ended", self.name) };
+        Ok(anyhow::Error::new(ended).context(last))
     }
 
     /// Starts `command`, whatever it says on its output.

@@ -336,3 +336,14 @@ fn a_founder_without_its_log_does_not_come_back() {
     std::fs::remove_dir_all(&log).unwrap();
     assert!(cluster.nodes[1].restart_or_end().unwrap().is_some_and(|status| !status.success()));
 }
+
+/// Regression: whoever starts a cluster waited for ever for nodes that waited for one which had ended.
+#[test]
+fn a_cluster_of_which_a_node_ends_does_not_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("n2").join("data");
+    std::fs::create_dir_all(data.parent().unwrap()).unwrap();
+    std::fs::write(&data, "not a directory").unwrap();
+    let error = format!("{:#}", Cluster::start(dir.path(), 3, &[]).err().unwrap());
+    assert!(error.contains("node 2") && error.contains(data.to_str().unwrap()), "{error}");
+}

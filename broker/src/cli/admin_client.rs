@@ -1,9 +1,16 @@
 //! Asking a running broker: JSON over its admin API.
 
+use std::time::Duration;
+
 use clap::Args;
 use serde_json::Value;
 
 use super::{EXIT_NOT_FOUND, Failure};
+
+/// A broker that has begun to serve answers in well under this, even when it asks others or ClickHouse first: those it waits for
+/// no longer than ten seconds.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Args, Clone)]
 pub struct AdminArgs {
@@ -35,17 +42,27 @@ impl AdminArgs {
         let base =
             if self.admin.contains("://") { self.admin.clone() } else { format!("http://{}", self.admin) };
         let url = format!("{}{path}", base.trim_end_matches('/'));
-        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_connect(Some(CONNECT_TIME_MAX))
+            .timeout_recv_response(Some(ANSWER_TIME_MAX))
+            .build()
+            .into();
         let request = ureq::http::Request::builder()
             .method(method)
             .uri(&url)
             .header("content-type", "application/json")
             .body(body.map(Value::to_string).unwrap_or_default())
             .map_err(|e| Failure::new(format!("{url}: {e}")))?;
-        let mut response = agent.run(request).map_err(|e| {
-            Failure::new(format!(
+        let mut response = agent.run(request).map_err(|e| match e {
+            ureq::Error::Timeout(ureq::Timeout::RecvResponse) => Failure::new(format!(
+                "the broker at {base} has not answered for {} s: it may still wait for the others of its cluster, which its \
+                 log says; what was asked for may or may not be done",
+                ANSWER_TIME_MAX.as_secs()
+            )),
+            e => Failure::new(format!(
                 "no broker answers at {base} ({e}); start one, or name its address with --admin"
-            ))
+            )),
         })?;
         let status = response.status().as_u16();
         let text = response.body_mut().read_to_string().map_err(|e| Failure::new(e.to_string()))?;

@@ -308,13 +308,13 @@ impl Partition {
         }
     }
 
-    pub fn enforce_retention(&self, now_ms: i64) {
+    pub async fn enforce_retention(&self, now_ms: i64) {
         if self.damage().is_some() || !self.config.borrow().deletes() {
             // Gauges tell of damage that a reader found.
             self.publish_gauges();
             return;
         }
-        self.log.enforce_retention(now_ms, self.hold_offset.get().min(self.high_watermark()));
+        self.log.enforce_retention(now_ms, self.hold_offset.get().min(self.high_watermark())).await;
         self.note_log_start();
         self.publish_gauges();
     }

@@ -268,8 +268,17 @@ pub fn matching(
                 let known = floor.as_ref().map_or(0, |floor| floor.hard.commit);
                 log.hard.commit = log.hard.commit.min(found.hard_state.commit.max(known));
             }
-            match differs(state.as_ref(), found) {
-                None => matching.push(state),
+            match differs(state.as_ref(), found, mixed || loss == Loss::DamagedEnd) {
+                None => {
+                    if let (Some(log), Some(found)) = (&mut state, found) {
+                        let gone = log
+                            .producers()
+                            .into_iter()
+                            .filter(|(id, _)| found.producers.producer(*id).is_none());
+                        log.forgotten.extend(gone.map(|(id, (_, _, base))| (id, base)).collect::<Vec<_>>());
+                    }
+                    matching.push(state);
+                }
                 Some(why) => reason = reason.into_iter().chain([why]).min_by_key(distance),
             }
         }
@@ -337,7 +346,7 @@ fn with_head(state: Option<&Log>, head: Option<&Log>) -> Option<Option<Log>> {
     }
 }
 
-fn differs(state: Option<&Log>, found: Option<&RecoveredGroup>) -> Option<String> {
+fn differs(state: Option<&Log>, found: Option<&RecoveredGroup>, may_forget: bool) -> Option<String> {
     let (state, found) = match (state, found) {
         (None, None) => return None,
         (Some(_), None) => return Some("it should exist".to_owned()),
@@ -358,22 +367,21 @@ fn differs(state: Option<&Log>, found: Option<&RecoveredGroup>) -> Option<String
     compare("vote", found.hard_state.vote.into(), state.hard.vote.into());
     compare("commit", found.hard_state.commit.into(), state.hard.commit.into());
     if reasons.is_empty()
-        && let Err(reason) = producers(state, found)
+        && let Err(reason) = producers(state, found, may_forget)
     {
         reasons.push(reason);
     }
     (!reasons.is_empty()).then(|| reasons.join(", "))
 }
 
-/// Every producer whose last batch readers can still see is known with it; one whose batches are gone may be forgotten.
-fn producers(state: &Log, found: &RecoveredGroup) -> Result<(), String> {
+/// Every producer is known with its last batch, also when that is gone, unless it `may_forget` those: where the power
+/// took what only the kernel had, or the disk damaged the end of the WAL, snapshots may be of more than what is left.
+fn producers(state: &Log, found: &RecoveredGroup, may_forget: bool) -> Result<(), String> {
     let want = state.producers();
     for (id, (epoch, sequence, base)) in &want {
         match found.producers.producer(*id) {
             Some(known) if known == (*epoch, *sequence) => {}
-            // Those that it began with are in none of its batches, and must be known for as long as all of these are there.
-            None if *base < state.log_start
-                && !(state.brought.contains_key(id) && state.log_start == state.before.2) => {}
+            None if may_forget && *base < state.log_start => {}
             known => {
                 return Err(format!("producer {id} is {known:?}, not {:?}", (epoch, sequence)));
             }

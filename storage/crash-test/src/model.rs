@@ -58,6 +58,8 @@ pub struct Log {
     pub membership: Option<Membership>,
     /// Producers that it began with: epoch, last sequence, base offset.
     pub brought: BTreeMap<i64, (i16, i32, i64)>,
+    /// Producers that a crash was allowed to take, by the base offset of their last batch then.
+    pub forgotten: BTreeMap<i64, i64>,
 }
 
 impl Log {
@@ -139,6 +141,7 @@ impl Log {
                 found.insert(header.producer_id, last);
             }
         }
+        found.retain(|id, (_, _, base)| self.forgotten.get(id).is_none_or(|forgotten| forgotten < base));
         found
     }
 }

@@ -480,6 +480,7 @@ fn begin(world: &mut World, id: GroupId, received: Option<(Received, Vec<model::
                 before: (index, term, offset),
                 membership: Some(membership),
                 brought,
+                forgotten: std::collections::BTreeMap::new(),
             };
             slot.model.stage(Change::Begin(Box::new(state)), Some(commit), durable);
             world.begun += 1;
@@ -568,6 +569,7 @@ fn commit(world: &mut World, id: GroupId) {
         slot.commit = slot.commit + 1 + world.random.below(common - slot.commit);
     }
     let Some(end) = slot.model.log().map(|now| now.end_of(slot.commit)) else { return };
+    log.set_committed(slot.commit);
     log.set_high_watermark(end);
     slot.note_compactable(log.high_watermark());
 }
@@ -630,20 +632,29 @@ fn advance(world: &mut World, id: GroupId) {
     }
 }
 
-fn retain(world: &mut World, id: GroupId) {
-    let now = world.machine.now_ms();
+async fn retain(world: &Shared, id: GroupId) {
+    let (log, now, hold) = {
+        let mut world = world.borrow_mut();
+        let world = &mut *world;
+        let now = world.machine.now_ms();
+        let Some(slot) = world.slots.get_mut(&id) else { return };
+        let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
+        let mut config = slot.config.clone();
+        match world.random.below(3) {
+            0 => config.retention_bytes = i64::try_from(world.random.below(60_000)).unwrap_or(0),
+            1 => config.retention_ms = i64::try_from(world.random.below(400)).unwrap_or(0),
+            _ => {}
+        }
+        log.set_config(config);
+        let hold = if world.random.below(3) == 0 { state.log_start + 5 } else { i64::MAX };
+        (log, now, hold)
+    };
+    let outcome = log.enforce_retention(now, hold).await;
+    let mut world = world.borrow_mut();
+    let world = &mut *world;
+    // Others may have changed it while producers were written down, or deleted it.
     let Some(slot) = world.slots.get_mut(&id) else { return };
-    let (Some(log), Some(state)) = (slot.log.clone(), slot.model.log()) else { return };
-    let before = state.log_start;
-    let mut config = slot.config.clone();
-    match world.random.below(3) {
-        0 => config.retention_bytes = i64::try_from(world.random.below(60_000)).unwrap_or(0),
-        1 => config.retention_ms = i64::try_from(world.random.below(400)).unwrap_or(0),
-        _ => {}
-    }
-    log.set_config(config);
-    let hold = if world.random.below(3) == 0 { before + 5 } else { i64::MAX };
-    let outcome = log.enforce_retention(now, hold);
+    let Some(before) = slot.model.log().map(|state| state.log_start) else { return };
     log.set_config(slot.config.clone());
     let durable = slot.config.durability == Durability::Durable;
     if outcome.log_start_offset > before {
@@ -838,7 +849,7 @@ pub async fn client(world: Shared, actions: u64) {
             50..=54 => replace(&mut world.borrow_mut(), id),
             55..=74 => commit(&mut world.borrow_mut(), id),
             75..=78 => advance(&mut world.borrow_mut(), id),
-            79..=81 => retain(&mut world.borrow_mut(), id),
+            79..=81 => retain(&world, id).await,
             82..=84 => reconfigure(&mut world.borrow_mut(), id),
             85..=86 => create_any(&mut world.borrow_mut()),
             87 => delete(&world, id).await,
