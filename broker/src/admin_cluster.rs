@@ -5,17 +5,18 @@
 use std::sync::atomic::Ordering;
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, Query};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::admin_http::{Problem, Shared, config_text};
+use crate::admin_http::{Problem, config_text};
+use crate::admin_process::Shared;
 use crate::cluster::change::{Intent, change};
 use crate::cluster_view;
 use crate::node::Node;
 use crate::topic_admin::with_live;
 
-pub async fn cluster(State(node): Shared) -> Json<Value> {
+pub async fn cluster(Shared(node): Shared) -> Json<Value> {
     let image = node.image.load_full();
     let own = image.topics.values().filter(|t| !t.internal);
     let partitions = image.topics.values().flat_map(|t| &t.partitions);
@@ -30,7 +31,7 @@ pub async fn cluster(State(node): Shared) -> Json<Value> {
 }
 
 /// `{"configs": {"flumen.catch.up.rate": 20000000}, "node_id": 3}`: of all brokers, or of one; null for the default.
-pub async fn alter(State(node): Shared, Json(body): Json<Value>) -> Result<Json<Value>, Problem> {
+pub async fn alter(Shared(node): Shared, Json(body): Json<Value>) -> Result<Json<Value>, Problem> {
     let configs = body["configs"].as_object().into_iter().flatten();
     let changes = configs.map(|(name, value)| (name.clone(), config_text(value))).collect();
     let node_id = body["node_id"].as_i64().and_then(|id| i32::try_from(id).ok());
@@ -38,7 +39,7 @@ pub async fn alter(State(node): Shared, Json(body): Json<Value>) -> Result<Json<
     Ok(Json(json!({ "configs": body["configs"], "node_id": node_id })))
 }
 
-pub async fn health(State(node): Shared) -> Json<Value> {
+pub async fn health(Shared(node): Shared) -> Json<Value> {
     Json(cluster_view::overview(&node).await)
 }
 
@@ -49,7 +50,7 @@ pub struct Which {
     unhealthy: bool,
 }
 
-pub async fn partitions(State(node): Shared, Query(which): Query<Which>) -> Result<Json<Value>, Problem> {
+pub async fn partitions(Shared(node): Shared, Query(which): Query<Which>) -> Result<Json<Value>, Problem> {
     if let Some(topic) = &which.topic
         && !node.image.load().topics.contains_key(topic)
     {
@@ -61,7 +62,7 @@ pub async fn partitions(State(node): Shared, Query(which): Query<Which>) -> Resu
     Ok(Json(json!({ "partitions": found })))
 }
 
-pub async fn brokers(State(node): Shared) -> Json<Value> {
+pub async fn brokers(Shared(node): Shared) -> Json<Value> {
     Json(Value::Array(cluster_view::brokers(&node).await))
 }
 
@@ -77,14 +78,14 @@ fn known(node: &Node, id: &str) -> Result<i32, Problem> {
     })
 }
 
-pub async fn broker(State(node): Shared, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
+pub async fn broker(Shared(node): Shared, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
     let id = known(&node, &id)?;
     let found = cluster_view::brokers(&node).await.into_iter().find(|broker| broker["node_id"] == id);
     Ok(Json(found.unwrap_or(Value::Null)))
 }
 
 /// `POST /v1/brokers/{id}:maintenance`, `:active`, `:decommission`; `DELETE /v1/brokers/{id}` removes one that holds nothing.
-pub async fn broker_action(State(node): Shared, Path(what): Path<String>) -> Result<Json<Value>, Problem> {
+pub async fn broker_action(Shared(node): Shared, Path(what): Path<String>) -> Result<Json<Value>, Problem> {
     let (id, action) = what.split_once(':').unwrap_or((&what, ""));
     let id = known(&node, id)?;
     let intent = match action {
@@ -101,7 +102,7 @@ pub async fn broker_action(State(node): Shared, Path(what): Path<String>) -> Res
     Ok(Json(json!({ "node_id": id, "membership_status": state })))
 }
 
-pub async fn remove_broker(State(node): Shared, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
+pub async fn remove_broker(Shared(node): Shared, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
     let id = known(&node, &id)?;
     change(&node, Intent::RemoveNode { id }).await?;
     Ok(Json(json!({ "node_id": id, "removed": true })))

@@ -22,17 +22,16 @@ use flumen_sink::config::redact_url;
 use flumen_sink::exporter::{ResetError, ResetTo};
 
 use crate::admin_cluster;
+use crate::admin_process::{Admin, Shared};
 use crate::export::{CONFIG_PREFIX, ENABLE, ENDPOINT, NotAdmitted, PAUSED, ResetRefused};
 use crate::metrics_text;
 use crate::node::Node;
 use crate::topic_admin::{self, TopicError};
 
-pub(crate) type Shared = State<Arc<Node>>;
-
 /// Bodies are configurations; nothing legitimate is near this.
 const BODY_BYTES_MAX: usize = 1 << 20;
 
-pub async fn serve(node: Arc<Node>, listener: TcpListener) {
+pub(crate) async fn serve(admin: Arc<Admin>, listener: TcpListener) {
     let app = Router::new()
         .route("/v1/topics", get(list_topics).post(create_topic))
         .route("/v1/topics/{topic}", get(describe_topic).delete(delete_topic).patch(alter_topic))
@@ -60,7 +59,7 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         .route("/public_metrics", get(metrics))
         .fallback(post(not_found).get(not_found).put(not_found).delete(not_found))
         .layer(axum::extract::DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .with_state(node);
+        .with_state(admin);
     if let Err(error) = axum::serve(listener, app).await {
         tracing::error!(%error, "the admin API ended");
     }
@@ -152,30 +151,34 @@ async fn not_found(uri: axum::http::Uri) -> Problem {
     Problem::not_found(format!("there is nothing at {}", uri.path()))
 }
 
-fn status(node: &Node) -> Json<Value> {
-    let (image, status) = (node.image.load(), if node.is_ready() { "ready" } else { "starting" });
-    Json(json!({ "status": status, "cluster_id": image.cluster_id, "node_id": image.node.id }))
+fn status(admin: &Admin) -> Json<Value> {
+    let cluster_id = admin.node().map(|node| node.image.load().cluster_id.clone()).unwrap_or_default();
+    let status = if admin.is_ready() { "ready" } else { "starting" };
+    let waits_for = admin.wait().map(|wait| wait.detail);
+    Json(
+        json!({ "status": status, "cluster_id": cluster_id, "node_id": admin.node_id(), "waits_for": waits_for }),
+    )
 }
 
-async fn live(State(node): Shared) -> Json<Value> {
-    status(&node)
+async fn live(State(admin): State<Arc<Admin>>) -> Json<Value> {
+    status(&admin)
 }
 
-async fn ready(State(node): Shared) -> (StatusCode, Json<Value>) {
-    let code = if node.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, status(&node))
+async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, Json<Value>) {
+    let code = if admin.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, status(&admin))
 }
 
 async fn version() -> Json<Value> {
     Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
 }
 
-async fn metrics(State(node): Shared) -> Response {
-    let text = metrics_text::render(&node).await;
+async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    let text = metrics_text::render(admin.node(), admin.started()).await;
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
-async fn list_topics(State(node): Shared) -> Json<Value> {
+async fn list_topics(Shared(node): Shared) -> Json<Value> {
     let image = node.image.load_full();
     let topics: Vec<Value> = image
         .topics
@@ -196,7 +199,7 @@ async fn list_topics(State(node): Shared) -> Json<Value> {
     Json(json!({ "topics": topics }))
 }
 
-async fn describe_topic(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+async fn describe_topic(Shared(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
     let image = node.image.load_full();
     let found = image.topics.get(&topic).ok_or_else(|| {
         Problem::not_found(format!("topic '{topic}' does not exist"))
@@ -237,7 +240,7 @@ pub(crate) fn config_text(value: &Value) -> Option<String> {
 }
 
 async fn create_topic(
-    State(node): Shared,
+    Shared(node): Shared,
     Json(body): Json<Value>,
 ) -> Result<(StatusCode, Json<Value>), Problem> {
     let name = body["name"].as_str().ok_or_else(|| Problem::bad_request("'name' is missing"))?.to_string();
@@ -284,13 +287,13 @@ async fn create_topic(
     Ok((status, Json(json!({ "name": name, "partitions": partitions }))))
 }
 
-async fn delete_topic(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+async fn delete_topic(Shared(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
     topic_admin::delete_topic(&node, &topic).await?;
     Ok(Json(json!({ "name": topic, "deleted": true })))
 }
 
 async fn alter_topic(
-    State(node): Shared,
+    Shared(node): Shared,
     Path(topic): Path<String>,
     Json(body): Json<Value>,
 ) -> Result<Json<Value>, Problem> {
@@ -323,7 +326,7 @@ async fn refuse_export(node: &Arc<Node>, commands: &[Command]) -> Result<(), Pro
     }
 }
 
-async fn list_exports(State(node): Shared) -> Json<Value> {
+async fn list_exports(Shared(node): Shared) -> Json<Value> {
     let exports: Vec<Value> = node
         .exports
         .statuses()
@@ -356,7 +359,7 @@ fn exported(node: &Arc<Node>, topic: &str) -> Result<BTreeMap<String, String>, P
     }
 }
 
-async fn get_export(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+async fn get_export(Shared(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
     let mut configs = exported(&node, &topic)?;
     if let Some(url) = configs.get_mut(ENDPOINT) {
         *url = redact_url(url);
@@ -364,7 +367,7 @@ async fn get_export(State(node): Shared, Path(topic): Path<String>) -> Result<Js
     Ok(Json(json!({ "topic": topic, "configs": configs, "status": node.exports.status(&topic) })))
 }
 
-async fn export_status(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+async fn export_status(Shared(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
     exported(&node, &topic)?;
     // Turned on a moment ago, the export may not have reported yet.
     Ok(Json(node.exports.status(&topic).unwrap_or_else(|| json!({ "topic": topic, "state": "starting" }))))
@@ -411,7 +414,7 @@ fn merged(
 }
 
 async fn put_export(
-    State(node): Shared,
+    Shared(node): Shared,
     Path(topic): Path<String>,
     body: axum::body::Bytes,
 ) -> Result<Json<Value>, Problem> {
@@ -442,7 +445,7 @@ fn parse_body(body: &[u8]) -> Result<Value, Problem> {
     serde_json::from_slice(body).map_err(|e| Problem::bad_request(format!("the body is not JSON: {e}")))
 }
 
-async fn delete_export(State(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
+async fn delete_export(Shared(node): Shared, Path(topic): Path<String>) -> Result<Json<Value>, Problem> {
     let changes = exported(&node, &topic)?.into_keys().map(|k| (k, None)).collect();
     topic_admin::alter_configs(&node, &topic, changes).await?;
     Ok(Json(json!({ "topic": topic, "deleted": true })))
@@ -450,7 +453,7 @@ async fn delete_export(State(node): Shared, Path(topic): Path<String>) -> Result
 
 /// `POST /v1/exports/{topic}:pause` and the like: the action is part of the last path segment.
 async fn export_action(
-    State(node): Shared,
+    Shared(node): Shared,
     Path(segment): Path<String>,
     body: axum::body::Bytes,
 ) -> Result<Json<Value>, Problem> {

@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering;
 use flumen_sink::status::State;
 use serde_json::{Value, json};
 
+use crate::controller::METADATA_GROUP;
 use crate::node::Node;
+use crate::waits::Wait;
 
 /// Partitions that are named one by one; of a lost disk the first tell as much as all.
 const DAMAGED_NAMED_MAX: usize = 20;
@@ -52,6 +54,9 @@ struct Seen {
     data_dir: String,
     free_bytes: u64,
     disk_is_low: bool,
+    /// The node does not serve yet.
+    waits: Option<Wait>,
+    metadata_damage: Option<String>,
     damaged: Vec<Damaged>,
     exports: Vec<Export>,
 }
@@ -71,24 +76,26 @@ struct Export {
     fix: Option<String>,
 }
 
+async fn damage_of(node: &Node, group_id: u64) -> Option<String> {
+    if node.gauges_of(group_id).damaged.load(Ordering::Relaxed) == 0 {
+        return None;
+    }
+    let home = &node.shards[node.shard_of(group_id)];
+    let reason = home.run(move |shard| async move {
+        shard.partition(group_id).and_then(|p| p.damage().map(str::to_string))
+    });
+    Some(reason.await.ok().flatten().unwrap_or_else(|| "see the broker's log".to_string()))
+}
+
 /// Leaders of other topics go on whatever happens to these.
 async fn look(node: &Node) -> Seen {
     let image = node.image.load_full();
     let mut damaged = Vec::new();
     for topic in image.topics.values() {
         for (index, info) in (0..).zip(&topic.partitions) {
-            if node.gauges_of(info.group_id).damaged.load(Ordering::Relaxed) == 0 {
-                continue;
+            if let Some(reason) = damage_of(node, info.group_id).await {
+                damaged.push(Damaged { topic: topic.name.clone(), partition: index, reason });
             }
-            let group_id = info.group_id;
-            let home = &node.shards[node.shard_of(group_id)];
-            let reason = home
-                .run(move |shard| async move {
-                    shard.partition(group_id).and_then(|p| p.damage().map(str::to_string))
-                })
-                .await;
-            let reason = reason.ok().flatten().unwrap_or_else(|| "see the broker's log".to_string());
-            damaged.push(Damaged { topic: topic.name.clone(), partition: index, reason });
         }
     }
     let exports = node.exports.views().into_iter().map(|(topic, view)| {
@@ -106,14 +113,43 @@ async fn look(node: &Node) -> Seen {
         data_dir: node.data_dir.display().to_string(),
         free_bytes: node.disk.free_bytes(),
         disk_is_low: node.disk.is_low(),
+        waits: node.waits.get(),
+        metadata_damage: damage_of(node, METADATA_GROUP).await,
         damaged,
         exports: exports.collect(),
+    }
+}
+
+/// A node that runs, and waits for something before it serves.
+pub fn not_serving(node_id: i32, wait: &Wait) -> Problem {
+    Problem {
+        code: "NODE_NOT_SERVING",
+        severity: Severity::Error,
+        node_id,
+        subject: format!("node {node_id}"),
+        detail: format!("node {node_id} runs and does not serve yet: {}", wait.detail),
+        impact: "its replicas are not kept up to date, and clients cannot use it".to_string(),
+        fix: wait.fix.clone(),
     }
 }
 
 fn judge(seen: &Seen) -> Vec<Problem> {
     let node_id = seen.node_id;
     let mut problems = Vec::new();
+    problems.extend(seen.waits.as_ref().map(|wait| not_serving(node_id, wait)));
+    if let Some(reason) = &seen.metadata_damage {
+        problems.push(Problem {
+            code: "METADATA_DAMAGED",
+            severity: Severity::Error,
+            node_id,
+            subject: "the metadata".to_string(),
+            detail: format!("the metadata log of this node is damaged: {reason}"),
+            impact: "it neither votes about the metadata nor learns of changes; partitions that it serves go on".to_string(),
+            fix: "none is needed where a majority of the nodes that vote about the metadata runs without this one: it gets its log \
+                  from them. Otherwise restore __cluster_metadata-0 from a copy"
+                .to_string(),
+        });
+    }
     if seen.disk_is_low {
         problems.push(Problem {
             code: "DISK_FULL",
@@ -213,6 +249,8 @@ mod tests {
             data_dir: "/data".to_string(),
             free_bytes: 100 << 20,
             disk_is_low: true,
+            waits: None,
+            metadata_damage: None,
             damaged: (0..22)
                 .map(|partition| Damaged { topic: "t".into(), partition, reason: "bad checksum".into() })
                 .collect(),
@@ -236,6 +274,15 @@ mod tests {
         assert_eq!(problems[1].subject, "t-0");
         assert!(problems[1].fix.contains("flumen debug log verify /data"));
         assert_eq!(problems[codes.len() - 2].fix, "fix the password; flumen export status failed tells more");
+        let waits = Some(Wait { detail: "it reads its logs".into(), fix: "wait".into() });
+        let metadata_damage = Some("bad checksum".to_string());
+        let found = judge(&Seen { node_id: 3, waits, metadata_damage, ..Seen::default() });
+        assert_eq!(
+            found.iter().map(|p| p.code).collect::<Vec<_>>(),
+            ["NODE_NOT_SERVING", "METADATA_DAMAGED"]
+        );
+        assert_eq!(found[0].detail, "node 3 runs and does not serve yet: it reads its logs");
+        assert_eq!((found[0].node_id, found[0].fix.as_str()), (3, "wait"));
         assert!(
             judge(&Seen { exports: vec![export("r", State::Running, None)], ..Seen::default() }).is_empty()
         );

@@ -12,19 +12,25 @@ use bytes::Bytes;
 use flumen_metadata::{NodeState, PartitionInfo};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use crate::admin_cluster::this_broker;
+use crate::cluster::bootstrap::{Presence, State};
+use crate::cluster::joining::who_is;
 use crate::cluster::requests::{self, Answered};
 use crate::cluster_health::{self, Problem, Severity};
 use crate::controller::METADATA_GROUP;
 use crate::node::Node;
 use crate::progress;
 use crate::topic_admin::status_of;
+use crate::waits::Wait;
 
 /// Partitions that are named one by one; of a node that is down the first tell as much as all.
 const NAMED_MAX: usize = 20;
 /// A node that takes longer is shown as the metadata has it.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
+/// Who may be down is asked no longer than this: the health of the rest waits for it.
+const PRESENCE_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// What a node tells another of itself.
 pub async fn own_status(node: &Node) -> Value {
@@ -45,10 +51,28 @@ async fn status_of_node(node: &Node, id: i32) -> Option<Value> {
     let asked = node
         .controller()
         .run(move |shard| async move { shard.links.ask(id, requests::STATUS, Bytes::new()).await });
-    match tokio::time::timeout(ANSWER_TIME_MAX, asked).await {
+    match timeout(ANSWER_TIME_MAX, asked).await {
         Ok(Ok(Ok(Answered { code: 0, body }))) => serde_json::from_slice(&body).ok(),
         _ => None,
     }
+}
+
+/// What another node answers.
+enum Told {
+    Status(Value),
+    Waits(Wait),
+    Nothing,
+}
+
+/// What a node waits for that does not answer as a member: its port says so to anybody, from its first moment on.
+async fn wait_of_node(node: &Node, id: i32) -> Option<Wait> {
+    let cluster = node.cluster.as_ref()?;
+    let address = node.image.load().nodes.get(&id)?.rpc_address.clone();
+    let (node_id, boot_id) = (node.config.node_id, cluster.boot_id);
+    let own = Presence { node_id, boot_id, seeds: Vec::new(), state: State::Empty, waits: None };
+    let answered = timeout(PRESENCE_TIME_MAX, who_is(&own, &address, cluster.tls.as_deref())).await;
+    let presence = answered.ok()?.ok()?;
+    presence.waits.filter(|_| presence.node_id == id)
 }
 
 /// All nodes, each with what it says of itself.
@@ -183,6 +207,8 @@ struct Looked {
     asked_id: i32,
     controller_id: i32,
     down: Vec<DownNode>,
+    /// Nodes that run and do not serve yet, as they say.
+    waiting: BTreeSet<i32>,
     leaderless: Vec<String>,
     under_replicated: Vec<String>,
 }
@@ -278,7 +304,7 @@ fn judge(looked: &Looked) -> Vec<Problem> {
                 .to_string(),
         });
     }
-    if !looked.under_replicated.is_empty() && looked.down.is_empty() {
+    if !looked.under_replicated.is_empty() && looked.down.is_empty() && looked.waiting.is_empty() {
         problems.push(Problem {
             code: "PARTITIONS_BEHIND",
             severity: Severity::Warning,
@@ -296,15 +322,33 @@ fn judge(looked: &Looked) -> Vec<Problem> {
 /// The whole judgement as JSON, with the names that Redpanda's `health_overview` has for the same things.
 pub async fn overview(node: &Node) -> Value {
     let image = node.image.load_full();
-    let looked = look(node);
+    let mut looked = look(node);
+    let ids: Vec<i32> = image.brokers().iter().map(|broker| broker.id).collect();
+    let told = join_all(ids.iter().map(|id| async move {
+        match status_of_node(node, *id).await {
+            Some(status) => Told::Status(status),
+            None => wait_of_node(node, *id).await.map_or(Told::Nothing, Told::Waits),
+        }
+    }));
+    let mut of_nodes: Vec<Value> = Vec::new();
+    for (id, told) in ids.iter().zip(told.await) {
+        match told {
+            Told::Status(status) => {
+                of_nodes.extend(status["problems"].as_array().into_iter().flatten().cloned());
+            }
+            Told::Waits(wait) => {
+                looked.down.retain(|down| down.id != *id);
+                looked.waiting.insert(*id);
+                of_nodes.push(cluster_health::not_serving(*id, &wait).document());
+            }
+            Told::Nothing => {}
+        }
+    }
     let mut problems: Vec<Value> = Vec::new();
     if node.cluster.is_some() {
         problems.extend(judge(&looked).iter().map(Problem::document));
     }
-    let ids: Vec<i32> = image.brokers().iter().map(|broker| broker.id).collect();
-    for status in join_all(ids.iter().map(|id| status_of_node(node, *id))).await.into_iter().flatten() {
-        problems.extend(status["problems"].as_array().into_iter().flatten().cloned());
-    }
+    problems.append(&mut of_nodes);
     let mut reasons: Vec<Value> =
         problems.iter().filter(|p| p["severity"] == "error").map(|p| p["code"].clone()).collect();
     reasons.dedup();
@@ -318,6 +362,11 @@ pub async fn overview(node: &Node) -> Value {
         "problems": problems,
         "controller_id": looked.controller_id,
         "all_nodes": ids,
+        "nodes_not_serving": problems
+            .iter()
+            .filter(|p| p["code"] == "NODE_NOT_SERVING")
+            .map(|p| p["node_id"].clone())
+            .collect::<Vec<_>>(),
         "nodes_down": looked.down.iter().map(|down| down.id).collect::<Vec<_>>(),
         "nodes_in_maintenance": in_state(NodeState::Maintenance),
         "nodes_decommissioning": in_state(NodeState::Decommissioning),

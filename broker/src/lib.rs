@@ -6,6 +6,7 @@
 
 mod admin_cluster;
 pub mod admin_http;
+mod admin_process;
 pub mod balancer;
 pub mod cli;
 pub mod cluster;
@@ -34,3 +35,4 @@ pub mod progress;
 pub mod server;
 pub mod shard;
 pub mod topic_admin;
+pub mod waits;

@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use flumen_sink::status::{ExportMetrics, SampleValue, State};
 use kafka_protocol::messages::ApiKey;
@@ -55,14 +56,21 @@ impl Families {
     }
 }
 
-pub async fn render(node: &Arc<Node>) -> String {
-    let groups = committed_offsets(node).await;
+/// Of a process whose node does not exist yet only what there is to say of the process.
+pub async fn render(node: Option<&Arc<Node>>, started: Instant) -> String {
+    let groups = match node {
+        Some(node) => committed_offsets(node).await,
+        None => Vec::new(),
+    };
     let families = Families { registry: Registry::new(), whole: RefCell::default() };
-    process(&families, node);
-    shards(&families, node);
-    partitions(&families, node);
-    consumer_groups(&families, node, &groups);
-    exports(&families, node);
+    process(&families, started, node.is_some_and(|node| node.is_ready()));
+    if let Some(node) = node {
+        disk(&families, node);
+        shards(&families, node);
+        partitions(&families, node);
+        consumer_groups(&families, node, &groups);
+        exports(&families, node);
+    }
     let mut text = Vec::new();
     let mut all = families.registry.gather();
     all.extend(families.whole.take());
@@ -105,7 +113,7 @@ async fn committed_offsets(node: &Arc<Node>) -> Vec<GroupOffset> {
     all
 }
 
-fn process(families: &Families, node: &Node) {
+fn process(families: &Families, started: Instant, is_ready: bool) {
     families
         .gauge("flumen_application_build", "Version of the running binary", &["version"])
         .with_label_values(&[env!("CARGO_PKG_VERSION")])
@@ -113,7 +121,20 @@ fn process(families: &Families, node: &Node) {
     families
         .float("flumen_application_uptime_seconds", "Seconds since the process started", &[])
         .with_label_values::<&str>(&[])
-        .set(node.started.elapsed().as_secs_f64());
+        .set(started.elapsed().as_secs_f64());
+    families
+        .gauge("flumen_application_ready", "1 once the broker serves clients", &[])
+        .with_label_values::<&str>(&[])
+        .set(i64::from(is_ready));
+    if let Some(bytes) = resident_bytes() {
+        families
+            .gauge("flumen_memory_resident_bytes", "Resident memory of the process", &[])
+            .with_label_values::<&str>(&[])
+            .set(bytes);
+    }
+}
+
+fn disk(families: &Families, node: &Node) {
     families
         .gauge("flumen_storage_disk_free_bytes", "Free bytes of the data directory's file system", &[])
         .with_label_values::<&str>(&[])
@@ -122,12 +143,6 @@ fn process(families: &Families, node: &Node) {
         .gauge("flumen_storage_free_space_alert", "1 while producers are turned away for want of space", &[])
         .with_label_values::<&str>(&[])
         .set(i64::from(node.disk.is_low()));
-    if let Some(bytes) = resident_bytes() {
-        families
-            .gauge("flumen_memory_resident_bytes", "Resident memory of the process", &[])
-            .with_label_values::<&str>(&[])
-            .set(bytes);
-    }
 }
 
 /// Second field of statm, in pages of 4 KiB.

@@ -27,6 +27,7 @@ use crate::mailbox::ShardHandle;
 use crate::metrics::ShardMetrics;
 use crate::partition::{PartitionGauges, raft_id};
 use crate::progress::MoveProgress;
+use crate::waits::Waits;
 
 /// Producer ids are handed out from blocks of this size: one metadata write per so many producers.
 const PRODUCER_ID_BLOCK: i64 = 1000;
@@ -44,6 +45,7 @@ pub struct Node {
     pub host: Arc<dyn Host>,
     pub started: Instant,
     ready: AtomicBool,
+    pub waits: Arc<Waits>,
     pub leaders: LeaderTable,
     pub catch_up: CatchUp,
     /// Of the other nodes' disks.
@@ -75,6 +77,7 @@ impl Node {
             host: Arc::new(host::Process),
             started: Instant::now(),
             ready: AtomicBool::new(false),
+            waits: Arc::default(),
             leaders: LeaderTable::new(config.node_id),
             catch_up: CatchUp::default(),
             room: Room::default(),
@@ -89,6 +92,12 @@ impl Node {
     /// In place of a process of its own.
     pub fn hosted_by(mut self, host: Arc<dyn Host>) -> Node {
         self.host = host;
+        self
+    }
+
+    /// Of a process that said before there was a node what it waits for.
+    pub fn that_waits(mut self, waits: Arc<Waits>) -> Node {
+        self.waits = waits;
         self
     }
 
@@ -109,6 +118,12 @@ impl Node {
 
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Relaxed);
+        self.waits.end();
+    }
+
+    /// Knows a cluster, or is alone and serves: until then there is nothing that it could tell about either.
+    pub fn knows_metadata(&self) -> bool {
+        self.is_ready() || !self.image.load().nodes.is_empty()
     }
 
     pub fn controller(&self) -> &ShardHandle {

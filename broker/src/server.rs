@@ -2,7 +2,7 @@
 //! admin API and waits for a signal.
 //!
 //! Start: configuration -> data directory (lock, format) -> ports (so that a port in use fails before
-//! anything else is touched) -> cluster, if there is one -> recovery -> shards -> metadata -> partitions -> registered with
+//! anything else is touched) -> admin API (which says what is waited for) -> cluster, if there is one -> recovery -> shards -> metadata -> partitions -> registered with
 //! the cluster -> exports -> accept.
 //! Stop: no new connections -> exports -> leaderships go to other nodes -> shards flush and close their logs -> exit 0.
 
@@ -23,6 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::admin_http;
+use crate::admin_process::Admin;
 use crate::cluster::ClusterOptions;
 use crate::cluster::bootstrap::{Presence, State, check_seeds};
 use crate::cluster::change::{Intent, Registration, change};
@@ -40,6 +41,7 @@ use crate::mailbox::{ShardHandle, ShardMessage};
 use crate::net::listener;
 use crate::node::{CONTROLLER_SHARD, Node};
 use crate::shard::{Shard, group_of};
+use crate::waits::Waits;
 
 /// What the command line says.
 #[derive(Clone, Debug)]
@@ -85,20 +87,22 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         let admin = bind(options.admin, "admin").await?;
         let kafka_address = kafka.local_addr()?;
         let admin_address = admin.local_addr()?;
+        // What a start waits for can be asked while it does.
+        let waits = Arc::new(Waits::starting());
+        let asked = Admin::new(options.config.node_id, waits.clone(), started);
+        tokio::spawn(admin_http::serve(asked.clone(), admin));
         let member = match &options.cluster {
             None => None,
             Some(cluster) => {
                 let listener = bind(cluster.rpc, "rpc").await?;
-                Some(become_member(cluster, &options, tls, listener).await?)
+                Some(become_member(cluster, &options, tls, &waits, listener).await?)
             }
         };
 
         // What the caches will hold anyway need not be read again by the first fetches.
         let warm_bytes = StoreConfig::default().cache_bytes * shard_count;
-        // On a thread of its own: what recovery needed for a moment goes back to the system with the thread's heap.
-        let recovered = std::thread::scope(|scope| {
-            scope.spawn(|| data_dir.recover(warm_bytes)).join().unwrap_or_else(|panic| resume_unwind(panic))
-        })?;
+        waits.say("it reads its logs", "none is needed: how long it takes depends on how much was written before it stopped");
+        let recovered = recover(&data_dir, warm_bytes).await?;
         let recovered: RecoveredGroups = Arc::new(Mutex::new(one_of_each(recovered, &data_dir)));
         if let Some((cluster, _)) = &member {
             refuse_lost_log(&cluster.identity, &options.data_dir, &recovered)?;
@@ -113,14 +117,16 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         .with_static_configs(&options.config);
         let (handles, mailboxes): (Vec<_>, Vec<_>) = (0..shard_count).map(|_| ShardHandle::new()).unzip();
         let (exports, export_commands) = Exports::new();
-        let node = Arc::new(Node::new(
+        let cluster = member.as_ref().map(|(cluster, _)| cluster.clone());
+        let node = Node::new(
             options.config.clone(),
             options.data_dir.clone(),
             image,
             handles,
             exports,
-            member.as_ref().map(|(cluster, _)| cluster.clone()),
-        ));
+            cluster,
+        );
+        let node = Arc::new(node.that_waits(waits.clone()));
 
         let mut threads = Vec::new();
         for (id, mailbox) in mailboxes.into_iter().enumerate() {
@@ -143,7 +149,7 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
         )
         .await?;
         // What is wrong with a cluster can be asked while a majority of it is missing.
-        tokio::spawn(admin_http::serve(node.clone(), admin));
+        asked.serve(node.clone());
         if let Some((cluster, rpc)) = &member {
             rpc.serve(node.clone());
             for shard in &node.shards {
@@ -160,6 +166,11 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
                 drop(tokio::task::spawn_local(hearsay::gather(shard.clone())));
             };
             node.controller().post(tell_and_ask).await?;
+            waits.say(
+                "the cluster has not confirmed that it is here, for which it needs the metadata of whoever leads it: a majority of the \
+                 nodes that vote about the metadata has to run, of a new cluster of the seeds",
+                "start the nodes that are down, or mend the network between the nodes",
+            );
             register(&node, cluster).await?;
             rpc.set_current();
         }
@@ -210,6 +221,22 @@ pub fn run(options: ServerOptions) -> anyhow::Result<()> {
 /// hop between shards that both sleep costs two wake-ups, and every further log halves what a commit carries.
 fn default_shards(cores: usize) -> usize {
     cores.saturating_sub(1).max(1)
+}
+
+/// On a thread of its own: what recovery needed for a moment goes back to the system with the thread's heap, and whoever asks
+/// meanwhile hears what is waited for.
+async fn recover(data_dir: &Arc<DataDir>, warm_bytes: usize) -> anyhow::Result<Vec<RecoveredGroup>> {
+    let (done, recovered) = oneshot::channel();
+    let of = data_dir.clone();
+    let thread = std::thread::Builder::new().name("flumen-recovery".to_string()).spawn(move || {
+        let _ = done.send(of.recover(warm_bytes));
+    });
+    let thread = thread.context("cannot start a thread")?;
+    let recovered = recovered.await;
+    if let Err(panic) = thread.join() {
+        resume_unwind(panic);
+    }
+    Ok(recovered.context("recovery ended without a word")??)
 }
 
 async fn watch_disk(node: Arc<Node>, data_dir: Arc<DataDir>, mut next_look: Duration) {
@@ -285,6 +312,7 @@ async fn become_member(
     cluster: &ClusterOptions,
     options: &ServerOptions,
     tls: Option<Arc<RpcTls>>,
+    waits: &Arc<Waits>,
     listener: TcpListener,
 ) -> anyhow::Result<(Arc<Cluster>, Arc<Rpc>)> {
     let (node_id, boot_id) = (options.config.node_id, new_boot_id());
@@ -295,8 +323,8 @@ async fn become_member(
     if tls.is_none() && is_exposed {
         tracing::warn!("--rpc-plaintext: whoever reaches {} can act as a broker", cluster.rpc);
     }
-    let own = Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty };
-    let rpc = Rpc::new(own, tls.clone());
+    let own = Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty, waits: None };
+    let rpc = Rpc::new(own, tls.clone(), waits.clone());
     tokio::spawn(cluster::listener::accept(rpc.clone(), listener));
     let (identity, address) = find_cluster(cluster, node_id, boot_id, &options.data_dir, &rpc).await?;
     if let Some(tls) = &tls {

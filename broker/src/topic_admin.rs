@@ -125,9 +125,11 @@ pub fn status_of(node: &Node, group_id: u64) -> PartitionStatus {
             None => (-1, 0),
         },
     };
+    // Where no leader was ever heard of, nobody is known to be in sync.
+    let everybody = || node.image.load().nodes.keys().copied().collect();
     PartitionStatus {
         leader_id,
-        lagging: node.leaders.lagging(group_id),
+        lagging: node.leaders.lagging(group_id).unwrap_or_else(everybody),
         leader_epoch,
         // A replica that is damaged here is no matter to whoever asks for its leader elsewhere.
         damaged: gauges.damaged.load(Ordering::Relaxed) != 0 && (node.cluster.is_none() || leader_id == own),

@@ -29,6 +29,8 @@ pub enum Failpoint {
     /// A metadata snapshot is synced under its first name; or has its last one, and the log is not cut.
     MetadataWritten,
     MetadataRenamed,
+    /// The metadata log is a new one and has entries, and the metadata did not come. Who is to die there waits for them.
+    MetadataJoined,
     /// Recovery: segments are synced; group states replaced; the WAL id too, and what it makes worthless is still there.
     RecoverySynced,
     RecoveryStates,
@@ -47,7 +49,7 @@ pub enum Failpoint {
 
 #[cfg(debug_assertions)]
 impl Failpoint {
-    const ALL: [Self; 20] = [
+    const ALL: [Self; 21] = [
         Self::RollCreated,
         Self::RollWritten,
         Self::RetireSynced,
@@ -59,6 +61,7 @@ impl Failpoint {
         Self::ProducersWritten,
         Self::MetadataWritten,
         Self::MetadataRenamed,
+        Self::MetadataJoined,
         Self::RecoverySynced,
         Self::RecoveryStates,
         Self::RecoveryCurrent,
@@ -90,15 +93,12 @@ impl Failpoint {
     }
 }
 
-/// Whether this is the place and the passage that the process was told.
 #[cfg(debug_assertions)]
-fn count(point: Failpoint) -> bool {
+fn asked() -> Option<(Failpoint, u32)> {
     use std::sync::OnceLock;
-    use std::sync::atomic::{AtomicU32, Ordering};
 
     static ASKED: OnceLock<Option<(Failpoint, u32)>> = OnceLock::new();
-    static PASSED: AtomicU32 = AtomicU32::new(0);
-    let asked = ASKED.get_or_init(|| {
+    *ASKED.get_or_init(|| {
         let text = std::env::var(VARIABLE).ok()?;
         let parsed = Failpoint::parse(&text);
         if parsed.is_none() {
@@ -106,8 +106,27 @@ fn count(point: Failpoint) -> bool {
             std::process::exit(2);
         }
         parsed
-    });
-    asked
+    })
+}
+
+/// Whether the process is to die at this place, sooner or later.
+#[cfg(debug_assertions)]
+pub fn is_asked(point: Failpoint) -> bool {
+    asked().is_some_and(|(asked, _)| asked == point)
+}
+
+#[cfg(not(debug_assertions))]
+pub const fn is_asked(_: Failpoint) -> bool {
+    false
+}
+
+/// Whether this is the place and the passage that the process was told.
+#[cfg(debug_assertions)]
+fn count(point: Failpoint) -> bool {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    static PASSED: AtomicU32 = AtomicU32::new(0);
+    asked()
         .is_some_and(|(asked, number)| asked == point && PASSED.fetch_add(1, Ordering::Relaxed) + 1 == number)
 }
 

@@ -54,3 +54,14 @@ pub fn ruin_first_batch(segment: &Path) {
     let (file, _) = open(segment);
     file.write_all_at(&[0xa5; 200], 0).unwrap();
 }
+
+/// As `ruin_first_batch`, in this segment and all behind it but the one that is still written to.
+pub fn ruin_all_but_the_last(first: &Path) {
+    let is_log = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "log");
+    let entries = std::fs::read_dir(first.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    let mut segments: Vec<PathBuf> = entries.filter(is_log).collect();
+    segments.sort();
+    segments.pop();
+    assert!(!segments.is_empty(), "there is one segment");
+    segments.iter().for_each(|segment| ruin_first_batch(segment));
+}

@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use flumen_tests::cluster::{Cluster, METADATA_TOPIC};
+use flumen_tests::flumen::http;
 use flumen_tests::kafka::{ends_of, read_all};
 use flumen_tests::load::Load;
 use flumen_tests::segment_file;
+use flumen_tests::wire::{Wire, batch, produce};
 use flumen_tests::witness::Witness;
 use serde_json::json;
 
@@ -243,6 +245,124 @@ fn a_node_that_dies_while_its_metadata_log_is_mended_goes_on_with_it() {
     let end = await_all_vote(&cluster, 0);
     cluster.stop_all().unwrap();
     assert!(cluster.compare_replicas(METADATA_TOPIC, &[end], 4).unwrap() > 10);
+}
+
+/// History that is gone through once more, from a log that is filled again, has this node delete what it was given again later.
+#[test]
+fn a_node_that_dies_before_the_metadata_came_does_not_go_through_history_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &[]).unwrap();
+    cluster.create_topic(TOPIC, 1, 3, &json!({})).unwrap();
+    // Only node 2 has it. Between its being made and its being moved lies more than one message of Raft's.
+    cluster.create_topic(QUIET, 1, 1, &json!({})).unwrap();
+    assert_eq!(cluster.reassign(QUIET, 0, Some(&[2])).unwrap(), 0);
+    cluster.await_no_moves().unwrap();
+    for turn in 0..80 {
+        let long = vec![format!("0:{turn}"); 2000].join(",");
+        let body = json!({ "configs": { "leader.replication.throttled.replicas": long } });
+        cluster.nodes[0].call("PATCH", &format!("/v1/topics/{TOPIC}"), Some(&body)).unwrap();
+    }
+    for id in [1, 2] {
+        assert_eq!(cluster.reassign(QUIET, 0, Some(&[id])).unwrap(), 0);
+        cluster.await_no_moves().unwrap();
+    }
+    let mut load = Load::start_at(&cluster.kafka(), QUIET, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "what is written once").unwrap();
+    load.finish().unwrap();
+    let acknowledged = load.acknowledged().len();
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    ruin_metadata(&cluster, 1);
+    let data = cluster.nodes[1].data_dir.join("data");
+    let before = segment_file::first_of(&data, &format!("{QUIET}-0"));
+
+    cluster.nodes[1].environment = vec![("FLUMEN_FAILPOINT", "metadata-joined".to_string())];
+    let ended = cluster.nodes[1].restart_or_end().unwrap();
+    assert!(ended.is_some_and(|status| !status.success()), "{ended:?}");
+    cluster.nodes[1].environment.clear();
+    cluster.nodes[1].restart().unwrap();
+    await_all_vote(&cluster, 1);
+    assert_eq!(renewals(&cluster, 1), 1);
+    assert_eq!(segment_file::first_of(&data, &format!("{QUIET}-0")), before, "it is another log");
+    let ends = ends_of(&cluster.kafka(), QUIET, 1).unwrap();
+    assert_eq!(read_all(&cluster.kafka(), QUIET, &ends).unwrap().len(), acknowledged);
+}
+
+/// Nobody reads old entries of the metadata but its leader, for a node that comes.
+#[test]
+fn a_leader_of_the_metadata_that_reads_nonsense_says_so_and_is_mended() {
+    let dir = tempfile::tempdir().unwrap();
+    // Small caches and segments: old entries are read from files.
+    let small = vec![("FLUMEN_SMALL", "1".to_string())];
+    let mut cluster = Cluster::start_with(dir.path(), 3, &[], small.clone()).unwrap();
+    cluster.create_topic(TOPIC, 1, 3, &json!({})).unwrap();
+    for turn in 0..60 {
+        let long = vec![format!("0:{turn}"); 1000].join(",");
+        let body = json!({ "configs": { "leader.replication.throttled.replicas": long } });
+        cluster.nodes[0].call("PATCH", &format!("/v1/topics/{TOPIC}"), Some(&body)).unwrap();
+    }
+    // Raft has nothing in memory then.
+    cluster.stop_all().unwrap();
+    cluster.restart_all().unwrap();
+    let leader = || {
+        let id = cluster.nodes[0].get("/v1/cluster").ok()?["controller_id"].as_u64()?;
+        usize::try_from(id).ok()?.checked_sub(1)
+    };
+    let at = cluster.until("a leader of the metadata", leader).unwrap();
+    let (down, other) = ((at + 1) % 3, (at + 2) % 3);
+    cluster.nodes[down].kill_9();
+    let wide = "v".repeat(100_000);
+    let at_leader = cluster.leader_of(TOPIC, 0).unwrap();
+    let mut wire = Wire::connect(&cluster.nodes[at_leader].kafka).unwrap();
+    for _ in 0..50 {
+        let answer = wire.ask(9, &produce(TOPIC, 0, -1, Some(batch(&[&wide], |_| {})))).unwrap();
+        assert_eq!(answer.responses[0].partition_responses[0].error_code, 0);
+    }
+    let data = cluster.nodes[at].data_dir.join("data");
+    segment_file::ruin_all_but_the_last(&segment_file::first_of(&data, &format!("{METADATA_TOPIC}-0")));
+
+    let mut added = cluster.stranger(4, &[]);
+    added.environment = small;
+    added.begin().unwrap();
+    await_logged(&cluster, at, "the metadata log of this node is damaged; it waits");
+    // It decides nothing any more, and without the third nobody does.
+    let codes = |at: usize| -> Vec<String> {
+        let health = cluster.nodes[at].get("/v1/cluster/health").unwrap();
+        let problems = health["problems"].as_array().unwrap().iter();
+        problems.map(|problem| problem["code"].as_str().unwrap().to_string()).collect()
+    };
+    for node in [at, other] {
+        let said = || {
+            let codes = codes(node);
+            let all = ["METADATA_DAMAGED", "NO_CONTROLLER", "NODE_DOWN"];
+            all.iter().all(|code| codes.iter().any(|found| found == code)).then_some(())
+        };
+        cluster.until("everybody to say what is wrong", said).unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(renewals(&cluster, at), 0);
+    assert_eq!(cluster.nodes[at].ended().unwrap(), None);
+    let answer = wire.ask(9, &produce(TOPIC, 0, -1, Some(batch(&["last"], |_| {})))).unwrap();
+    assert_eq!(answer.responses[0].partition_responses[0].error_code, 0, "partitions go on");
+
+    // A start finds it, too.
+    cluster.nodes[at].kill_9();
+    cluster.nodes[at].begin().unwrap();
+    let waits = || {
+        let (status, said) =
+            http("GET", &format!("http://{}/v1/cluster/health", cluster.nodes[at].admin), None).ok()?;
+        (status == 503 && said.contains("its metadata log is damaged")).then_some(())
+    };
+    cluster.until("it to say what it waits for", waits).unwrap();
+    cluster.nodes[at].kill_9();
+    cluster.nodes[down].restart().unwrap();
+    cluster.nodes[at].restart().unwrap();
+    assert_eq!(renewals(&cluster, at), 1);
+    // The new node may have got the vote that was free.
+    let three = || (cluster.quorum(at).ok()?.0.len() == 3).then_some(());
+    cluster.until("three to vote about the metadata", three).unwrap();
+    let ready = || added.get("/v1/status/ready").ok().map(drop);
+    cluster.until("the new node to serve", ready).unwrap();
+    cluster.create_topic("last", 1, 3, &json!({})).unwrap();
 }
 
 /// Of a topic, as node `at` sees it: the health of its partitions.

@@ -2,6 +2,7 @@
 
 use flumen_tests::cluster::Cluster;
 use flumen_tests::kafka::{ends_of, read_all};
+use flumen_tests::segment_file;
 use flumen_tests::wire::{Wire, batch, produce, text, topic_name};
 use kafka_protocol::messages::fetch_request::{FetchPartition, FetchTopic};
 use kafka_protocol::messages::list_offsets_request::{ListOffsetsPartition, ListOffsetsTopic};
@@ -177,6 +178,63 @@ fn a_node_that_was_down_is_in_sync_when_it_has_everything() {
                     let end = topic["partition_list"][0]["high_watermark"].as_i64().unwrap();
                     assert_eq!(end, 61, "as node {} says", at + 1);
                 })
+            })
+            .unwrap();
+    }
+}
+
+/// Regression: a leader that had just started knew of nothing that was committed, and so a replica that had lost its log was called in
+/// sync with it.
+#[test]
+fn a_node_without_its_log_is_not_in_sync_with_a_new_leader() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(dir.path(), 3, &[]).unwrap();
+    cluster.create_topic("t", 1, 3, &json!({})).unwrap();
+    let leader = cluster.leader_of("t", 0).unwrap();
+    let value = "v".repeat(100_000);
+    for _ in 0..20 {
+        add(&cluster, leader, &[&value]);
+    }
+    cluster.await_caught_up("t", &[20]).unwrap();
+    for round in 0..3 {
+        // What is in the log of the shard comes back with it, so that has to go first.
+        for _ in 0..2 {
+            cluster.stop_all().unwrap();
+            cluster.restart_all().unwrap();
+            cluster.await_leaders("t").unwrap();
+        }
+        cluster.stop_all().unwrap();
+        let empty = round % 3;
+        let data = cluster.nodes[empty].data_dir.join("data");
+        std::fs::remove_dir_all(segment_file::first_of(&data, "t-0").parent().unwrap()).unwrap();
+        for node in &mut cluster.nodes {
+            node.begin().unwrap();
+        }
+        let named = |at: usize| -> Option<Vec<i64>> {
+            let seen = cluster.nodes[at].get("/v1/cluster/partitions?topic=t").ok()?;
+            seen["partitions"][0]["in_sync_replicas"].as_array()?.iter().map(|id| id.as_i64()).collect()
+        };
+        let end = || -> Option<i64> {
+            let topic = cluster.nodes[empty].get("/v1/topics/t").ok()?;
+            topic["partition_list"][0]["high_watermark"].as_i64()
+        };
+        let mut whole = 0;
+        cluster
+            .until("it to be in sync again", || {
+                for at in 0..3 {
+                    let named = named(at).unwrap_or_default();
+                    if named.contains(&(empty as i64 + 1)) {
+                        assert_eq!(
+                            end(),
+                            Some(20),
+                            "node {} says {named:?}, without node {}'s log",
+                            at + 1,
+                            empty + 1
+                        );
+                    }
+                    whole = if named.len() == 3 { whole + 1 } else { 0 };
+                }
+                (whole >= 3).then_some(())
             })
             .unwrap();
     }

@@ -33,6 +33,12 @@ impl AdminArgs {
 
     /// Sends one request. An answer that is not 2xx becomes the failure that its body describes.
     pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value, Failure> {
+        let (status, value) = self.exchange(method, path, body)?;
+        if (200..300).contains(&status) { Ok(value) } else { Err(failure(status, &value)) }
+    }
+
+    /// Sends one request: the status of the answer, and what it says.
+    pub fn exchange(&self, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, Value), Failure> {
         let base =
             if self.admin.contains("://") { self.admin.clone() } else { format!("http://{}", self.admin) };
         let url = format!("{}{path}", base.trim_end_matches('/'));
@@ -61,17 +67,19 @@ impl AdminArgs {
         let status = response.status().as_u16();
         let text = response.body_mut().read_to_string().map_err(|e| Failure::new(e.to_string()))?;
         let value: Value = serde_json::from_str(&text).unwrap_or(Value::String(text));
-        if (200..300).contains(&status) {
-            return Ok(value);
-        }
-        let mut message = value["detail"].as_str().map_or_else(|| value.to_string(), str::to_string);
-        if let Some(fix) = value["fix"].as_str() {
-            message.push_str("\n  fix: ");
-            message.push_str(fix);
-        }
-        let exit = if status == 404 { EXIT_NOT_FOUND } else { super::EXIT_FAILED };
-        Err(Failure { message, exit })
+        Ok((status, value))
     }
+}
+
+/// What an answer says that is not 2xx.
+pub fn failure(status: u16, answer: &Value) -> Failure {
+    let mut message = answer["detail"].as_str().map_or_else(|| answer.to_string(), str::to_string);
+    if let Some(fix) = answer["fix"].as_str() {
+        message.push_str("\n  fix: ");
+        message.push_str(fix);
+    }
+    let exit = if status == 404 { EXIT_NOT_FOUND } else { super::EXIT_FAILED };
+    Failure { message, exit }
 }
 
 /// Percent-encodes one path segment.

@@ -3,10 +3,11 @@
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::admin_client::{AdminArgs, segment};
+use super::admin_client::{AdminArgs, failure, segment};
 use super::table;
 use super::topic::{show, text};
 use super::{EXIT_UNHEALTHY, Failure};
+use crate::admin_process::NOT_SERVING;
 
 #[derive(Args)]
 pub struct ClusterArgs {
@@ -63,7 +64,14 @@ pub fn run(args: ClusterArgs) -> Result<(), Failure> {
             Ok(())
         }
         ClusterCommand::Health => {
-            let health = admin.get("/v1/cluster/health")?;
+            let (status, health) = admin.exchange("GET", "/v1/cluster/health", None)?;
+            if health["code"] == NOT_SERVING {
+                show(admin, &health, || ());
+                return Err(Failure { exit: EXIT_UNHEALTHY, ..failure(status, &health) });
+            }
+            if status != 200 {
+                return Err(failure(status, &health));
+            }
             show(admin, &health, || problems(&health));
             if health["is_healthy"] == Value::Bool(true) {
                 return Ok(());
@@ -176,6 +184,7 @@ fn problems(health: &Value) {
     out!("BROKERS     {}", list(&health["all_nodes"]).map(text).collect::<Vec<_>>().join(", "));
     for (label, key) in [
         ("DOWN        ", "nodes_down"),
+        ("NOT SERVING ", "nodes_not_serving"),
         ("LEADERLESS  ", "leaderless_partitions"),
         ("BEHIND      ", "under_replicated_partitions"),
     ] {

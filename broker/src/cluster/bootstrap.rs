@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::identity::{FOUNDERS_MAX, Founder};
+use crate::waits::Wait;
 
 /// What a node says when it is asked who it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +27,9 @@ pub struct Presence {
     pub boot_id: u64,
     pub seeds: Vec<String>,
     pub state: State,
+    /// While it does not serve; brokers of before did not say.
+    #[serde(default)]
+    pub waits: Option<Wait>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -243,7 +247,7 @@ mod tests {
     }
 
     fn empty(node_id: i32, boot_id: u64) -> Presence {
-        Presence { node_id, boot_id, seeds: seeds("abc"), state: State::Empty }
+        Presence { node_id, boot_id, seeds: seeds("abc"), state: State::Empty, waits: None }
     }
 
     fn founders() -> Vec<Founder> {

@@ -54,8 +54,9 @@ pub async fn find_cluster(
             if has_data && options.seeds.len() != 1 {
                 bail!(refusal_of_data(data_dir));
             }
-            let own = Presence { node_id, boot_id, seeds: options.seeds.clone(), state: State::Empty };
-            let (cluster_id, founders, own_seed) = ask_until_decided(&own, rpc.tls()).await?;
+            let own =
+                Presence { node_id, boot_id, seeds: options.seeds.clone(), state: State::Empty, waits: None };
+            let (cluster_id, founders, own_seed) = ask_until_decided(&own, rpc).await?;
             if has_data {
                 // What it has is what the cluster has, so it must be the only one that founds it.
                 if !matches!(&founders[..], [only] if only.node_id == node_id) {
@@ -107,8 +108,9 @@ fn refusal_of_data(data_dir: &Path) -> String {
 
 async fn ask_until_decided(
     own: &Presence,
-    tls: Option<&RpcTls>,
+    rpc: &Rpc,
 ) -> anyhow::Result<(ClusterId, Vec<Founder>, Option<String>)> {
+    let tls = rpc.tls();
     let mut told = String::new();
     let mut told_of_seeds = vec![String::new(); own.seeds.len()];
     loop {
@@ -133,6 +135,16 @@ async fn ask_until_decided(
         let answers: Vec<Option<Presence>> = asked.into_iter().map(Result::ok).collect();
         match decide(own, &answers) {
             Decision::Wait(sentence) => {
+                // What keeps a seed and this broker apart is what has to be mended first.
+                let apart = own.seeds.iter().zip(&told_of_seeds).filter(|(_, error)| !error.is_empty());
+                let apart: Vec<String> = apart.map(|(seed, error)| format!("; {seed}: {error}")).collect();
+                rpc.waits().say(
+                    format!("{sentence}{}", apart.concat()),
+                    format!(
+                        "start the brokers that --seeds names ({}), all with the same list; this one goes on by itself",
+                        own.seeds.join(",")
+                    ),
+                );
                 if sentence != told {
                     tracing::info!("{sentence}");
                     told = sentence;
@@ -156,7 +168,8 @@ fn parse(cluster_id: &str) -> anyhow::Result<ClusterId> {
     cluster_id.parse().map_err(anyhow::Error::msg)
 }
 
-async fn who_is(own: &Presence, seed: &str, tls: Option<&RpcTls>) -> Result<Presence, LinkError> {
+/// Asks whoever listens at an address; that need not be ready for anything else.
+pub(crate) async fn who_is(own: &Presence, seed: &str, tls: Option<&RpcTls>) -> Result<Presence, LinkError> {
     let stream = Stream::connect(seed, tls).await?;
     ask_who(own, stream).await.map_err(|error| match tls {
         Some(tls) => tls.explain(error, &format!("the broker at {seed}")),

@@ -7,6 +7,7 @@
 //! - The epoch of a group never goes back, and old news never wins over new.
 //! - One epoch has one leader: once it is known, nothing of the same epoch replaces it but the leader itself, when it
 //!   stopped leading.
+//! - Who is in sync with a leader only that leader says. Until it has, nobody is.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, RwLock};
@@ -21,7 +22,7 @@ const UNTOLD_MAX: usize = 1 << 16;
 struct Known {
     leader_id: i32,
     epoch: i32,
-    /// Replicas that are behind, as the leader says.
+    /// Replicas that are behind, as the leader says; until it has said so, all others.
     lagging: Vec<i32>,
     /// This node led it until now, and has not heard who does since.
     gave_up: bool,
@@ -74,8 +75,8 @@ impl LeaderTable {
         &self.stripes[(group_id % STRIPES as u64) as usize]
     }
 
-    /// A replica of this node sees this leader (-1: none) in this epoch.
-    pub fn note(&self, group_id: u64, leader_id: i32, epoch: i32) {
+    /// A replica of this node sees this leader (-1: none) in this epoch. `others` are all replicas but that leader.
+    pub fn note(&self, group_id: u64, leader_id: i32, epoch: i32, others: Vec<i32>) {
         let changed = {
             let mut known = self.stripe(group_id).write().expect("no panic under this lock");
             let before = known.get(&group_id);
@@ -90,9 +91,11 @@ impl LeaderTable {
             let epoch = if leader_id == -1 && !gave_up { before.map_or(epoch, |b| b.epoch) } else { epoch };
             let leader_id =
                 if leader_id == -1 && !gave_up { before.map_or(-1, |b| b.leader_id) } else { leader_id };
-            // Until the new leader has looked: who was behind is.
-            let mut lagging = before.map(|b| b.lagging.clone()).unwrap_or_default();
-            lagging.retain(|id| *id != leader_id);
+            let lagging = match before {
+                // Nobody says anything new.
+                Some(before) if leader_id == -1 => before.lagging.clone(),
+                _ => others,
+            };
             let now = Known { leader_id, epoch, lagging, gave_up };
             let same = before.is_some_and(|b| (b.leader_id, b.epoch) == (leader_id, epoch));
             if (newer || gave_up) && !same {
@@ -110,8 +113,19 @@ impl LeaderTable {
     /// Another node says that it leads this group in this epoch.
     pub fn hear(&self, group_id: u64, leader_id: i32, epoch: i32, lagging: Vec<i32>) {
         if leader_id >= 0 && leader_id != self.own_id {
-            self.note(group_id, leader_id, epoch);
+            self.note(group_id, leader_id, epoch, lagging.clone());
             self.set_lagging(group_id, leader_id, epoch, lagging);
+        }
+    }
+
+    /// Whoever led it says that it does not any more: clients are not to be sent there until another leads.
+    pub fn hear_gone(&self, group_id: u64, leader_id: i32) {
+        let mut known = self.stripe(group_id).write().expect("no panic under this lock");
+        if let Some(k) = known.get_mut(&group_id)
+            && k.leader_id == leader_id
+            && leader_id != self.own_id
+        {
+            k.leader_id = -1;
         }
     }
 
@@ -139,9 +153,10 @@ impl LeaderTable {
         self.news.notify_one();
     }
 
-    pub fn lagging(&self, group_id: u64) -> Vec<i32> {
+    /// Replicas that are not in sync; none where nothing is known of the group.
+    pub fn lagging(&self, group_id: u64) -> Option<Vec<i32>> {
         let known = self.stripe(group_id).read().expect("no panic under this lock");
-        known.get(&group_id).map(|k| k.lagging.clone()).unwrap_or_default()
+        known.get(&group_id).map(|k| k.lagging.clone())
     }
 
     /// Leader (-1 when there is none) and epoch.
@@ -214,25 +229,35 @@ mod tests {
     fn old_news_never_wins() {
         let table = LeaderTable::new(1);
         assert_eq!(table.get(5), None);
-        table.note(5, -1, 1);
+        table.note(5, -1, 1, vec![]);
         assert_eq!(table.get(5), Some((-1, 1)));
         table.hear(5, 2, 3, vec![]);
         table.hear(5, 3, 2, vec![]);
         assert_eq!(table.get(5), Some((2, 3)));
         // The same epoch cannot have another leader, and a candidate does not know better.
         table.hear(5, 3, 3, vec![]);
-        table.note(5, -1, 3);
-        table.note(5, -1, 4);
+        table.note(5, -1, 3, vec![]);
+        table.note(5, -1, 4, vec![]);
         assert_eq!(table.get(5), Some((2, 3)));
-        table.note(5, 1, 4);
+        table.note(5, 1, 4, vec![]);
         assert_eq!(table.get(5), Some((1, 4)));
+        // One that says that it does not lead any more is believed until it leads again.
+        table.hear(6, 3, 4, vec![]);
+        table.hear_gone(6, 2);
+        assert_eq!(table.get(6), Some((3, 4)));
+        table.hear_gone(6, 3);
+        assert_eq!((table.get(6), table.is_given_up(6)), (Some((-1, 4)), false));
+        table.note(6, -1, 5, vec![]);
+        table.hear(6, 2, 5, vec![]);
+        assert_eq!(table.get(6), Some((2, 5)));
+        table.hear_gone(5, 1);
         // Nobody else knows better than this node that it leads, nor that it ceased to.
         table.hear(5, 1, 9, vec![]);
         assert_eq!(table.get(5), Some((1, 4)));
         assert!(!table.is_given_up(5));
-        table.note(5, -1, 4);
+        table.note(5, -1, 4, vec![]);
         assert_eq!(table.get(5), Some((-1, 4)));
-        table.note(5, -1, 6);
+        table.note(5, -1, 6, vec![]);
         assert!(table.is_given_up(5));
         table.hear(5, 2, 5, vec![]);
         assert_eq!(table.get(5), Some((2, 5)));
@@ -246,35 +271,46 @@ mod tests {
     #[test]
     fn what_this_node_leads_is_told_once() {
         let table = LeaderTable::new(1);
-        table.note(7, 1, 1);
-        table.note(8, 2, 1);
-        table.note(9, 1, 2);
-        table.note(9, 1, 3);
+        table.note(7, 1, 1, vec![]);
+        table.note(8, 2, 1, vec![]);
+        table.note(9, 1, 2, vec![]);
+        table.note(9, 1, 3, vec![]);
         assert_eq!(table.take_news(), News::Of(vec![led(7, 1), led(9, 3)]));
         assert_eq!(table.take_news(), News::Of(vec![]));
-        table.note(7, 1, 1);
+        table.note(7, 1, 1, vec![]);
         assert_eq!(table.take_news(), News::Of(vec![]), "nothing new");
         assert_eq!(table.led_here(), [led(7, 1), led(9, 3)]);
         assert_eq!(table.led_by(2), [led(8, 1)]);
-        // Who is behind is told, too; the next leader begins with it, and is not behind.
+        // Who is behind is told, too.
         table.note_lagging(9, 3, vec![2]);
         table.note_lagging(9, 2, vec![4]);
         assert_eq!(table.take_news(), News::Of(vec![Led { lagging: vec![2], ..led(9, 3) }]));
         table.note_lagging(9, 3, vec![2]);
         assert_eq!(table.take_news(), News::Of(vec![]));
-        assert_eq!(table.lagging(9), [2]);
+        assert_eq!(table.lagging(9).unwrap(), [2]);
         table.hear(9, 2, 4, vec![1]);
-        assert_eq!(table.lagging(9), [1]);
+        assert_eq!(table.lagging(9).unwrap(), [1]);
         table.hear(9, 2, 3, vec![5]);
-        assert_eq!(table.lagging(9), [1], "old news");
-        table.note(9, 1, 5);
-        assert_eq!(table.lagging(9), [0; 0]);
-        table.note_lagging(9, 5, vec![2, 3]);
-        table.note(9, 3, 6);
-        assert_eq!(table.lagging(9), [2]);
+        assert_eq!(table.lagging(9).unwrap(), [1], "old news");
+        // Until the next leader has said who is not, everybody is.
+        assert_eq!(table.lagging(10), None);
+        table.note(9, 1, 5, vec![2, 3]);
+        assert_eq!(table.take_news(), News::Of(vec![Led { lagging: vec![2, 3], ..led(9, 5) }]));
+        table.note_lagging(9, 5, vec![]);
+        table.note(9, 3, 6, vec![1, 2]);
+        assert_eq!(table.lagging(9).unwrap(), [1, 2]);
+        table.note(9, -1, 7, vec![1, 2, 3]);
+        table.hear(9, 3, 6, vec![2]);
+        table.note(9, 3, 6, vec![1, 2]);
+        assert_eq!(table.lagging(9).unwrap(), [2]);
+        // One that gave up knows nothing better than what it saw last.
+        table.note(9, 1, 8, vec![2, 3]);
+        table.note_lagging(9, 8, vec![3]);
+        table.note(9, -1, 8, vec![1, 2, 3]);
+        assert_eq!(table.lagging(9).unwrap(), [3]);
         table.take_news();
         for group in 0..=UNTOLD_MAX as u64 {
-            table.note(100 + group, 1, 1);
+            table.note(100 + group, 1, 1, vec![]);
         }
         assert_eq!(table.take_news(), News::Everything);
         assert_eq!(table.take_news(), News::Of(vec![]));

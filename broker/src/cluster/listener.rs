@@ -28,6 +28,7 @@ use super::wire::{FrameReader, LinkError, write_frame};
 use super::{inbound, node_id_of, requests, tls_words};
 use crate::node::Node;
 use crate::partition::raft_id;
+use crate::waits::Waits;
 
 /// Five brokers of eight shards that all start now are fewer. Each may take 200 KiB while TLS begins.
 const GREETING_MAX: usize = 64;
@@ -49,11 +50,17 @@ pub struct Rpc {
     own: Mutex<Presence>,
     node: OnceLock<Arc<Node>>,
     tls: Option<Arc<RpcTls>>,
+    waits: Arc<Waits>,
 }
 
 impl Rpc {
-    pub fn new(own: Presence, tls: Option<Arc<RpcTls>>) -> Arc<Rpc> {
-        Arc::new(Rpc { own: Mutex::new(own), node: OnceLock::new(), tls })
+    pub fn new(own: Presence, tls: Option<Arc<RpcTls>>, waits: Arc<Waits>) -> Arc<Rpc> {
+        Arc::new(Rpc { own: Mutex::new(own), node: OnceLock::new(), tls, waits })
+    }
+
+    /// For whoever makes this process wait.
+    pub fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     pub fn tls(&self) -> Option<&RpcTls> {
@@ -79,6 +86,7 @@ impl Rpc {
 
     fn presence(&self) -> Presence {
         let mut own = self.own.lock().expect("no panic under this lock").clone();
+        own.waits = self.waits.get();
         if let Some(node) = self.node.get()
             && let State::Member { nodes, .. } = &mut own.state
         {

@@ -175,12 +175,17 @@ async fn mend(shard: &Rc<Shard>, partition: &Rc<Partition>, from: i32, is_damage
     if !partition.is_leader() {
         if is_damaged && partition.raft_status().leadership.leader_id == raft_id(from) {
             // It says nothing to its followers any more, which may sleep.
+            shard.node.leaders.hear_gone(partition.group_id, from);
             if partition.on_node_down(raft_id(from)) {
                 partition.stay_awake();
                 partition.advance();
             }
         }
         return None;
+    }
+    if is_damaged {
+        // Whatever it had: it may have to stay as it is for long.
+        partition.note_lost(raft_id(from));
     }
     // One that was deposed without knowing it would go by members of before.
     partition.confirm_leads().await.ok()?;

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use flumen_metadata::{Applied, Command, MetadataImage, decode_snapshot_file};
 use flumen_protocol::record;
 use flumen_protocol::record_batch;
+use flumen_storage::failpoint::{self, Failpoint};
 use tokio::time::timeout;
 
 use super::{Controller, METADATA_GROUP};
@@ -125,6 +126,12 @@ impl Controller {
     /// committed.
     async fn begin_from_another(self: &Rc<Self>) -> Result<(), String> {
         let node = &self.shard.node;
+        if failpoint::is_asked(Failpoint::MetadataJoined) {
+            while self.log().raft_status().persisted_index == 0 {
+                tokio::task::yield_now().await;
+            }
+            failpoint::pass(Failpoint::MetadataJoined);
+        }
         let is_leader = self.log().is_leader();
         if is_leader && !self.leads() {
             return Err("it is not known yet what is committed".to_string());

@@ -38,6 +38,13 @@ impl Controller {
         }
         self.log().cease_if_damaged();
         shard.links.set(shard, &addresses);
+        node.waits.say(
+            format!("its metadata log is damaged ({reason}), and it waits for the others to take its vote about the metadata and send it the log"),
+            format!(
+                "start the nodes that are down: a majority of those that vote about the metadata has to run without this one; where \
+                 there is none, restore {METADATA_TOPIC}-0 from a copy"
+            ),
+        );
         let mut told: Option<Instant> = None;
         while !mending::may_metadata_begin_again(shard, cluster.identity.directory_id).await {
             if let Some(sentence) = shard.links.refusal() {

@@ -375,11 +375,16 @@ impl Partition {
         let served = self.serves.replace(now.may_serve);
         let Some(shard) = self.shard.upgrade() else { return };
         let leader_id = node_id_of(now.leader_id).unwrap_or(-1);
-        shard.node.leaders.note(self.group_id, leader_id, self.leader_epoch());
-        self.publish_gauges();
-        if leads && !led {
-            self.in_sync.borrow_mut().begin(self.raft_status().committed_index);
+        if leads {
+            let (last, others) = {
+                let raft = &self.state.borrow().raft;
+                (raft.last_index(), raft.membership().others(self.node_id))
+            };
+            self.in_sync.borrow_mut().begin(self.leader_epoch(), last, others);
         }
+        let others = self.others_than(leader_id);
+        shard.node.leaders.note(self.group_id, leader_id, self.leader_epoch(), others);
+        self.publish_gauges();
         if led && !leads && !mutant::is(Mutant::KeepsWaiters) {
             self.lose_leadership();
         }
@@ -499,7 +504,7 @@ impl Partition {
         if let Some(shard) = self.shard.upgrade() {
             shard.coordinators.remove(self.group_id);
             if leads {
-                shard.node.leaders.note(self.group_id, -1, self.leader_epoch());
+                shard.node.leaders.note(self.group_id, -1, self.leader_epoch(), self.others_than(-1));
             }
         }
         self.lose_leadership();

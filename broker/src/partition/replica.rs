@@ -2,6 +2,8 @@
 //!
 //! Nothing here waits. What Raft answers is carried out by `Partition::advance`.
 
+use std::collections::BTreeSet;
+
 use flumen_metadata::{Durability, MetadataImage, PartitionInfo};
 use flumen_raft::{Body, Membership, Message, ProposeError, ReadError, Status, StepError, Target};
 use tokio::sync::oneshot;
@@ -37,8 +39,10 @@ impl Partition {
             self.stay_awake();
             return;
         };
+        let is_answer = matches!(message.body, Body::AppendAccepted { .. } | Body::HeartbeatAnswer { .. });
         let outcome = self.state.borrow_mut().raft.step(message);
         match outcome {
+            Ok(()) if is_answer && self.leads.get() => self.note_answer(from),
             Ok(()) | Err(StepError::UnknownPeer) => {}
             Err(error) => {
                 tracing::warn!(topic = %self.topic, partition = self.index, from, %error, "a message of another replica was refused");
@@ -304,13 +308,48 @@ impl Partition {
         let concerned = self.damage().is_none()
             && !self.joining.get()
             && self.state.borrow_mut().raft.on_node_down(raft_id);
-        if concerned && self.is_leader() {
+        if concerned {
+            self.note_lost(raft_id);
+        }
+        concerned
+    }
+
+    /// It may have lost its log, or says that it is damaged; for leaders.
+    pub(crate) fn note_lost(&self, raft_id: u64) {
+        if self.is_leader() {
             self.in_sync.borrow_mut().down(raft_id);
             let behind = self.in_sync.borrow().behind();
             self.tell_lagging(behind);
             self.let_go_of_reads();
         }
-        concerned
+    }
+
+    /// A follower says that it is there, and perhaps that it has more.
+    fn note_answer(&self, from: u64) {
+        if !self.in_sync.borrow_mut().answered(from) {
+            return;
+        }
+        let Some(shard) = self.shard.upgrade() else { return };
+        let (status, is_up) = (self.raft_status(), shard.node.is_up());
+        let others = status.peers.iter().filter(|peer| peer.id != self.node_id);
+        let is_up = |id: u64| node_id_of(id).is_some_and(&is_up);
+        let behind = self.in_sync.borrow_mut().look_first(others, is_up);
+        if let Some(behind) = behind {
+            self.tell_lagging(behind);
+            self.let_go_of_reads();
+        }
+    }
+
+    /// Everybody who has a replica but one.
+    pub(super) fn others_than(&self, leader_id: i32) -> Vec<i32> {
+        let members = self.state.borrow().raft.membership().others(0);
+        let mut others: BTreeSet<i32> = members.into_iter().filter_map(node_id_of).collect();
+        if let Some(shard) = self.shard.upgrade() {
+            let image = shard.node.image.load();
+            others.extend(self.info_in(&image).into_iter().flat_map(|info| &info.replicas));
+        }
+        others.remove(&leader_id);
+        others.into_iter().collect()
     }
 
     /// Raft's ids of the replicas that are not in sync, as the leader sees it.
