@@ -133,6 +133,22 @@ pub fn not_serving(node_id: i32, wait: &Wait) -> Problem {
     }
 }
 
+/// `ahead_ms`: how far the clock of `node_id` is ahead of that of `asked_id`.
+pub fn clocks_apart(node_id: i32, asked_id: i32, ahead_ms: i64) -> Problem {
+    let which = if ahead_ms > 0 { "ahead of" } else { "behind" };
+    let seconds = ahead_ms.saturating_abs() / 1_000;
+    Problem {
+        code: "CLOCKS_APART",
+        severity: Severity::Error,
+        node_id,
+        subject: format!("the clock of node {node_id}"),
+        detail: format!("the clock of node {node_id} is {seconds} s {which} that of node {asked_id}"),
+        impact: "retention by time, searches by time and the times that brokers give to records go wrong"
+            .to_string(),
+        fix: "set the clocks of both machines right (chrony, systemd-timesyncd)".to_string(),
+    }
+}
+
 fn judge(seen: &Seen) -> Vec<Problem> {
     let node_id = seen.node_id;
     let mut problems = Vec::new();

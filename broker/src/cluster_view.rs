@@ -15,12 +15,12 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::admin_cluster::this_broker;
-use crate::cluster::bootstrap::{Presence, State};
+use crate::cluster::bootstrap::{CLOCKS_APART_MAX_MS, Presence, State};
 use crate::cluster::joining::who_is;
 use crate::cluster::requests::{self, Answered};
 use crate::cluster_health::{self, Problem, Severity};
 use crate::controller::METADATA_GROUP;
-use crate::node::Node;
+use crate::node::{Node, now_ms};
 use crate::progress;
 use crate::topic_admin::status_of;
 use crate::waits::Wait;
@@ -37,7 +37,7 @@ pub async fn own_status(node: &Node) -> Value {
     let problems = cluster_health::problems(node).await;
     json!({
         "broker": this_broker(node), "problems": problems.iter().map(Problem::document).collect::<Vec<_>>(),
-        "moves": progress::of_node(node),
+        "moves": progress::of_node(node), "clock_ms": now_ms(),
     })
 }
 
@@ -69,7 +69,7 @@ async fn wait_of_node(node: &Node, id: i32) -> Option<Wait> {
     let cluster = node.cluster.as_ref()?;
     let address = node.image.load().nodes.get(&id)?.rpc_address.clone();
     let (node_id, boot_id) = (node.config.node_id, cluster.boot_id);
-    let own = Presence { node_id, boot_id, seeds: Vec::new(), state: State::Empty, waits: None };
+    let own = Presence { node_id, boot_id, seeds: Vec::new(), state: State::Empty, waits: None, clock_ms: 0 };
     let answered = timeout(PRESENCE_TIME_MAX, who_is(&own, &address, cluster.tls.as_deref())).await;
     let presence = answered.ok()?.ok()?;
     presence.waits.filter(|_| presence.node_id == id)
@@ -335,6 +335,11 @@ pub async fn overview(node: &Node) -> Value {
         match told {
             Told::Status(status) => {
                 of_nodes.extend(status["problems"].as_array().into_iter().flatten().cloned());
+                let ahead_ms = status["clock_ms"].as_i64().map_or(0, |clock_ms| clock_ms - now_ms());
+                if ahead_ms.saturating_abs() > CLOCKS_APART_MAX_MS {
+                    let apart = cluster_health::clocks_apart(*id, node.config.node_id, ahead_ms);
+                    of_nodes.push(apart.document());
+                }
             }
             Told::Waits(wait) => {
                 looked.down.retain(|down| down.id != *id);

@@ -323,7 +323,8 @@ async fn become_member(
     if tls.is_none() && is_exposed {
         tracing::warn!("--rpc-plaintext: whoever reaches {} can act as a broker", cluster.rpc);
     }
-    let own = Presence { node_id, boot_id, seeds: cluster.seeds.clone(), state: State::Empty, waits: None };
+    let seeds = cluster.seeds.clone();
+    let own = Presence { node_id, boot_id, seeds, state: State::Empty, waits: None, clock_ms: 0 };
     let rpc = Rpc::new(own, tls.clone(), waits.clone());
     tokio::spawn(cluster::listener::accept(rpc.clone(), listener));
     let (identity, address) = find_cluster(cluster, node_id, boot_id, &options.data_dir, &rpc).await?;

@@ -64,6 +64,17 @@ impl Cluster {
         environment: Vec<(&'static str, String)>,
         network: Option<&Network>,
     ) -> anyhow::Result<Cluster> {
+        Cluster::start_each_in(dir, nodes, settings, |_| environment.clone(), network)
+    }
+
+    /// Each with an environment of its own, by its position.
+    pub fn start_each_in(
+        dir: &Path,
+        nodes: usize,
+        settings: &[&str],
+        environment: impl Fn(usize) -> Vec<(&'static str, String)>,
+        network: Option<&Network>,
+    ) -> anyhow::Result<Cluster> {
         ensure!(nodes <= NODES_MAX, "{nodes} nodes are more than a test needs");
         let ports = free_ports::<{ 3 * NODES_MAX }>();
         let host = |at| network.map_or_else(|| "127.0.0.1".to_string(), |network| network.address(at));
@@ -77,7 +88,7 @@ impl Cluster {
         };
         for (at, rpc) in rpc.iter().enumerate() {
             let mut node = cluster.idle(at, rpc, ports[NODES_MAX + at], ports[2 * NODES_MAX + at]);
-            node.environment.clone_from(&environment);
+            node.environment = environment(at);
             if let Some(network) = network {
                 // Nobody but the nodes is on it, and the test.
                 node.arguments.push("--rpc-plaintext".to_string());

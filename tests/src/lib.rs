@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod clickhouse;
+pub mod clock;
 pub mod cluster;
 pub mod export;
 pub mod flumen;
@@ -15,6 +16,7 @@ pub mod network;
 pub mod probe;
 pub mod process;
 pub mod segment_file;
+pub mod slow_disk;
 pub mod wire;
 pub mod witness;
 // The proxy of the export's own tests, shared and not written twice.

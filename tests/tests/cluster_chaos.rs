@@ -1,6 +1,6 @@
 //! Clusters of three to five real processes in network namespaces under faults in an order of the seed's: nodes are killed,
 //! alone, in pairs, all, while they start, stand still, are stopped in turn, are cut off in every shape, sit on a slow
-//! link or a full disk, ClickHouse dies, and partitions are moved meanwhile. After each fault the cluster serves again; at the
+//! link or a full or slow disk, wall clocks jump, ClickHouse dies, and partitions are moved meanwhile. After each fault the cluster serves again; at the
 //! end the checker finds nothing, the replicas have the same bytes, and the exported table has each record once.
 //!
 //! A short form in `make test`; `make chaos` chooses with `CYCLES` and `SEED` how many faults, and which, and `PAUSE_MS`
@@ -14,13 +14,16 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use flumen_tests::clickhouse::ClickHouse;
+use flumen_tests::clock::Clock;
 use flumen_tests::cluster::Cluster;
 use flumen_tests::export::check_table;
+use flumen_tests::flumen::Flumen;
 use flumen_tests::kafka::Sender;
 use flumen_tests::load::Load;
 use flumen_tests::mount::Mount;
 use flumen_tests::network::Network;
 use flumen_tests::process::free_port;
+use flumen_tests::slow_disk::SlowDisk;
 use flumen_tests::witness::Witness;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -31,6 +34,8 @@ const TOPIC: &str = "orders";
 const PARTITIONS: i32 = 3;
 const EXPORTED: &str = "clicks";
 const DISK_MIB: u64 = 512;
+/// Far from what retention keeps, and far more than anything else is timed by.
+const JUMP_MS_MAX: i64 = 3_600_000;
 
 #[derive(Debug)]
 enum Fault {
@@ -45,6 +50,10 @@ enum Fault {
     Cut(Cut, u64),
     /// The last node's disk has no room for so long.
     DiskFull(u64),
+    /// It takes so many KiB a second, for so long.
+    DiskSlow(u32, u64),
+    /// A node's wall clock is so far from the machine's, until it jumps again; in milliseconds.
+    ClockJumps(usize, i64),
     KillClickHouse,
 }
 
@@ -63,7 +72,9 @@ struct Chaos {
     // Nodes go before their network and their disk.
     cluster: Cluster,
     clickhouse: ClickHouse,
+    slow: Option<SlowDisk>,
     disk: Option<Mount>,
+    clocks: Vec<Clock>,
     network: Option<Network>,
     random: StdRng,
     pause_ms_max: u64,
@@ -75,7 +86,7 @@ impl Chaos {
         let random = &mut self.random;
         let mut nodes: Vec<usize> = (0..count).collect();
         nodes.shuffle(random);
-        match random.random_range(0..20) {
+        match random.random_range(0..23) {
             0..=2 => Fault::Kill(nodes[..1].to_vec()),
             3 => Fault::Kill(nodes[..2].to_vec()),
             4 => Fault::Kill(nodes),
@@ -94,6 +105,8 @@ impl Chaos {
                 };
                 Fault::Cut(cut, random.random_range(500..8_000))
             }
+            16 => Fault::DiskSlow(random.random_range(200..3_000), random.random_range(500..8_000)),
+            17..=18 => Fault::ClockJumps(nodes[0], random.random_range(-JUMP_MS_MAX..JUMP_MS_MAX)),
             _ => {
                 let target = nodes[..3].iter().map(|at| i32::try_from(*at).unwrap() + 1).collect();
                 let dies = random.random_bool(0.5).then(|| random.random_range(0..count));
@@ -152,6 +165,15 @@ impl Chaos {
                 wait(*ms);
                 std::fs::remove_file(disk.path.join("filler")).unwrap();
             }
+            Fault::DiskSlow(kib, ms) => {
+                let (Some(slow), Some(pid)) = (&self.slow, cluster.nodes.last().and_then(Flumen::pid)) else {
+                    return;
+                };
+                slow.limit(pid, u64::from(*kib) << 10).unwrap();
+                wait(*ms);
+                slow.limit(pid, 0).unwrap();
+            }
+            Fault::ClockJumps(at, ms) => self.clocks[*at].set_ahead_ms(*ms).unwrap(),
             Fault::KillClickHouse => {
                 self.clickhouse.kill_9();
                 wait(1_000);
@@ -226,9 +248,12 @@ fn chaos(seed: u64, faults: usize, pause_ms_max: u64) {
     let clickhouse = ClickHouse::start_own_at(&dir, &outside, free_port()).unwrap();
     let url = format!("clickhouse.url={}", clickhouse.url);
     let settings = ["group.initial.rebalance.delay.ms=0", "default.replication.factor=3", &url];
-    let cluster = Cluster::start_in(&dir, nodes, &settings, environment, network.as_ref()).unwrap();
+    let clocks: Vec<Clock> = (1..=nodes).map(|id| Clock::new(&dir, &format!("n{id}")).unwrap()).collect();
+    let slow = disk.as_ref().and_then(|disk| SlowDisk::new(&disk.path));
+    let of_node = |at: usize| environment.iter().cloned().chain(clocks[at].environment()).collect();
+    let cluster = Cluster::start_each_in(&dir, nodes, &settings, of_node, network.as_ref()).unwrap();
     let random = StdRng::seed_from_u64(seed);
-    let mut chaos = Chaos { cluster, clickhouse, disk, network, random, pause_ms_max };
+    let mut chaos = Chaos { cluster, clickhouse, slow, disk, clocks, network, random, pause_ms_max };
     let configs = if small { json!({ "segment.bytes": "1048576" }) } else { json!({}) };
     chaos.cluster.create_topic(TOPIC, PARTITIONS, 3, &configs).unwrap();
     chaos.cluster.create_topic(EXPORTED, PARTITIONS, 3, &json!({})).unwrap();

@@ -8,6 +8,7 @@ use flumen_peer::{
     Answer, BODY_MAX, Frame, HEADER_BYTES, Hello, Lead, RaftFrame, RefusalCode, Request, cut_frame,
 };
 use flumen_raft::{Body, Message};
+use flumen_tests::clock::Clock;
 use flumen_tests::cluster::Cluster;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -346,4 +347,40 @@ fn a_cluster_of_which_a_node_ends_does_not_start() {
     std::fs::write(&data, "not a directory").unwrap();
     let error = format!("{:#}", Cluster::start(dir.path(), 3, &[]).err().unwrap());
     assert!(error.contains("node 2") && error.contains(data.to_str().unwrap()), "{error}");
+}
+
+#[test]
+fn a_clock_far_from_the_others_is_refused_and_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let clocks = [1, 2, 3].map(|id| Clock::new(dir.path(), &format!("n{id}")).unwrap());
+    let of_node = |at: usize| clocks[at].environment().to_vec();
+    let mut cluster = Cluster::start_each_in(dir.path(), 3, &[], of_node, None).unwrap();
+    cluster.create_topic("t", 1, 3, &json!({})).unwrap();
+    // One that would join.
+    let late = Clock::new(dir.path(), "late").unwrap();
+    let mut stranger = cluster.stranger(4, &[]);
+    stranger.environment = late.environment().to_vec();
+    late.set_ahead_ms(-3_600_000).unwrap();
+    assert!(stranger.restart_or_end().unwrap().is_some_and(|status| !status.success()));
+    assert!(stranger.log().contains("behind that of the broker at"), "{}", stranger.log());
+    late.set_ahead_ms(0).unwrap();
+    stranger.restart().unwrap();
+    // A member whose clock jumps goes on, and so do its clients; its health says so until the clock is right.
+    let is_said = |cluster: &Cluster| {
+        let health = cluster.nodes[0].get("/v1/cluster/health").unwrap();
+        health["problems"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|p| p["code"] == "CLOCKS_APART" && p["node_id"] == 2)
+    };
+    assert!(!is_said(&cluster));
+    clocks[1].set_ahead_ms(3_600_000).unwrap();
+    assert!(is_said(&cluster));
+    cluster.create_topic("u", 3, 3, &json!({})).unwrap();
+    cluster.nodes[1].kill_9();
+    cluster.nodes[1].restart().unwrap();
+    cluster.create_topic("v", 3, 3, &json!({})).unwrap();
+    clocks[1].set_ahead_ms(0).unwrap();
+    assert!(!is_said(&cluster));
 }

@@ -59,6 +59,9 @@ pub struct ClusterConfig {
     /// Batches a second of which the open loops offer a share; found by a round of Kafka's own when absent.
     #[arg(long)]
     pub kafka_maximum: Option<f64>,
+    /// Only kill leaders, this often in each round.
+    #[arg(long)]
+    pub failovers: Option<usize>,
     /// Exit with 1 when a figure misses its goal.
     #[arg(long)]
     pub check: bool,
@@ -73,6 +76,11 @@ impl ClusterConfig {
         let kafka = self.first_warmup.unwrap_or(if self.quick { 20.0 } else { 60.0 });
         // What was compiled before has only files to fill.
         if side == Side::Kafka { kafka } else { kafka / 6.0 }
+    }
+
+    /// Leaders that are killed in a round.
+    fn kills(&self) -> usize {
+        self.failovers.unwrap_or(if self.quick { 2 } else { 5 })
     }
 
     /// What has to be caught up.
@@ -134,6 +142,7 @@ const MOVE: &str = "beside a move";
 const IDLE: &str = "1,000 idle partitions: share of a core";
 const IDLE_ALL: &str = "three nodes that nobody uses: share of a core";
 const UP: &str = "start of three nodes, s";
+const FAILOVER: &str = "kill -9 of a leader until all it led have another, s";
 const CAUGHT_UP: &str = "catch-up, s";
 const MOVED: &str = "move, s";
 const CATCH_UP_RATE: &str = "rate beside a catch-up, by before";
@@ -153,6 +162,7 @@ pub fn run(config: &ClusterConfig) -> Result<ExitCode> {
         Session { config, work, began: Instant::now(), cells: Vec::new(), readings: Vec::new() };
     let maximum = match config.kafka_maximum {
         Some(rate) => rate,
+        None if config.failovers.is_some() => 0.0,
         None => session.kafka_maximum()?,
     };
     let order: &[Side] = if config.quick {
@@ -322,6 +332,9 @@ impl Session<'_> {
     }
 
     fn measure(&mut self, nodes: &mut Nodes, maximum: f64) -> Result<()> {
+        if self.config.failovers.is_some() {
+            return self.failovers(nodes);
+        }
         for v in nodes.variants() {
             let shape = self.shape(nodes);
             self.cell(nodes, SMALL, &v, shape, false)?;
@@ -336,7 +349,29 @@ impl Session<'_> {
         }
         self.beside(nodes, maximum, CATCH_UP)?;
         self.beside(nodes, maximum, MOVE)?;
+        self.failovers(nodes)?;
         self.idle(nodes)
+    }
+
+    /// Kills the node that leads most, again and again, and has it come back in between.
+    fn failovers(&mut self, nodes: &mut Nodes) -> Result<()> {
+        let v = nodes.variants()[0];
+        let topic = topic_of("failover", &v);
+        let all: Vec<Vec<i32>> =
+            (0..PARTITIONS as i32).map(|p| (0..3).map(|at| 1 + (p + at) % 3).collect()).collect();
+        operations::create(&nodes.peers[0].kafka, &topic, &all, &v.topic_configs(&[]))?;
+        operations::until_in_sync(&nodes.peers[0].kafka, &topic, &all)?;
+        for _ in 0..self.config.kills() {
+            let gone = operations::busiest(&nodes.peers[0].kafka, &topic)?;
+            let at = usize::try_from(gone - 1).context("node ids begin at 1")?;
+            let other = nodes.peers[(at + 1) % NODES].kafka.clone();
+            nodes.peers[at].crash()?;
+            let took = operations::until_led_by_others(&other, &topic, PARTITIONS, gone)?;
+            self.reading(FAILOVER, v.name, nodes.round, took.as_secs_f64());
+            nodes.peers[at].restart()?;
+            operations::until_in_sync(&other, &topic, &all)?;
+        }
+        Ok(())
     }
 
     /// Producers to leaders on nodes 1 and 2, while node 3 catches up what it missed while it was away, or gets the replicas
@@ -434,6 +469,11 @@ impl Session<'_> {
         Samples::Values(of.map(|r| r.value).collect())
     }
 
+    fn slowest(&self, name: &str, v: &Variant) -> Samples<'static> {
+        let of = self.readings.iter().filter(|r| r.name == name && r.variant == v.name);
+        Samples::Values(of.map(|r| r.value).reduce(f64::max).into_iter().collect())
+    }
+
     fn verdicts(&self) -> Vec<Verdict> {
         let by = |row, what: &str, goal, cell: &str, measure, v: &Variant| {
             let (flumen, kafka) = (self.slices(cell, v, measure), self.slices(cell, &KAFKA, measure));
@@ -442,6 +482,11 @@ impl Session<'_> {
         let (cpu, gb, p999) = (Measure::CpuUsPerBatch, Measure::CpuSPerGb, Measure::Quantile(0.999));
         let own = |row, goal, name: &str| {
             let figure = |v: &Variant| -> Option<Figure> { self.values(name, v).figure() };
+            Verdict::own(row, name, goal, &DURABLE, figure(&DURABLE), figure(&KAFKA))
+        };
+        // Of so few the 99th percentile is the slowest.
+        let slowest = |row, goal, name: &str| {
+            let figure = |v: &Variant| -> Option<Figure> { self.slowest(name, v).figure() };
             Verdict::own(row, name, goal, &DURABLE, figure(&DURABLE), figure(&KAFKA))
         };
         vec![
@@ -471,6 +516,7 @@ impl Session<'_> {
             own(6, Goal::AtMost(0.01), IDLE),
             own(6, Goal::Informs, IDLE_ALL),
             own(7, Goal::Informs, UP),
+            slowest(8, Goal::AtMost(2.0), FAILOVER),
         ]
     }
 }

@@ -15,7 +15,7 @@ use kafka_protocol::messages::{
 };
 use kafka_protocol::protocol::StrBytes;
 
-use crate::client::{Client, error_name};
+use crate::client::{Client, LATEST, error_name};
 
 const CREATE_TOPICS_VERSION: i16 = 7;
 const METADATA_VERSION: i16 = 12;
@@ -25,6 +25,8 @@ const TIMEOUT_MS: i32 = 60_000;
 const POLL: Duration = Duration::from_millis(100);
 /// Whatever takes longer will not end.
 const WAIT_MAX: Duration = Duration::from_secs(240);
+/// How often clients ask who leads now: less than a tenth of what an election may take.
+const LEADER_POLL: Duration = Duration::from_millis(20);
 
 fn text(s: &str) -> StrBytes {
     StrBytes::from_string(s.to_string())
@@ -87,6 +89,59 @@ pub fn reassign(bootstrap: &str, topic: &str, assignments: &[Vec<i32>]) -> Resul
         }
         Ok(())
     })
+}
+
+/// Which node leads each partition of a topic, and where that listens; only those that have a leader.
+async fn leaders(client: &mut Client, topic: &str) -> Result<Vec<(i32, i32, String)>> {
+    let request = MetadataRequest::default()
+        .with_topics(Some(vec![MetadataRequestTopic::default().with_name(Some(TopicName(text(topic))))]))
+        .with_allow_auto_topic_creation(false);
+    let answer = client.call(&request, METADATA_VERSION).await?;
+    let led = answer.topics.iter().flat_map(|t| &t.partitions).filter_map(|p| {
+        let broker = answer.brokers.iter().find(|broker| broker.node_id == p.leader_id)?;
+        Some((p.partition_index, p.leader_id.0, format!("{}:{}", broker.host.as_str(), broker.port)))
+    });
+    Ok(led.collect())
+}
+
+/// The node that leads most partitions of a topic.
+pub fn busiest(bootstrap: &str, topic: &str) -> Result<i32> {
+    block_on(async {
+        let led = leaders(&mut Client::connect(bootstrap).await?, topic).await?;
+        let count = |id: i32| led.iter().filter(|(_, leader, _)| *leader == id).count();
+        led.iter().map(|(_, id, _)| *id).max_by_key(|id| count(*id)).context("nobody leads")
+    })
+}
+
+/// Waits until every partition of a topic has a leader that is not `gone` and says where the partition ends; how long that took.
+pub fn until_led_by_others(bootstrap: &str, topic: &str, partitions: usize, gone: i32) -> Result<Duration> {
+    let began = Instant::now();
+    block_on(async {
+        let mut client = Client::connect(bootstrap).await?;
+        let mut seen = "nothing".to_string();
+        while began.elapsed() < WAIT_MAX {
+            let led = leaders(&mut client, topic).await?;
+            if led.len() == partitions && led.iter().all(|(_, leader, _)| *leader != gone) {
+                match answer_for_all(topic, &led).await {
+                    Ok(()) => return Ok(began.elapsed()),
+                    Err(error) => seen = format!("{error:#}"),
+                }
+            }
+            tokio::time::sleep(LEADER_POLL).await;
+        }
+        bail!("{topic} is without node {gone} after {WAIT_MAX:?}, last: {seen}")
+    })
+}
+
+async fn answer_for_all(topic: &str, led: &[(i32, i32, String)]) -> Result<()> {
+    let addresses: std::collections::BTreeSet<&String> = led.iter().map(|(_, _, address)| address).collect();
+    for address in addresses {
+        let theirs = led.iter().filter(|(_, _, at)| at == address).map(|(p, ..)| u32::try_from(*p));
+        let mut theirs: Vec<u32> = theirs.collect::<Result<_, _>>()?;
+        theirs.sort_unstable();
+        Client::connect(address).await?.offsets(topic, &theirs, LATEST).await?;
+    }
+    Ok(())
 }
 
 /// Waits until exactly these replicas have each partition, all of them in sync; how long that took.

@@ -30,7 +30,14 @@ pub struct Presence {
     /// While it does not serve; brokers of before did not say.
     #[serde(default)]
     pub waits: Option<Wait>,
+    /// Its wall clock when it said this; 0 from brokers of before.
+    #[serde(default)]
+    pub clock_ms: i64,
 }
+
+/// Clocks that anybody keeps are within a second of each other; where they are this far apart, retention, searches by time and what
+/// is exported as a record's time go wrong.
+pub const CLOCKS_APART_MAX_MS: i64 = 60_000;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
@@ -111,6 +118,9 @@ pub fn decide(own: &Presence, answers: &[Option<Presence>]) -> Decision {
             own.node_id
         ));
     }
+    if let Some(sentence) = clock_is_off(own, &answered) {
+        return Decision::Refuse(sentence);
+    }
     let mut clusters: BTreeMap<&str, Known<'_>> = BTreeMap::new();
     for (seed, answer) in &answered {
         if let State::Member { cluster_id, founders, nodes, standing } = &answer.state {
@@ -176,6 +186,23 @@ pub fn decide(own: &Presence, answers: &[Option<Presence>]) -> Decision {
         )),
         None => Decision::Wait("there are no seeds".to_string()),
     }
+}
+
+/// Whether the clock of this machine is far from those of most others that answer; what there is to do then.
+fn clock_is_off(own: &Presence, answered: &[(&String, &Presence)]) -> Option<String> {
+    let others =
+        answered.iter().filter(|(_, a)| a.boot_id != own.boot_id && a.clock_ms > 0 && own.clock_ms > 0);
+    let ahead: Vec<(&String, i64)> =
+        others.map(|(seed, a)| (*seed, own.clock_ms.saturating_sub(a.clock_ms))).collect();
+    let apart: Vec<&(&String, i64)> =
+        ahead.iter().filter(|(_, ms)| ms.saturating_abs() > CLOCKS_APART_MAX_MS).collect();
+    let (seed, ms) = apart.first().filter(|_| 2 * apart.len() > ahead.len())?;
+    Some(format!(
+        "the clock of this machine is {} s {} that of the broker at {seed}; set it right on both (chrony, systemd-timesyncd), \
+         then start this broker again",
+        ms.saturating_abs() / 1_000,
+        if *ms > 0 { "ahead of" } else { "behind" }
+    ))
 }
 
 /// A cluster, as the member says whose word is worth most.
@@ -247,7 +274,14 @@ mod tests {
     }
 
     fn empty(node_id: i32, boot_id: u64) -> Presence {
-        Presence { node_id, boot_id, seeds: seeds("abc"), state: State::Empty, waits: None }
+        Presence {
+            node_id,
+            boot_id,
+            seeds: seeds("abc"),
+            state: State::Empty,
+            waits: None,
+            clock_ms: 1_000_000,
+        }
     }
 
     fn founders() -> Vec<Founder> {
@@ -289,6 +323,21 @@ mod tests {
         assert!(adopts(&[Some(member(1, 10, &[1, 2])), None, this()]));
         let mixed = [Some(member_of(1, 10, &[], Standing::Known)), Some(member(2, 20, &[1, 2])), this()];
         assert!(adopts(&mixed));
+    }
+
+    #[test]
+    fn a_clock_far_from_most_others_is_refused() {
+        let at = |presence: Presence, clock_ms| Presence { clock_ms, ..presence };
+        let own = at(empty(3, 30), 3_600_000);
+        let answers = |one, other| {
+            [Some(at(member(1, 10, &[1, 2]), one)), Some(at(empty(2, 20), other)), Some(own.clone())]
+        };
+        assert!(refusal(&own, &answers(1, 1)).contains("3599 s ahead of that of the broker at a:1"));
+        assert!(refusal(&own, &answers(7_200_000, 7_300_000)).contains("3600 s behind"));
+        let joins = |one, other| !matches!(decide(&own, &answers(one, other)), Decision::Refuse(_));
+        assert!(joins(3_600_000 - CLOCKS_APART_MAX_MS, 3_600_000));
+        assert!(joins(3_600_000, 1), "it is the other one's");
+        assert!(joins(0, 0), "nothing is known");
     }
 
     fn all() -> [Option<Presence>; 3] {

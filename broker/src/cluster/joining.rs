@@ -22,6 +22,7 @@ use super::requests;
 use super::stream::Stream;
 use super::tls::RpcTls;
 use super::wire::{FrameReader, LinkError, write_frame};
+use crate::node::now_ms;
 
 const ASK_TIME_MAX: Duration = Duration::from_secs(2);
 const ASK_INTERVAL: Duration = Duration::from_millis(100);
@@ -54,8 +55,8 @@ pub async fn find_cluster(
             if has_data && options.seeds.len() != 1 {
                 bail!(refusal_of_data(data_dir));
             }
-            let own =
-                Presence { node_id, boot_id, seeds: options.seeds.clone(), state: State::Empty, waits: None };
+            let seeds = options.seeds.clone();
+            let own = Presence { node_id, boot_id, seeds, state: State::Empty, waits: None, clock_ms: 0 };
             let (cluster_id, founders, own_seed) = ask_until_decided(&own, rpc).await?;
             if has_data {
                 // What it has is what the cluster has, so it must be the only one that founds it.
@@ -133,7 +134,7 @@ async fn ask_until_decided(
             bail!("no seed will have this broker: {refusal}");
         }
         let answers: Vec<Option<Presence>> = asked.into_iter().map(Result::ok).collect();
-        match decide(own, &answers) {
+        match decide(&Presence { clock_ms: now_ms(), ..own.clone() }, &answers) {
             Decision::Wait(sentence) => {
                 // What keeps a seed and this broker apart is what has to be mended first.
                 let apart = own.seeds.iter().zip(&told_of_seeds).filter(|(_, error)| !error.is_empty());

@@ -26,7 +26,7 @@ use super::stream::Stream;
 use super::tls::RpcTls;
 use super::wire::{FrameReader, LinkError, write_frame};
 use super::{inbound, node_id_of, requests, tls_words};
-use crate::node::Node;
+use crate::node::{Node, now_ms};
 use crate::partition::raft_id;
 use crate::waits::Waits;
 
@@ -87,6 +87,7 @@ impl Rpc {
     fn presence(&self) -> Presence {
         let mut own = self.own.lock().expect("no panic under this lock").clone();
         own.waits = self.waits.get();
+        own.clock_ms = now_ms();
         if let Some(node) = self.node.get()
             && let State::Member { nodes, .. } = &mut own.state
         {
