@@ -365,6 +365,7 @@ fn a_clock_far_from_the_others_is_refused_and_reported() {
     assert!(stranger.log().contains("behind that of the broker at"), "{}", stranger.log());
     late.set_ahead_ms(0).unwrap();
     stranger.restart().unwrap();
+    cluster.nodes.push(stranger);
     // A member whose clock jumps goes on, and so do its clients; its health says so until the clock is right.
     let is_said = |cluster: &Cluster| {
         let health = cluster.nodes[0].get("/v1/cluster/health").unwrap();
