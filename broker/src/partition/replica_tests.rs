@@ -471,6 +471,8 @@ fn a_replica_that_lacks_what_retention_took_begins_anew() {
                 }
                 partition.log.delete_below(80).await.unwrap();
                 partition.note_log_start();
+                // They stay until it is written down who produced to them.
+                partition.enforce_retention(0).await;
                 assert!(partition.log.before().2 > 3);
             };
             broker.node.shards[0].run(flushed).await.unwrap();
