@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use flumen_sink::status::State;
 use serde_json::{Value, json};
 
+use crate::cluster::bootstrap::apart_in_words;
 use crate::controller::METADATA_GROUP;
 use crate::node::Node;
 use crate::waits::Wait;
@@ -135,14 +136,13 @@ pub fn not_serving(node_id: i32, wait: &Wait) -> Problem {
 
 /// `ahead_ms`: how far the clock of `node_id` is ahead of that of `asked_id`.
 pub fn clocks_apart(node_id: i32, asked_id: i32, ahead_ms: i64) -> Problem {
-    let which = if ahead_ms > 0 { "ahead of" } else { "behind" };
-    let seconds = ahead_ms.saturating_abs() / 1_000;
+    let apart = apart_in_words(ahead_ms);
     Problem {
         code: "CLOCKS_APART",
         severity: Severity::Error,
         node_id,
         subject: format!("the clock of node {node_id}"),
-        detail: format!("the clock of node {node_id} is {seconds} s {which} that of node {asked_id}"),
+        detail: format!("the clock of node {node_id} is {apart} that of node {asked_id}"),
         impact: "retention by time, searches by time and the times that brokers give to records go wrong"
             .to_string(),
         fix: "set the clocks of both machines right (chrony, systemd-timesyncd)".to_string(),

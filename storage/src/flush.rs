@@ -285,7 +285,12 @@ fn put_beginning(files: &FileSystem, dir: &Path, offset: i64, producers: &[u8]) 
     }
     let path = dir.join(format!("{offset:020}.snapshot"));
     files.write(&path, producers)?;
-    files.open(&path, Mode { write: true, ..Mode::default() })?.sync_data()?;
+    sync_snapshot(files, dir, &path)
+}
+
+/// Its content and its name.
+pub(crate) fn sync_snapshot(files: &FileSystem, dir: &Path, path: &Path) -> io::Result<()> {
+    files.open(path, Mode { write: true, ..Mode::default() })?.sync_data()?;
     files.sync_dir(dir)
 }
 
@@ -402,6 +407,8 @@ async fn write_run(shard: &Rc<Shard>, group: &Rc<Group>, mut run: Run) -> Result
             shard.disk.off_thread(move || write_snapshot(&files, &dir, (offset, keep), &bytes)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(group = group.id, %error, "producer snapshot not written");
+            // A clean stop tries again.
+            group.inner.borrow_mut().snapshot_offset = -1;
         }
     }
     shard.evict();

@@ -561,7 +561,7 @@ impl std::fmt::Debug for GroupLog {
 }
 
 impl GroupLog {
-    fn inner(&self) -> Ref<'_, Inner> {
+    pub(crate) fn inner(&self) -> Ref<'_, Inner> {
         self.group.inner.borrow()
     }
 
@@ -705,7 +705,7 @@ impl GroupLog {
     }
 
     /// When what was staged so far is as safe as its topic asks.
-    fn newest(&self, inner: &Inner) -> (Lane, Lsn) {
+    pub(crate) fn newest(&self, inner: &Inner) -> (Lane, Lsn) {
         match inner.direct_pending {
             true => (Lane::Direct, self.shard.direct.issued()),
             false => (inner.lane, inner.last_lsn),
@@ -828,7 +828,7 @@ impl GroupLog {
         if index <= inner.flushed_index {
             crate::flush::cut_segments(shard, &self.group, inner, (index, offset, place));
         }
-        if inner.snapshot_offset > offset {
+        if inner.snapshot_offset.max(inner.snapshot_safe) > offset {
             (inner.snapshot_offset, inner.snapshot_safe) = (-1, -1);
         }
         Ok(())

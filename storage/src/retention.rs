@@ -6,9 +6,7 @@
 use std::io;
 use std::rc::Rc;
 
-use flumen_io::Mode;
-
-use crate::flush::{snapshot_of, write_snapshot};
+use crate::flush::{snapshot_of, sync_snapshot, write_snapshot};
 use crate::group::{Group, GroupLog, Inner, Segment};
 use crate::mutant::{self, Mutant};
 use crate::segment_index::{INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, decode_entry};
@@ -176,11 +174,7 @@ impl GroupLog {
             let (files, dir) = (shard.files.clone(), group.dir.clone());
             let written = shard.disk.off_thread(move || {
                 let path = write_snapshot(&files, &dir, (offset, keep), &bytes)?;
-                let synced = || {
-                    files.open(&path, Mode { write: true, ..Mode::default() })?.sync_data()?;
-                    files.sync_dir(&dir)
-                };
-                Ok(if sync { synced() } else { Ok(()) })
+                Ok(if sync { sync_snapshot(&files, &dir, &path) } else { Ok(()) })
             });
             let written: io::Result<io::Result<()>> = written.await.and_then(|result| result);
             match (written, &mut alone) {
@@ -198,7 +192,13 @@ impl GroupLog {
             }
             offset
         };
-        self.force().await?;
+        if self.inner().config.durability == Durability::Durable {
+            self.force().await?;
+        } else {
+            // Nobody counts on more than that a kill does not take it.
+            let (lane, lsn) = self.newest(&self.inner());
+            shard.wait_durable(lane, lsn).await?;
+        }
         let inner = &mut *group.inner.borrow_mut();
         // Else it was cut meanwhile, or the log is another.
         if inner.snapshot_offset >= offset {

@@ -90,11 +90,10 @@ impl Flumen {
 
     /// Starts the process again on the same directory and ports.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        let announcements = self.launch()?;
-        match announcements.until(READY)? {
-            Some(_) => Ok(()),
-            None => Err(self.ended_early()?),
-        }
+        self.process = None;
+        let (process, _) = Process::start("flumen server", self.command()?, READY, &self.log_path())?;
+        self.process = Some(process);
+        Ok(())
     }
 
     /// Starts the process, and does not wait: what it says on the way to `READY`.

@@ -182,6 +182,16 @@ fn ruin_metadata(cluster: &Cluster, at: usize) {
     segment_file::cut_in_half(&segment_file::first_of(&data, &format!("{METADATA_TOPIC}-0")));
 }
 
+/// To the topic that is quiet from then on; node 2 is stopped after it and has no good metadata log any more. How many records that were.
+fn write_once_and_ruin_metadata(cluster: &mut Cluster) -> usize {
+    let mut load = Load::start_at(&cluster.kafka(), QUIET, false, Duration::from_millis(1)).unwrap();
+    cluster.progress(&load, "what is written once").unwrap();
+    load.finish().unwrap();
+    assert!(cluster.nodes[1].stop().unwrap().success());
+    ruin_metadata(cluster, 1);
+    load.acknowledged().len()
+}
+
 #[test]
 fn a_node_that_dies_while_its_metadata_log_is_mended_goes_on_with_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -195,12 +205,7 @@ fn a_node_that_dies_while_its_metadata_log_is_mended_goes_on_with_it() {
         assert_eq!(cluster.reassign(QUIET, 0, Some(&[id])).unwrap(), 0);
         cluster.await_no_moves().unwrap();
     }
-    let mut load = Load::start_at(&cluster.kafka(), QUIET, false, Duration::from_millis(1)).unwrap();
-    cluster.progress(&load, "what is written once").unwrap();
-    load.finish().unwrap();
-    let acknowledged = load.acknowledged().len();
-    assert!(cluster.nodes[1].stop().unwrap().success());
-    ruin_metadata(&cluster, 1);
+    let acknowledged = write_once_and_ruin_metadata(&mut cluster);
     // In a second or so it asks, loses its vote, has a new log, is told the members, and gets the rest.
     for turn in 1..=12u64 {
         cluster.nodes[1].begin().unwrap();
@@ -266,12 +271,7 @@ fn a_node_that_dies_before_the_metadata_came_does_not_go_through_history_again()
         assert_eq!(cluster.reassign(QUIET, 0, Some(&[id])).unwrap(), 0);
         cluster.await_no_moves().unwrap();
     }
-    let mut load = Load::start_at(&cluster.kafka(), QUIET, false, Duration::from_millis(1)).unwrap();
-    cluster.progress(&load, "what is written once").unwrap();
-    load.finish().unwrap();
-    let acknowledged = load.acknowledged().len();
-    assert!(cluster.nodes[1].stop().unwrap().success());
-    ruin_metadata(&cluster, 1);
+    let acknowledged = write_once_and_ruin_metadata(&mut cluster);
     let data = cluster.nodes[1].data_dir.join("data");
     let before = segment_file::first_of(&data, &format!("{QUIET}-0"));
 

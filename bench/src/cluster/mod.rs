@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::consume::ConsumeResult;
 use crate::load::{self, LoadConfig, LoadResult, Mode, Slice};
-use crate::log::figure::{Figure, Measure, Samples};
+use crate::log::figure::{Measure, Samples};
 use crate::log::report::{Goal, Verdict, print_verdicts};
 use crate::log::variant::{DURABLE, KAFKA, OS, Variant};
 use crate::peer::{Peer, Side, Sides};
@@ -357,8 +357,7 @@ impl Session<'_> {
     fn failovers(&mut self, nodes: &mut Nodes) -> Result<()> {
         let v = nodes.variants()[0];
         let topic = topic_of("failover", &v);
-        let all: Vec<Vec<i32>> =
-            (0..PARTITIONS as i32).map(|p| (0..3).map(|at| 1 + (p + at) % 3).collect()).collect();
+        let all = everywhere(PARTITIONS);
         operations::create(&nodes.peers[0].kafka, &topic, &all, &v.topic_configs(&[]))?;
         operations::until_in_sync(&nodes.peers[0].kafka, &topic, &all)?;
         for _ in 0..self.config.kills() {
@@ -441,8 +440,7 @@ impl Session<'_> {
         let v = nodes.variants()[0];
         let bootstrap = nodes.peers[0].kafka.clone();
         let pids: Vec<u32> = nodes.peers.iter().map(Peer::pid).collect();
-        let all: Vec<Vec<i32>> =
-            (0..IDLE_GROUPS as i32).map(|p| (0..3).map(|at| 1 + (p + at) % 3).collect()).collect();
+        let all = everywhere(IDLE_GROUPS);
         let share = || -> Result<f64> {
             std::thread::sleep(IDLE_SETTLE);
             let before = stats::cpu_of(&pids)?.context("no process")?;
@@ -464,14 +462,17 @@ impl Session<'_> {
         Samples::Slices(of.flat_map(|c| &c.load.slices).collect(), measure)
     }
 
+    fn read(&self, name: &str, v: &Variant) -> impl Iterator<Item = f64> {
+        let of = self.readings.iter().filter(move |r| r.name == name && r.variant == v.name);
+        of.map(|r| r.value)
+    }
+
     fn values(&self, name: &str, v: &Variant) -> Samples<'static> {
-        let of = self.readings.iter().filter(|r| r.name == name && r.variant == v.name);
-        Samples::Values(of.map(|r| r.value).collect())
+        Samples::Values(self.read(name, v).collect())
     }
 
     fn slowest(&self, name: &str, v: &Variant) -> Samples<'static> {
-        let of = self.readings.iter().filter(|r| r.name == name && r.variant == v.name);
-        Samples::Values(of.map(|r| r.value).reduce(f64::max).into_iter().collect())
+        Samples::Values(self.read(name, v).reduce(f64::max).into_iter().collect())
     }
 
     fn verdicts(&self) -> Vec<Verdict> {
@@ -480,15 +481,12 @@ impl Session<'_> {
             Verdict::ratio(row, what, goal, (v, &flumen), (&KAFKA, &kafka))
         };
         let (cpu, gb, p999) = (Measure::CpuUsPerBatch, Measure::CpuSPerGb, Measure::Quantile(0.999));
-        let own = |row, goal, name: &str| {
-            let figure = |v: &Variant| -> Option<Figure> { self.values(name, v).figure() };
-            Verdict::own(row, name, goal, &DURABLE, figure(&DURABLE), figure(&KAFKA))
+        let own_of = |row, goal, name: &str, of: &dyn Fn(&Variant) -> Samples<'static>| {
+            Verdict::own(row, name, goal, &DURABLE, of(&DURABLE).figure(), of(&KAFKA).figure())
         };
+        let own = |row, goal, name: &str| own_of(row, goal, name, &|v| self.values(name, v));
         // Of so few the 99th percentile is the slowest.
-        let slowest = |row, goal, name: &str| {
-            let figure = |v: &Variant| -> Option<Figure> { self.slowest(name, v).figure() };
-            Verdict::own(row, name, goal, &DURABLE, figure(&DURABLE), figure(&KAFKA))
-        };
+        let slowest = |row, goal, name: &str| own_of(row, goal, name, &|v| self.slowest(name, v));
         vec![
             by(
                 1,
@@ -525,6 +523,11 @@ impl Nodes {
     fn variants(&self) -> Vec<Variant> {
         if self.side == Side::Flumen { vec![DURABLE, OS] } else { vec![KAFKA] }
     }
+}
+
+/// Replicas of so many partitions on all three nodes, each node first of a third of them.
+fn everywhere(partitions: usize) -> Vec<Vec<i32>> {
+    (0..partitions as i32).map(|p| (0..3).map(|at| 1 + (p + at) % 3).collect()).collect()
 }
 
 /// Batches a second before `before_s`, and in the `beside_s` after that: those of whole slices, at least one.

@@ -91,11 +91,15 @@ pub fn reassign(bootstrap: &str, topic: &str, assignments: &[Vec<i32>]) -> Resul
     })
 }
 
+fn metadata_of(topic: &str) -> MetadataRequest {
+    MetadataRequest::default()
+        .with_topics(Some(vec![MetadataRequestTopic::default().with_name(Some(TopicName(text(topic))))]))
+        .with_allow_auto_topic_creation(false)
+}
+
 /// Which node leads each partition of a topic, and where that listens; only those that have a leader.
 async fn leaders(client: &mut Client, topic: &str) -> Result<Vec<(i32, i32, String)>> {
-    let request = MetadataRequest::default()
-        .with_topics(Some(vec![MetadataRequestTopic::default().with_name(Some(TopicName(text(topic))))]))
-        .with_allow_auto_topic_creation(false);
+    let request = metadata_of(topic);
     let answer = client.call(&request, METADATA_VERSION).await?;
     let led = answer.topics.iter().flat_map(|t| &t.partitions).filter_map(|p| {
         let broker = answer.brokers.iter().find(|broker| broker.node_id == p.leader_id)?;
@@ -147,9 +151,7 @@ async fn answer_for_all(topic: &str, led: &[(i32, i32, String)]) -> Result<()> {
 /// Waits until exactly these replicas have each partition, all of them in sync; how long that took.
 pub fn until_in_sync(bootstrap: &str, topic: &str, assignments: &[Vec<i32>]) -> Result<Duration> {
     let began = Instant::now();
-    let request = MetadataRequest::default()
-        .with_topics(Some(vec![MetadataRequestTopic::default().with_name(Some(TopicName(text(topic))))]))
-        .with_allow_auto_topic_creation(false);
+    let request = metadata_of(topic);
     block_on(async {
         let mut client = Client::connect(bootstrap).await?;
         while began.elapsed() < WAIT_MAX {

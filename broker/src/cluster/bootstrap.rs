@@ -39,6 +39,12 @@ pub struct Presence {
 /// is exported as a record's time go wrong.
 pub const CLOCKS_APART_MAX_MS: i64 = 60_000;
 
+/// Between two clocks: "3600 s ahead of", "60 s behind".
+pub fn apart_in_words(ahead_ms: i64) -> String {
+    let seconds = ahead_ms.saturating_abs() / 1_000;
+    format!("{seconds} s {}", if ahead_ms > 0 { "ahead of" } else { "behind" })
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     /// Has no cluster, and waits for one.
@@ -198,10 +204,9 @@ fn clock_is_off(own: &Presence, answered: &[(&String, &Presence)]) -> Option<Str
         ahead.iter().filter(|(_, ms)| ms.saturating_abs() > CLOCKS_APART_MAX_MS).collect();
     let (seed, ms) = apart.first().filter(|_| 2 * apart.len() > ahead.len())?;
     Some(format!(
-        "the clock of this machine is {} s {} that of the broker at {seed}; set it right on both (chrony, systemd-timesyncd), \
+        "the clock of this machine is {} that of the broker at {seed}; set it right on both (chrony, systemd-timesyncd), \
          then start this broker again",
-        ms.saturating_abs() / 1_000,
-        if *ms > 0 { "ahead of" } else { "behind" }
+        apart_in_words(*ms)
     ))
 }
 

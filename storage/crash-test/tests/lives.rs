@@ -49,6 +49,7 @@ const REGRESSIONS: &[u64] = &[
     6186,  // entries counted by marks that had gone meanwhile
     7133,  // a state of one lane that knew of a beginning in the other, without its producers
     40212, // a partition that received segments before its creation was sure
+    3758,  // a snapshot whose epoch was forgotten with the log start, though its segment was there
     1225,  // an index that named another entry than the count before it took both away
     6075,  // a snapshot of producers below the log start, of entries that a loss of power took, believed
 ];
